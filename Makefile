@@ -1,0 +1,44 @@
+# make demo    set everything up on a fresh machine and run the quickstart      make test    set everything up and test
+# make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
+# DEVICE=cpu|gpu chooses the lock (default: gpu where nvidia-smi answers).  PYTHON=python3.12 chooses the interpreter.
+
+DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed-$(DEVICE)
+# PyTorch keeps its CPU builds in an index of its own; asked only when the default index has no torch+cpu.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# --no-compile: byte-compiling 200 packages costs a minute, most of it for modules that are never imported.
+INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
+
+.PHONY: setup demo test serve bench check clean
+setup: $(STAMP)
+
+$(STAMP): requirements/$(DEVICE).txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "aft_ray needs Python 3.11 or newer on PATH (or PYTHON=/path/to/python3.11 make ...)"; exit 2; }
+	@echo "setting up .venv with $(PYTHON) from requirements/$(DEVICE).txt (about 2 minutes, 3 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) -r requirements/$(DEVICE).txt 2>.venv/install.log \
+		|| $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) -r requirements/$(DEVICE).txt \
+		|| { cat .venv/install.log; exit 1; }
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/aft-ray run --config configs/quickstart.yaml
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+serve: $(STAMP)
+	@$(BIN)/aft-ray serve --config configs/quickstart.yaml
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/run.py
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+clean:
+	rm -rf .venv .cache runs

@@ -1,0 +1,70 @@
+"""What can go wrong, as a short tree. Every class says what happened; its message says where and what to do.
+
+AftError
+├── ConfigError       a setting is wrong                                   (exit 2)
+├── InputError        an input file or row is wrong                        (exit 2)
+├── PromptTooLong     a prompt cannot fit the model's window               (exit 2)
+├── TooManyFailures   more rows failed than the run allows                 (exit 3)
+├── TrainingFailed    training ended without the work it planned           (exit 3)
+├── ResumeRefused     the folder holds another run's work                  (exit 4)
+├── EngineError       a model engine could not answer
+├── QuorumNotMet      too few usable proposals to aggregate
+└── DeadlineExceeded  the plan's deadline passed before the answer was done
+
+Each also inherits the built-in a caller would expect, takes one message, and is picklable (Ray moves it between
+processes).
+"""
+
+
+class AftError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(AftError, ValueError):
+    """A setting is wrong: the message names the key, what was found and what is expected."""
+
+    exit_code = 2
+
+
+class InputError(AftError, ValueError):
+    """An input is wrong: the message names the file and line (or row), what was found and what to do."""
+
+    exit_code = 2
+
+
+class PromptTooLong(AftError, ValueError):
+    """A prompt cannot fit the model's window under the length policy in force."""
+
+    exit_code = 2
+
+
+class TooManyFailures(AftError, RuntimeError):
+    """More rows failed than the run allows; the failed rows and their reasons are kept."""
+
+    exit_code = 3
+
+
+class TrainingFailed(AftError, RuntimeError):
+    """Training ended, but not with the steps, the loss or the adapter it planned."""
+
+    exit_code = 3
+
+
+class ResumeRefused(AftError, RuntimeError):
+    """The output folder holds work made from another configuration or other inputs."""
+
+    exit_code = 4
+
+
+class EngineError(AftError, RuntimeError):
+    """A model engine could not answer a request."""
+
+
+class QuorumNotMet(AftError, RuntimeError):
+    """Too few usable proposals came back to aggregate."""
+
+
+class DeadlineExceeded(AftError, TimeoutError):
+    """The plan's deadline passed before the answer was done."""

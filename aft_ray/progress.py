@@ -1,0 +1,80 @@
+"""Progress of long work: a bar on a terminal, otherwise a line every few seconds.
+
+with Progress("proposals", total=96, unit="rows") as progress:
+    progress.update(done=12, failed=0, tokens=4711)
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Shows done / total, failures, tokens per second and the time left."""
+
+    def __init__(self, name: str, total: int, unit: str = "rows") -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self.failed = self.tokens = 0
+        self.note = "starting"
+        self.working_since = 0.0
+        """When the workers were up: rates and the time left do not count their start."""
+        self.start = time.monotonic()
+        self._stop = threading.Event()
+        self._on_terminal = sys.stderr.isatty()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def update(self, *, done: int, failed: int = 0, tokens: int = 0, note: str = "") -> None:
+        """Set the totals so far."""
+        if not self.working_since and not note.startswith("starting"):
+            self.working_since = time.monotonic()
+        self.done, self.failed, self.tokens, self.note = done, failed, tokens, note
+
+    def line(self) -> str:
+        """The state as one line of text."""
+        now = time.monotonic()
+        seconds = now - self.start
+        working = max(now - (self.working_since or now), 1e-9)
+        parts = [f"{self.done}/{self.total} {self.unit}"]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self.tokens:
+            parts.append(f"{self.tokens / working:,.0f} tok/s")
+        if 0 < self.done < self.total:
+            parts.append(f"{working / self.done * (self.total - self.done):.0f} s left")
+        if self.note:
+            parts.append(self.note)
+        return f"{self.name:<13} {seconds:5.0f} s  " + ", ".join(parts)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.note = "" if kind is None else f"stopped: {kind.__name__}"
+        print(self.line(), file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        if self._on_terminal:
+            self._show_bar()
+            return
+        while not self._stop.wait(LINE_EVERY_S):
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def _show_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn
+        from rich.progress import Progress as Bars
+
+        with Bars("{task.description}", BarColumn(), console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(self.line(), total=self.total)
+            while not self._stop.wait(0.25):
+                bars.update(task, completed=self.done, description=self.line())

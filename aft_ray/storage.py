@@ -1,0 +1,101 @@
+"""A folder of a run, on local disk or object storage, where files appear whole or not at all.
+
+folder = Folder.at("runs/quickstart").child("proposals")     # or "s3://bucket/run"
+folder.write_table("shard-00000.parquet", table)             # written aside, then moved into place
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+PARTIAL = ".partial"
+"""Suffix of a file being written. Never read; what a kill left of one is ignored."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder. Picklable; file names are relative to it."""
+
+    fs: pafs.FileSystem
+    path: str
+
+    @classmethod
+    def at(cls, location: str | Path) -> Folder:
+        """The folder at a local path or a URI that pyarrow knows (`s3://`, `gs://`, `file://`)."""
+        if "://" in str(location):
+            fs, path = pafs.FileSystem.from_uri(str(location))
+            return cls(fs, path.rstrip("/"))
+        return cls(pafs.LocalFileSystem(), str(Path(location).expanduser().absolute()))
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def child(self, name: str) -> Folder:
+        return Folder(self.fs, f"{self.path}/{name}")
+
+    def file(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        found = self.fs.get_file_info(self.file(name) if name else self.path).type
+        return bool(found != pafs.FileType.NotFound)
+
+    def names(self, suffix: str = "") -> list[str]:
+        """Names of the whole files directly in this folder that end with `suffix`, sorted."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        files = [info.base_name for info in infos if info.type == pafs.FileType.File]
+        return sorted(name for name in files if name.endswith(suffix) and not name.endswith(PARTIAL))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.file(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one whole file: readers see the old content or the new, never a part."""
+        self.fs.create_dir(self.path, recursive=True)
+        partial = self.file(f"{name}.{os.getpid()}-{uuid4().hex[:8]}{PARTIAL}")
+        with self.fs.open_output_stream(partial) as stream:
+            stream.write(content)
+        if self.is_local:
+            with open(partial, "rb") as handle:
+                os.fsync(handle.fileno())
+        self.fs.move(partial, self.file(name))
+
+    def append_line(self, name: str, line: str) -> None:
+        """Add one line to a log file. One writer at a time; object storage has no append, so it is rewritten there."""
+        if self.is_local:
+            self.fs.create_dir(self.path, recursive=True)
+            with open(self.file(name), "a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        else:
+            before = self.read_bytes(name) if self.exists(name) else b""
+            self.write_bytes(name, before + line.encode() + b"\n")
+
+    def read_table(self, name: str) -> pa.Table:
+        return pq.read_table(self.file(name), filesystem=self.fs, partitioning=None)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_metadata(self, name: str) -> dict[bytes, bytes]:
+        """The key-value pairs in a Parquet file's footer."""
+        return dict(pq.read_schema(self.file(name), filesystem=self.fs).metadata or {})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row of every Parquet shard, in shard order. For small sets: cards, reports, tests."""
+        return [row for name in self.names(".parquet") for row in self.read_table(name).to_pylist()]
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256(self.read_bytes(name)).hexdigest()

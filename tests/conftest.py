@@ -1,0 +1,32 @@
+"""Shared by all tests: one local Ray cluster, one converted SmolLM2. Only the language model is ever replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail at once
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with four logical CPUs, whatever the machine has."""
+    import ray
+
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = f"{here}:{here.parent}"  # workers import the workers that tests define
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct as a Hugging Face folder."""
+    from aft_ray.models import resolve_model
+
+    return Path(resolve_model("smollm2-135m-instruct"))

@@ -1,0 +1,100 @@
+"""Every setting is checked, and every refusal says where, what was found and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from aft_ray.config import Config, load_config
+from aft_ray.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+RUN = {"run": {"dir": "runs/x"}, "engine": {"type": "vllm", "model": "m/m"}}
+
+
+def write(folder: Path, content: object, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_the_repository_loads(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"run": {"dir": "x", "sed": 1}}, ["run", "unknown key 'sed'", "did you mean 'seed'"]),
+        ({"proposal": {}}, ["unknown key 'proposal'", "did you mean 'proposals'"]),
+        ({"proposals": {"sampling": {"temprature": 1}}}, ["proposals.sampling", "'temprature'", "'temperature'"]),
+        ({"proposals": {"num_per_prompt": "many"}}, ["proposals.num_per_prompt", "'many'"]),
+        ({"proposals": {"num_per_prompt": 0}}, ["proposals.num_per_prompt", "greater than or equal to 1"]),
+        ({"engine": {"type": "vlm", "model": "m/m"}}, ["engine", "vllm"]),
+        ({"engine": {"type": "vllm"}}, ["engine.model", "required"]),
+        ({"engine": {"type": "vllm", "model": "m/m", "max_len": 5}}, ["engine", "'max_len'", "'max_model_len'"]),
+        ({"selection": {"num_proposals": 9}}, ["num_proposals 9", "num_per_prompt", "Raise"]),
+        ({"evaluation": {"plan": {"subset_size": 9}}}, ["evaluation.plan", "subset_size 9 > num_proposals 5"]),
+        ({"evaluation": {"plan": {"num_proposal": 9}}}, ["evaluation.plan", "'num_proposals'"]),
+        ({"proposals": {"placement": {"min_actors": 3}}}, ["proposals.placement", "max_actors 1 < min_actors 3"]),
+        ({"engine": {"type": "openai", "model": "m", "base_url": "u"}}, ["cannot be trained", "targets.engine"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_setting_is_refused_by_name(tmp_path: Path, change: dict[str, object], words: list[str]) -> None:
+    path = write(tmp_path, {**RUN, **change})
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    for word in [str(path), *words]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("a: [", "not valid YAML"), ("- a", "expected a mapping"), ("", "expected a mapping")],
+    ids=["broken", "list", "empty"],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(tmp_path, content))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_config_starts_from_its_base_and_holds_only_differences(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "proposals": {"num_per_prompt": 6, "sampling": {"top_k": 7}}}, "base.yaml")
+    config = load_config(write(tmp_path, {"base": "base.yaml", "proposals": {"sampling": {"max_tokens": 9}}}))
+    assert config.proposals.num_per_prompt == 6
+    assert (config.proposals.sampling.top_k, config.proposals.sampling.max_tokens) == (7, 9)
+
+
+def test_another_engine_type_replaces_the_bases_engine(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "engine": {"type": "vllm", "model": "m/m", "gpu_memory_utilization": 0.5}}, "base.yaml")
+    config = load_config(write(tmp_path, {"base": "base.yaml", "engine": {"type": "transformers", "model": "n/n"}}))
+    assert config.engine.type == "transformers"
+
+
+def test_overrides_are_yaml_and_reach_any_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, RUN)
+    config = load_config(path, ["proposals.sampling.top_k=3", "training_set.variants=[aft]", "run.dir=elsewhere"])
+    assert config.proposals.sampling.top_k == 3
+    assert config.training_set.variants == ("aft",)
+    assert config.run.dir == "elsewhere"
+
+
+@pytest.mark.parametrize("override", ["nonsense", "=3", "run.dir.deeper=1"], ids=["no-value", "no-key", "too-deep"])
+def test_an_override_that_makes_no_sense_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(write(tmp_path, RUN), [override])
+
+
+def test_a_resolved_config_loads_as_itself(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    path = write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config

@@ -1,0 +1,176 @@
+"""The stage runner on a real local Ray: every row exactly once, failures as data, exact resume after SIGKILL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from aft_ray.config import PlacementConfig
+from aft_ray.errors import EngineError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.runs import Manifest, read_manifest, write_manifest
+from aft_ray.stages import Processed, Stage, run_stage, write_first_shards
+from aft_ray.storage import Folder
+
+NUMBERS = pa.schema([("prompt_id", pa.string()), ("number", pa.int64())])
+SQUARES = NUMBERS.append(pa.field("square", pa.int64()))
+
+
+class Squarer:
+    """Squares `number`; refuses those in `bad`; takes `seconds` per row; dies (its engine did) when `broken`."""
+
+    def __init__(self, bad: tuple[int, ...] = (), seconds: float = 0.0, broken: bool = False) -> None:
+        self.bad, self.seconds, self.broken = bad, seconds, broken
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        await asyncio.sleep(self.seconds)
+        if row["number"] in self.bad or self.broken:
+            raise InputError(f"{row['number']} cannot be squared here")
+        return Processed(rows=[{**row, "square": row["number"] ** 2}], completion_tokens=1)
+
+    async def check(self) -> None:
+        if self.broken:
+            raise EngineError("the worker is broken")
+
+    async def close(self) -> None:
+        return None
+
+
+class Build:
+    """A picklable factory."""
+
+    def __init__(self, **knobs: Any) -> None:
+        self.knobs = knobs
+
+    def __call__(self) -> Squarer:
+        return Squarer(**self.knobs)
+
+
+def source(folder: Folder, num_rows: int = 20) -> Folder:
+    rows = ({"prompt_id": f"p-{n}", "number": n} for n in range(num_rows))
+    write_first_shards(folder, rows, NUMBERS, rows_per_shard=3)
+    done = Manifest(stage="numbers", status="done", fingerprint="f", settings={}, rows_in=num_rows, rows_out=num_rows)
+    write_manifest(folder, done)
+    return folder
+
+
+def squares(tmp_path: Path, settings: dict[str, Any] | None = None, **knobs: Any) -> Stage:
+    return Stage(
+        name="squares",
+        source=Folder.at(tmp_path / "numbers"),
+        output=Folder.at(tmp_path / "squares"),
+        schema=SQUARES,
+        settings=settings or {},
+        worker=Build(**knobs),
+        placement=PlacementConfig(num_cpus=1, max_shards_in_flight=2),
+    )
+
+
+def test_every_row_comes_out_exactly_once_and_in_its_own_shard(ray_cluster: None, tmp_path: Path) -> None:
+    numbers = source(Folder.at(tmp_path / "numbers"))
+    stage = squares(tmp_path)
+    manifest = run_stage(stage, max_failure_rate=0)
+    assert [row["square"] for row in stage.output.rows()] == [n * n for n in range(20)]
+    assert stage.output.names(".parquet") == numbers.names(".parquet")
+    assert (manifest.status, manifest.rows_in, manifest.rows_out, manifest.completion_tokens) == ("done", 20, 20, 20)
+    assert manifest.files == {name: stage.output.sha256(name) for name in stage.output.names(".parquet")}
+
+
+def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    stage = squares(tmp_path, bad=(4, 7))
+    manifest = run_stage(stage, max_failure_rate=0.1)
+    assert manifest.failed == {"InputError": 2}
+    assert {row["number"] for row in stage.output.rows()} == set(range(20)) - {4, 7}
+    failed = stage.output.child("failed")
+    lines = [json.loads(line) for name in failed.names() for line in failed.read_bytes(name).splitlines()]
+    assert {(line["prompt_id"], line["stage"], line["error"]) for line in lines} == {
+        ("p-4", "squares", "InputError"),
+        ("p-7", "squares", "InputError"),
+    }
+    assert "4 cannot be squared here" in lines[0]["message"]
+
+
+def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    with pytest.raises(TooManyFailures, match=r"InputError.*max_failure_rate 0\.1"):
+        run_stage(squares(tmp_path, bad=tuple(range(10))), max_failure_rate=0.1)
+    manifest = read_manifest(Folder.at(tmp_path / "squares"))
+    assert manifest is not None
+    assert manifest.status == "running"
+
+
+def test_a_broken_worker_stops_the_stage_instead_of_blaming_its_rows(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    stage = squares(tmp_path, broken=True)
+    with pytest.raises(EngineError, match="the worker is broken"):
+        run_stage(stage, max_failure_rate=1)
+    assert stage.output.names(".parquet") == []
+
+
+def test_other_settings_are_refused_with_the_difference(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    run_stage(squares(tmp_path, settings={"power": {"of": 2}}), max_failure_rate=0)
+    with pytest.raises(ResumeRefused, match=r"power\.of: was 2, is 3"):
+        run_stage(squares(tmp_path, settings={"power": {"of": 3}}), max_failure_rate=0)
+
+
+def test_a_finished_stage_is_not_run_again(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    first = run_stage(squares(tmp_path), max_failure_rate=0)
+    again = run_stage(squares(tmp_path, broken=True), max_failure_rate=0)
+    assert again == first
+
+
+def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="numbers: not finished"):
+        run_stage(squares(tmp_path), max_failure_rate=0)
+
+
+DRIVER = """
+import sys, logging
+from pathlib import Path
+import ray
+from aft_ray.stages import run_stage
+from tests.test_stages import squares
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    run_stage(squares(Path(sys.argv[1]), seconds=0.2), max_failure_rate=0)
+"""
+
+
+def test_killed_at_random_moments_and_run_again_it_holds_every_row_once(tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=45)
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(script), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    output = Folder.at(tmp_path / "squares")
+    draw = random.Random(1)
+    for _ in range(3):
+        driver = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        before = len(output.names(".parquet"))
+        limit = time.monotonic() + 90
+        while len(output.names(".parquet")) < before + 2 and driver.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        time.sleep(draw.random() * 0.4)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        numbers = [row["number"] for row in output.rows()]
+        assert len(numbers) == len(set(numbers)), "no row twice, and every shard that is there can be read"
+    subprocess.run(command, env=environment, check=True, timeout=200, stderr=subprocess.DEVNULL)
+    assert [row["square"] for row in output.rows()] == [n * n for n in range(45)]
+    manifest = read_manifest(output)
+    assert manifest is not None
+    assert (manifest.status, manifest.rows_out) == ("done", 45)

@@ -1,0 +1,42 @@
+"""Files of a run appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from aft_ray.storage import PARTIAL, Folder
+
+
+def test_a_table_and_its_footer_come_back(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "stage")
+    table = pa.table({"a": [1, 2]}).replace_schema_metadata({b"key": b"value"})
+    folder.write_table("one.parquet", table)
+    assert folder.read_table("one.parquet").to_pylist() == [{"a": 1}, {"a": 2}]
+    assert folder.read_metadata("one.parquet")[b"key"] == b"value"
+    assert folder.rows() == [{"a": 1}, {"a": 2}]
+
+
+def test_what_a_kill_left_half_written_is_never_listed(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    folder.write_bytes("whole.parquet", b"x")
+    (tmp_path / f"half.parquet.123{PARTIAL}").write_bytes(b"y")
+    assert folder.names() == ["whole.parquet"]
+
+
+def test_a_folder_uri_is_the_same_folder(tmp_path: Path) -> None:
+    Folder.at(f"file://{tmp_path}").child("sub").write_bytes("a.txt", b"hello")
+    assert Folder.at(tmp_path).child("sub").read_bytes("a.txt") == b"hello"
+
+
+def test_a_missing_folder_lists_nothing(tmp_path: Path) -> None:
+    assert Folder.at(tmp_path / "nowhere").names() == []
+    assert not Folder.at(tmp_path / "nowhere").exists()
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    folder.append_line("log.jsonl", "one")
+    folder.append_line("log.jsonl", "two")
+    assert folder.read_bytes("log.jsonl") == b"one\ntwo\n"

@@ -1,0 +1,34 @@
+"""The only place where text becomes token ids. Data, training, serving and evaluation all call it.
+
+    control      strings inside messages that must not act as control tokens, and how they are broken
+    format       the `PromptFormat` protocol; `MessagesFormat` for endpoints that take messages
+    chat         `ChatFormat`: chat template or in-context prompt -> ids, once, with one BOS
+    in_context   `InContextPrompt`: how a base model is asked (URIAL format)
+    aggregator   `AggregatorTemplate`: how proposals are shown to the model that aggregates them
+    budget       `fit_prompt`, `fit_aggregation`: what gives way when a prompt does not fit the window
+    mask         `build_example`, `check_mask`: the loss is on the answer and its end, and nowhere else
+
+Importing this loads neither torch nor transformers; `ChatFormat.load` does.
+"""
+
+from aft_ray.templates.aggregator import AggregatorTemplate
+from aft_ray.templates.budget import Fitted, fit_aggregation, fit_prompt
+from aft_ray.templates.chat import ChatFormat, Style
+from aft_ray.templates.format import MessagesFormat, PromptFormat
+from aft_ray.templates.in_context import InContextPrompt
+from aft_ray.templates.mask import IGNORE, build_example, check_mask
+
+__all__ = [
+    "IGNORE",
+    "AggregatorTemplate",
+    "ChatFormat",
+    "Fitted",
+    "InContextPrompt",
+    "MessagesFormat",
+    "PromptFormat",
+    "Style",
+    "build_example",
+    "check_mask",
+    "fit_aggregation",
+    "fit_prompt",
+]

@@ -1,0 +1,248 @@
+"""Chat template or in-context prompt -> token ids, once.
+
+    format = ChatFormat.load("HuggingFaceTB/SmolLM2-135M-Instruct")
+    prompt = format.prompt_ids(messages)             # <|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n
+    target = format.target_ids(messages, "Paris.")   # Paris.<|im_end|>
+
+The same two calls make the training examples and the prompts that are served, so what is trained is what is sent:
+
+    prompt_ids + target_ids  ==  ids of the rendered full conversation, up to and including its end-of-turn token
+
+Text after the end-of-turn token (ChatML's line break) is the template's and no part of the target. A tokenizer that
+adds a BOS gets exactly one: from the template's text where that begins with it, else in front. Templates that refuse
+or lose a system message (Mistral, Gemma) get its text at the top of the first user message. A tokenizer without a chat
+template gets the in-context prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aft_ray.errors import ConfigError, InputError
+from aft_ray.records import Message
+from aft_ray.templates.control import ControlTokens
+from aft_ray.templates.format import checked
+from aft_ray.templates.in_context import InContextPrompt
+
+Style = Literal["auto", "chat", "in_context"]
+"""`auto`: the chat template where the tokenizer has one, else the in-context prompt."""
+
+_PROBE = "Zebra"
+_PROBES = (_PROBE, "7", "e.", "z\n")  # endings of different kinds: what all prompts end with is the template's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """What a chat template writes around an answer, beyond its generation prompt."""
+
+    before: str = ""
+    after: str = ""
+    """Up to and including the end-of-turn token, where there is one."""
+    end: str | None = None
+    """The end-of-turn token."""
+
+
+class ChatFormat:
+    """A tokenizer with its chat template, or with the in-context prompt. Implements `PromptFormat`."""
+
+    def __init__(self, tokenizer: Any, in_context: InContextPrompt | None = None, style: Style = "auto") -> None:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        if style == "chat" and template is None:
+            raise ConfigError(
+                "style chat: the tokenizer has no chat template; use style auto or in_context, or an instruct model"
+            )
+        self.tokenizer = tokenizer
+        self.has_template = template is not None and style != "in_context"
+        self._template = template if self.has_template else None
+        self._in_context = None if self.has_template else in_context or InContextPrompt.load()
+        self._controls = ControlTokens.of(tokenizer, self._template)
+        self._adds_bos = _adds_bos(tokenizer)
+        self._merges_system = self.has_template and not self._keeps_system()
+        self._turn = self._probe_turn()
+        self.bos_id, self.prompt_tail = self._probe_prompt()
+
+    @classmethod
+    def load(
+        cls,
+        tokenizer_source: str,
+        in_context: InContextPrompt | None = None,
+        style: Style = "auto",
+        trust_remote_code: bool = False,
+    ) -> ChatFormat:
+        """From a folder or a hub id. Raises ConfigError where there is no tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"tokenizer {tokenizer_source}: cannot be loaded ({error})") from error
+        return cls(tokenizer, in_context, style)
+
+    @property
+    def template_hash(self) -> str:
+        if self._in_context is not None:
+            return self._in_context.hash
+        assert self._template is not None
+        return hashlib.sha256(self._template.encode()).hexdigest()
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends an answer: the template's, else the tokenizer's eos; None where it has neither."""
+        return self._controls.ids[self._turn.end] if self._turn.end else self.tokenizer.eos_token_id
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        ids = (self.end_of_turn_id, self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(index for index in ids if index is not None))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self._in_context.stop_strings if self._in_context is not None else ()
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self._ids(self._prompt_text(messages))
+
+    def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
+        """See the module; where prompt and answer would share a token, the answer's text is tokenized by itself."""
+        if self.end_of_turn_id is None:
+            raise ConfigError("a target needs an end, but the tokenizer has neither an end-of-turn nor an eos token")
+        prompt, added = self._prompt_text(messages), self._added_text(messages, target)
+        prompt_ids, full_ids = self._ids(prompt), self._ids(prompt + added)
+        same = full_ids[: len(prompt_ids)] == prompt_ids
+        ids = full_ids[len(prompt_ids) :] if same else self._raw_ids(added)
+        return ids if self._turn.end else (*ids, self.end_of_turn_id)
+
+    def count(self, messages: Sequence[Message]) -> int:
+        return len(self.prompt_ids(messages))
+
+    def num_tokens(self, text: str) -> int:
+        return len(self._raw_ids(self.neutralise(text)))
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """Cut at a token boundary that is also a character boundary, without white space at the end."""
+        if max_tokens <= 0:
+            return ""
+        text = self.neutralise(text)
+        if not getattr(self.tokenizer, "is_fast", False):
+            ids = self._raw_ids(text)
+            return text if len(ids) <= max_tokens else self.decode(ids[:max_tokens]).rstrip("\ufffd \n")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]].rstrip()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def neutralise(self, text: str) -> str:
+        text = self._controls.neutralise(text)
+        return text if self._in_context is None else self._in_context.neutralise(text)
+
+    # ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prompt_text(self, messages: Sequence[Message]) -> str:
+        prepared = self._prepared(messages)
+        if self._in_context is not None:
+            return self._in_context.render(prepared)
+        return self._rendered(prepared, generation_prompt=True)
+
+    def _added_text(self, messages: Sequence[Message], target: str) -> str:
+        """What the answer adds to the prompt's text, up to and including its end-of-turn token.
+
+        Rendering is asked first, because a template may put something before the answer or trim it. Where the full
+        conversation does not begin with the prompt (Mistral v0.3 moves the system text, some reasoning templates drop
+        what the prompt opened), the answer is put between what the template writes around an answer elsewhere.
+        """
+        if self._in_context is not None:
+            return self.neutralise(target) + self._in_context.closing
+        prompt = self._prompt_text(messages)
+        answer = Message(role="assistant", content=target)
+        full = self._rendered(self._prepared([*messages, answer]), generation_prompt=False)
+        turn = self._turn
+        if not full.startswith(prompt):
+            return turn.before + self.neutralise(target) + (turn.after if turn.end else "")
+        added = full[len(prompt) :]
+        if turn.end is None:
+            return added.removesuffix(turn.after)
+        end = added.find(turn.end)
+        return added[: end + len(turn.end)] if end >= 0 else added + turn.end
+
+    def _prepared(self, messages: Sequence[Message]) -> list[Message]:
+        """Neutralised, and with the system text in the first user message where the template wants that."""
+        checked(messages)
+        clean = [Message(role=m["role"], content=self.neutralise(m["content"])) for m in messages]
+        return _system_in_user(clean) if self._merges_system else clean
+
+    def _rendered(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
+
+    # ── ids ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        ids = self._raw_ids(text)
+        bos = self.tokenizer.bos_token_id
+        return (bos, *ids) if self._adds_bos and ids[:1] != (bos,) else ids
+
+    def _raw_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    # ── what the template does, asked once ───────────────────────────────────────────────────────────────────────────
+
+    def _keeps_system(self) -> bool:
+        conversation = [Message(role="system", content=_PROBE), Message(role="user", content="7")]
+        try:
+            return _PROBE in self._rendered(conversation, generation_prompt=True)
+        except InputError:
+            return False
+
+    def _probe_turn(self) -> _Turn:
+        if self._in_context is not None:
+            return _Turn(after=self._in_context.closing)
+        query, answer = Message(role="user", content="7"), Message(role="assistant", content=_PROBE)
+        full = self._rendered([query, answer], generation_prompt=False)
+        head, _, after = full.rpartition(_PROBE)
+        prompt = self._rendered([query], generation_prompt=True)
+        before = head[len(prompt) :] if head.startswith(prompt) else ""
+        end = self._controls.first_in(after)
+        return _Turn(before=before, after=after if end is None else after[: after.index(end) + len(end)], end=end)
+
+    def _probe_prompt(self) -> tuple[int | None, tuple[int, ...]]:
+        """The BOS every prompt begins with, unless it also marks turns; and the ids every prompt ends with."""
+        prompts = [self.prompt_ids([Message(role="user", content=probe)]) for probe in _PROBES]
+        tail = prompts[0]
+        for prompt in prompts[1:]:
+            tail = _common_suffix(tail, prompt)
+        bos = self.tokenizer.bos_token_id
+        return (bos if all(prompt[:1] == (bos,) and prompt.count(bos) == 1 for prompt in prompts) else None), tail
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _system_in_user(messages: list[Message]) -> list[Message]:
+    """A leading system message becomes the top of the first user message, or the user message where there is none."""
+    if messages[0]["role"] != "system":
+        return messages
+    text, rest = messages[0]["content"], messages[1:]
+    if not rest or rest[0]["role"] != "user":
+        return [Message(role="user", content=text), *rest]
+    return [Message(role="user", content=f"{text}\n\n{rest[0]['content']}"), *rest[1:]]
+
+
+def _common_suffix(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    length = 0
+    while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
+        length += 1
+    return left[len(left) - length :]

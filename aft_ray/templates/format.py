@@ -1,0 +1,121 @@
+"""What turns messages into what a model is sent: the `PromptFormat` protocol, and its form for engines without ids.
+
+Two implementations: `ChatFormat` (chat.py) has a tokenizer, so its ids are what the model sees and its counts are
+exact; `MessagesFormat` is for endpoints that take messages only, so it has no ids and its counts are upper-side
+estimates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from aft_ray.errors import InputError
+from aft_ray.records import Message, fingerprint
+from aft_ray.templates.control import without_surrogates
+
+
+class PromptFormat(Protocol):
+    """How the messages of a conversation reach a model."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a chat template shapes the prompt (else the in-context prompt, or the endpoint, does)."""
+        ...
+
+    @property
+    def template_hash(self) -> str:
+        """Identity of the words around the messages: sha256 of the chat template or of the in-context prompt."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end an answer and do not belong to it."""
+        ...
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Everything before the answer, generation prompt included; () for an engine that takes messages."""
+        ...
+
+    def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
+        """What the answer `target` adds to `prompt_ids`, its end-of-turn token included."""
+        ...
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt."""
+        ...
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a piece of text by itself."""
+        ...
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The beginning of `text`, at most `max_tokens` long."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens included."""
+        ...
+
+    def neutralise(self, text: str) -> str:
+        """`text` as it stands inside a message, with nothing in it that could act as a control token."""
+        ...
+
+
+def checked(messages: Sequence[Message]) -> None:
+    """Raises InputError for a conversation that no format can render."""
+    if not messages:
+        raise InputError("a conversation needs at least one message, found none")
+    for number, message in enumerate(messages, start=1):
+        if message.get("role") not in ("system", "user", "assistant", "tool"):
+            raise InputError(
+                f"message {number} has role {message.get('role')!r}, expected system, user, assistant or tool"
+            )
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"message {number} has content {message.get('content')!r}, expected text")
+
+
+class MessagesFormat:
+    """For endpoints that take messages: the conversation is sent as it is, and its length is estimated from above."""
+
+    BYTES_PER_TOKEN = (
+        3  # English has about 4 characters per token; other scripts are rarely above one token per 3 bytes
+    )
+    TOKENS_PER_MESSAGE = 4  # the control tokens around a turn
+
+    has_template = False
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    template_hash = fingerprint(["messages"])
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        checked(messages)
+        return ()
+
+    def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
+        return ()
+
+    def count(self, messages: Sequence[Message]) -> int:
+        checked(messages)
+        return sum(self.TOKENS_PER_MESSAGE + self.num_tokens(message["content"]) for message in messages)
+
+    def num_tokens(self, text: str) -> int:
+        return math.ceil(len(self.neutralise(text).encode()) / self.BYTES_PER_TOKEN)
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        return self.neutralise(text).encode()[: max_tokens * self.BYTES_PER_TOKEN].decode(errors="ignore")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if ids:
+            raise InputError(f"{len(ids)} ids to decode, but this engine takes messages and its tokenizer is not known")
+        return ""
+
+    def neutralise(self, text: str) -> str:
+        """The endpoint renders the messages, so only what cannot be sent as UTF-8 is replaced."""
+        return without_surrogates(text)

@@ -1,0 +1,85 @@
+"""The loss mask: the model learns to write the answer and its end, never the prompt.
+
+input_ids   [ prompt ......................... | target ......... end-of-turn ]
+labels      [ IGNORE IGNORE IGNORE ... IGNORE  | target ......... end-of-turn ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aft_ray.errors import InputError
+from aft_ray.templates.chat import ChatFormat
+
+IGNORE = -100
+"""The label torch's cross entropy skips."""
+
+
+def build_example(prompt_ids: Sequence[int], target_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of one training example. Raises InputError when either part is empty."""
+    if not prompt_ids or not target_ids:
+        raise InputError(
+            f"a training example needs a prompt and a target, found {len(prompt_ids)} and {len(target_ids)} tokens"
+        )
+    return [*prompt_ids, *target_ids], [IGNORE] * len(prompt_ids) + list(target_ids)
+
+
+def check_mask(input_ids: Sequence[int], labels: Sequence[int], format: ChatFormat) -> None:
+    """Raises InputError naming the invariant that an example of `format` breaks; returns nothing where all hold."""
+    start = _target_start(input_ids, labels)
+    _check_boundary(input_ids, start, format)
+    _check_end(input_ids, labels, start, format)
+    _check_bos(input_ids, format)
+
+
+def _target_start(input_ids: Sequence[int], labels: Sequence[int]) -> int:
+    """Where the target begins: labels are IGNORE before it and the input ids from there on."""
+    if len(input_ids) != len(labels):
+        raise InputError(f"one label per token: {len(input_ids)} input_ids, {len(labels)} labels")
+    start = next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
+    if start == len(labels):
+        raise InputError(f"first target token inside the loss: all {len(labels)} labels are {IGNORE}")
+    if start == 0:
+        raise InputError("prompt outside the loss: the first label is a token, so there is no masked prompt")
+    for place in range(start, len(labels)):
+        if labels[place] != input_ids[place]:
+            last = place == len(labels) - 1
+            what = "end-of-turn inside the loss" if last else "labels equal the input ids from the target on"
+            raise InputError(f"{what}: place {place} has id {input_ids[place]} and label {labels[place]}")
+    return start
+
+
+def _check_boundary(input_ids: Sequence[int], start: int, format: ChatFormat) -> None:
+    """The loss must begin right behind the last generation prompt (`<|im_start|>assistant\\n`)."""
+    tail = format.prompt_tail
+    expected = _last_end_of(tail, input_ids, format)
+    if expected is None or start == expected:
+        return
+    if start < expected:
+        raise InputError(f"prompt outside the loss: labels begin at {start}, the target at {expected}")
+    raise InputError(f"first target token inside the loss: labels begin at {start}, the target at {expected}")
+
+
+def _last_end_of(tail: Sequence[int], input_ids: Sequence[int], format: ChatFormat) -> int | None:
+    """Where the last generation prompt ends; None where an answer could spell it too, so its place proves nothing."""
+    text = format.decode(tail)
+    if not tail or format.neutralise(text) == text:
+        return None
+    for end in range(len(input_ids), len(tail) - 1, -1):
+        if list(input_ids[end - len(tail) : end]) == list(tail):
+            return end
+    raise InputError(f"prompt ends with the generation prompt {text!r} (ids {list(tail)}): not found in the example")
+
+
+def _check_end(input_ids: Sequence[int], labels: Sequence[int], start: int, format: ChatFormat) -> None:
+    end = format.end_of_turn_id
+    if labels[-1] != end:
+        raise InputError(f"end-of-turn inside the loss and last: the last label is {labels[-1]}, expected {end}")
+    if end in input_ids[start:-1]:
+        raise InputError(f"end-of-turn inside the loss and last: id {end} stands inside the target as well")
+
+
+def _check_bos(input_ids: Sequence[int], format: ChatFormat) -> None:
+    count = list(input_ids[:-1]).count(format.bos_id or 0)  # the last id may be a BOS that is the eos as well (OPT)
+    if format.bos_id is not None and (input_ids[0] != format.bos_id or count != 1):
+        raise InputError(f"exactly one BOS, in front: id {format.bos_id} occurs {count} times, first id {input_ids[0]}")

@@ -1,0 +1,118 @@
+"""A scripted language model behind the `Engine` protocol, for tests and benchmarks of everything around the model.
+
+One knob per behaviour. The answer is a function of (prompt ids, seed), so two runs of the same script agree:
+
+    ScriptedEngine(ScriptedEngineConfig(seconds_per_token=0.01, fail_on=(2,)))
+
+fails the third sample of every request and takes 10 ms per token for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Sequence
+
+from aft_ray.config import ScriptedEngineConfig
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
+from aft_ray.errors import EngineError
+
+
+class ScriptedEngine:
+    """Answers "word-<hash> word-<hash> ..."; every knob is in `ScriptedEngineConfig`."""
+
+    def __init__(self, config: ScriptedEngineConfig) -> None:
+        self.config = config
+        self.requests: list[GenerateRequest] = []
+        """Every request received, in order: what a test looks at."""
+        self.num_running = 0
+        """Samples being written now; 0 after a cancelled request proves nothing leaked."""
+        self.num_prompt_tokens = 0
+        """Prompt tokens of all samples begun: the engine's own bill, to hold a caller's usage against."""
+        self.num_tokens = 0
+        """Tokens written, of samples that failed or were cancelled too."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model="scripted",
+            tokenizer=self.config.tokenizer,
+            max_model_len=self.config.max_model_len,
+            takes_messages=self.config.tokenizer is None,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        self.requests.append(request)
+        if self.config.fail_requests:
+            raise EngineError("scripted failure of the whole request")
+        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
+        try:
+            num_done = 0
+            while num_done < len(writers):
+                event = await events.get()
+                num_done += isinstance(event, Sample)
+                yield event
+        finally:
+            for writer in writers:
+                writer.cancel()
+            await asyncio.gather(*writers, return_exceptions=True)
+
+    async def _write(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> None:
+        config = self.config
+        self.num_running += 1
+        self.num_prompt_tokens += self._num_prompt_tokens(request)
+        try:
+            words = self._words(request, index)
+            if index in config.fail_on:
+                words = []
+            for number, word in enumerate(words):
+                slow = config.slow_factor if index in config.slow_on else 1
+                await asyncio.sleep(config.seconds_per_token * slow)
+                self.num_tokens += 1
+                if request.stream:
+                    events.put_nowait(TokenDelta(index=index, text=word if number == 0 else f" {word}", num_tokens=1))
+            failed = index in config.fail_on
+            events.put_nowait(
+                Sample(
+                    index=index,
+                    text=" ".join(words),
+                    token_ids=tuple(range(len(words))),
+                    finish_reason="error"
+                    if failed
+                    else "length"
+                    if len(words) == request.sampling.max_tokens
+                    else "stop",
+                    num_prompt_tokens=self._num_prompt_tokens(request),
+                    num_tokens=len(words),
+                    seed=request.seeds[index],
+                    error="scripted failure of one sample" if failed else None,
+                )
+            )
+        finally:
+            self.num_running -= 1
+
+    def _words(self, request: GenerateRequest, index: int) -> list[str]:
+        if index in self.config.empty_on:
+            return []
+        if self.config.answers:
+            text = self.config.answers[index % len(self.config.answers)]
+            return text.split(" ")[: request.sampling.max_tokens]
+        key = f"{request.messages}/{request.prompt_ids}/{request.seeds[index]}".encode()
+        digest = hashlib.sha256(key).hexdigest()
+        num_words = min(self.config.num_tokens, request.sampling.max_tokens)
+        return [f"word-{digest[i % 60 : i % 60 + 4]}" for i in range(num_words)]
+
+    def _num_prompt_tokens(self, request: GenerateRequest) -> int:
+        return len(request.prompt_ids) or sum(len(m["content"].split()) for m in request.messages)
+
+    async def score(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
+    ) -> list[float]:
+        return [-1.0] * len(continuation_ids)
+
+    async def check(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None

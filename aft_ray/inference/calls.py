@@ -1,0 +1,153 @@
+"""What each layer asks the engine: who is shown what, the prompt made of it, the seeds. Pure functions of the run.
+
+    layer 0        one request, K seeds: the prompt is computed once for all proposals
+    layer l >= 1   each slot is shown answers of layer l-1; slots with equal prompts share one request
+
+With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request of K seeds. With M < K
+(recursive self-aggregation, arXiv 2509.26626) each slot draws its own M of them. Every draw and every seed is derived
+from (run seed, prompt_id, layer, slot), so a run can be repeated whatever else runs beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aft_ray.engines.base import GenerateRequest, Sampling
+from aft_ray.errors import ConfigError, PromptTooLong
+from aft_ray.inference.events import Answer
+from aft_ray.inference.layer import Call, Slot
+from aft_ray.inference.plan import Plan
+from aft_ray.inference.role import Role
+from aft_ray.records import Message, derive_seed
+from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that stays the same over the layers of one run."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    plan: Plan
+    proposer: Role
+    aggregator: Role
+    template: AggregatorTemplate
+    run_seed: int
+    request_id: str
+
+    def role_of(self, layer: int) -> Role:
+        """Who answers in a layer."""
+        return self.proposer if layer == 0 else self.aggregator
+
+    def sampling_of(self, layer: int) -> Sampling:
+        """The plan's sampling of a layer, with the stop strings of the prompt format added."""
+        sampling = self.plan.sampling_of(layer)
+        stop = dict.fromkeys((*sampling.stop, *self.role_of(layer).format.stop_strings))
+        return dataclasses.replace(sampling, stop=tuple(stop))
+
+    def max_prompt_tokens(self, layer: int) -> int:
+        """Tokens of the window that the answer leaves to the prompt."""
+        window = self.role_of(layer).engine.info.max_model_len
+        max_tokens = self.plan.sampling_of(layer).max_tokens
+        if max_tokens >= window:
+            raise PromptTooLong(
+                f"layer {layer}: max_tokens {max_tokens} leaves no room for a prompt in the model's window of {window} "
+                "tokens. Lower max_tokens, or raise the engine's max_model_len"
+            )
+        return window - max_tokens
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What the model sees, and the slots that see it."""
+
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+
+def layer_calls(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[Call]:
+    """The requests that fill a layer's `num_slots` slots. `below`: the usable answers of the layer below."""
+    prompts = _proposal_prompts(run, num_slots) if layer == 0 else _aggregation_prompts(run, layer, below, num_slots)
+    return [_call(run, layer, number, prompt) for number, prompt in enumerate(prompts)]
+
+
+def draw_shown(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[tuple[Answer, ...]]:
+    """What each slot of a layer is shown of the layer below, in the order shown.
+
+    `drop_duplicates` comes before the draw: M slots of one prompt then hold M different texts where there are as many.
+    """
+    plan = run.plan
+    candidates = distinct(below) if plan.drop_duplicates else tuple(below)
+    size = min(plan.subset_size or plan.num_proposals, len(candidates))
+    if plan.subset_size in (None, plan.num_proposals):
+        return [_draw(run, layer, 0, candidates, size)] * num_slots
+    return [_draw(run, layer, slot, candidates, size) for slot in range(num_slots)]
+
+
+def distinct(answers: Sequence[Answer]) -> tuple[Answer, ...]:
+    """The answers without those whose text, stripped, came before."""
+    by_text: dict[str, Answer] = {}
+    for answer in answers:
+        by_text.setdefault(answer.text.strip(), answer)
+    return tuple(by_text.values())
+
+
+def _draw(run: Run, layer: int, slot: int, candidates: Sequence[Answer], size: int) -> tuple[Answer, ...]:
+    rng = random.Random(derive_seed(run.run_seed, f"{run.prompt_id}/shown", layer, slot))
+    positions = rng.sample(range(len(candidates)), size)
+    return tuple(candidates[p] for p in (positions if run.plan.shuffle else sorted(positions)))
+
+
+def _proposal_prompts(run: Run, num_slots: int) -> list[_Prompt]:
+    ids = fit_prompt(run.proposer.format, run.messages, run.max_prompt_tokens(0))
+    return [_Prompt(run.messages, tuple(ids), tuple(Slot(index=index) for index in range(num_slots)))]
+
+
+def _aggregation_prompts(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[_Prompt]:
+    """One prompt per different list of shown texts, with all the slots that are shown it."""
+    shown_by_texts: dict[tuple[str, ...], dict[int, tuple[Answer, ...]]] = {}
+    for slot, shown in enumerate(draw_shown(run, layer, below, num_slots)):
+        shown_by_texts.setdefault(tuple(answer.text for answer in shown), {})[slot] = shown
+    return [_aggregation_prompt(run, layer, texts, shown) for texts, shown in shown_by_texts.items()]
+
+
+def _aggregation_prompt(
+    run: Run, layer: int, texts: tuple[str, ...], shown: Mapping[int, tuple[Answer, ...]]
+) -> _Prompt:
+    fitted = fit_aggregation(
+        run.aggregator.format,
+        run.template,
+        run.messages,
+        texts,
+        run.max_prompt_tokens(layer),
+        run.plan.length_policy,
+    )
+    slots = tuple(
+        Slot(index=slot, inputs=tuple(answers[k].index for k in fitted.kept), length_action=fitted.action)
+        for slot, answers in shown.items()
+    )
+    return _Prompt(tuple(fitted.messages), tuple(fitted.prompt_ids), slots)
+
+
+def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
+    role, plan = run.role_of(layer), run.plan
+    if not prompt.prompt_ids and not role.engine.info.takes_messages:
+        raise ConfigError(
+            f"layer {layer}: engine {role.engine.info.model} takes token ids, but its prompt format makes none. "
+            "Give the role a format with the model's tokenizer, such as ChatFormat"
+        )
+    is_cancellable = plan.draft_deadline_s is not None or plan.deadline_s is not None  # deltas show what it had cost
+    request = GenerateRequest(
+        request_id=f"{run.request_id}/{layer}/{number}",
+        prompt_ids=prompt.prompt_ids,
+        messages=prompt.messages,
+        sampling=run.sampling_of(layer),
+        seeds=tuple(derive_seed(run.run_seed, run.prompt_id, layer, slot.index) for slot in prompt.slots),
+        adapter=role.adapter,
+        stream=layer == plan.num_layers or is_cancellable,
+    )
+    return Call(request=request, slots=prompt.slots)

@@ -1,0 +1,86 @@
+"""What a propose-and-aggregate run tells, in order. Batch inference reads to the end, Serve streams, evaluation keeps.
+
+ProposalDone*  LayerDone  ProposalDone*  LayerDone  ...  AnswerDelta*  Finished
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aft_ray.records import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUsage:
+    """Tokens of one layer, failed and cancelled answers included."""
+
+    layer: int
+    prompt_tokens: int = 0
+    """Prompt tokens sent, counted once per answer."""
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of `prompt_tokens`, those the engine did not have to compute again."""
+    num_answers: int = 0
+    """Answers that ended by themselves and were not empty."""
+    num_failed: int = 0
+    """Failed or empty answers."""
+    num_cancelled: int = 0
+    """Stragglers cancelled by the draft deadline."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer of a layer: a proposal (layer 0), an aggregation (hidden layers), or the final answer (layer L)."""
+
+    layer: int
+    index: int
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_tokens: int
+    num_cached_tokens: int = 0
+    seed: int | None = None
+    error: str | None = None
+    inputs: tuple[int, ...] = ()
+    """Indices of the answers of the layer below that it was shown, in the order shown."""
+    length_action: str | None = None
+    """What the length policy did to its inputs, such as `drop_longest: dropped 2`; None when everything fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalDone:
+    """An answer below the last layer is done (or failed: `answer.error`)."""
+
+    answer: Answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDone:
+    """Every answer of a layer below the last is done, failed or cancelled."""
+
+    usage: LayerUsage
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDelta:
+    """A piece of the final answer, as it is made."""
+
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The whole run."""
+
+    answer: Answer
+    layers: tuple[tuple[Answer, ...], ...]
+    """All usable answers by layer; the last layer holds `answer` alone."""
+    usage: tuple[LayerUsage, ...]
+    """One entry per layer, 0 .. L."""
+    messages: tuple[Message, ...]
+    """The conversation the final answer was written from (aggregator prompt included)."""
+
+
+Event = ProposalDone | LayerDone | AnswerDelta | Finished

@@ -1,0 +1,177 @@
+"""One layer: its calls run side by side, every answer and token is counted, stragglers may be cut.
+
+A call is one `GenerateRequest`; its n samples fill n slots of the layer. The layer is over when every slot has ended,
+or, once the draft deadline has passed, when enough slots hold a usable answer: closing the calls then aborts the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from aft_ray.engines.base import Engine, EngineEvent, GenerateRequest, Sample, TokenDelta
+from aft_ray.errors import EngineError
+from aft_ray.inference.events import Answer, LayerUsage
+from aft_ray.inference.fan_in import Tell, Writer, fan_in
+
+EMPTY_ANSWER = "empty answer"
+"""`Answer.error` of an answer without text: there is nothing in it to aggregate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One answer that a layer must write."""
+
+    index: int
+    inputs: tuple[int, ...] = ()
+    """Indices of the answers of the layer below that it is shown, in the order shown."""
+    length_action: str | None = None
+    """What the length policy did to its inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request to the engine and the slots its samples fill: sample i fills `slots[i]`."""
+
+    request: GenerateRequest
+    slots: tuple[Slot, ...]
+
+
+class Ledger:
+    """Who has answered what in one layer, and what it cost."""
+
+    def __init__(self, layer: int, calls: Sequence[Call]) -> None:
+        self.layer = layer
+        self.usable: dict[int, Answer] = {}
+        self.failed: list[Answer] = []
+        """Failed and empty answers, in the order they ended."""
+        self.unfinished: dict[int, Call] = {slot.index: call for call in calls for slot in call.slots}
+        self._num_tokens_seen: Counter[int] = Counter()
+        """Tokens streamed so far, by slot: all that is known of an answer that is never finished."""
+        self._num_prompt_tokens = {call.request.request_id: len(call.request.prompt_ids) for call in calls}
+        self._started = time.monotonic()
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The usable answers, by index: in an order that does not depend on who was faster."""
+        return tuple(self.usable[index] for index in sorted(self.usable))
+
+    def take(self, call: Call, event: EngineEvent | EngineError) -> list[Answer]:
+        """Count one event of a call and return the answers it ended. An EngineError ends all the call has left."""
+        if isinstance(event, TokenDelta):
+            self._num_tokens_seen[call.slots[event.index].index] += event.num_tokens
+            return []
+        if isinstance(event, Sample):
+            if event.num_prompt_tokens:
+                self._num_prompt_tokens[call.request.request_id] = event.num_prompt_tokens
+            return [self._end(self._answer_of(call.slots[event.index], event))]
+        left = [slot for slot in call.slots if slot.index in self.unfinished]
+        has_begun = len(left) < len(call.slots) or any(self._num_tokens_seen[slot.index] for slot in left)
+        num_sent = self._num_prompt_tokens[call.request.request_id] if has_begun else 0  # refused at once: cost nothing
+        return [self._end(self._answer_lost(slot, num_sent, str(event))) for slot in left]
+
+    def usage(self) -> LayerUsage:
+        """Tokens and seconds so far. What is unfinished counts as cancelled, with the tokens known of it."""
+        ended = [*self.usable.values(), *self.failed]
+        sent = [self._num_prompt_tokens[call.request.request_id] for call in self.unfinished.values()]
+        return LayerUsage(
+            layer=self.layer,
+            prompt_tokens=sum(a.num_prompt_tokens for a in ended) + sum(sent),
+            completion_tokens=sum(a.num_tokens for a in ended) + sum(self._num_tokens_seen[i] for i in self.unfinished),
+            cached_tokens=sum(a.num_cached_tokens for a in ended),
+            num_answers=len(self.usable),
+            num_failed=len(self.failed),
+            num_cancelled=len(self.unfinished),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _end(self, answer: Answer) -> Answer:
+        del self.unfinished[answer.index]
+        if answer.error is None:
+            self.usable[answer.index] = answer
+        else:
+            self.failed.append(answer)
+        return answer
+
+    def _answer_of(self, slot: Slot, sample: Sample) -> Answer:
+        return Answer(
+            layer=self.layer,
+            index=slot.index,
+            text=sample.text,
+            finish_reason=sample.finish_reason,
+            num_prompt_tokens=sample.num_prompt_tokens,
+            num_tokens=max(sample.num_tokens, self._num_tokens_seen[slot.index]),  # a failed one may report none
+            num_cached_tokens=sample.num_cached_tokens,
+            seed=sample.seed,
+            error=sample.error if sample.error is not None or sample.text.strip() else EMPTY_ANSWER,
+            inputs=slot.inputs,
+            length_action=slot.length_action,
+        )
+
+    def _answer_lost(self, slot: Slot, num_prompt_tokens: int, error: str) -> Answer:
+        return Answer(
+            layer=self.layer,
+            index=slot.index,
+            text="",
+            finish_reason="error",
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=self._num_tokens_seen[slot.index],
+            error=error,
+            inputs=slot.inputs,
+            length_action=slot.length_action,
+        )
+
+
+async def run_layer(
+    engine: Engine,
+    calls: Sequence[Call],
+    ledger: Ledger,
+    quorum: int,
+    draft_deadline_s: float | None,
+    watch: Callable[[TokenDelta | Answer], None],
+) -> None:
+    """Fill the ledger. `watch` is told each piece of text as it is made and each answer as it ends."""
+    writers: list[Writer[Any]] = [partial(_answer_call, engine, call) for call in calls]
+    if draft_deadline_s is not None:
+        writers.append(partial(_ring, draft_deadline_s))
+    is_late = False
+    async with aclosing(fan_in(writers)) as told:
+        async for item in told:
+            if isinstance(item, _DraftDeadline):
+                is_late = True
+            else:
+                call, event = item
+                if isinstance(event, TokenDelta):
+                    watch(event)
+                for answer in ledger.take(call, event):
+                    watch(answer)
+            if not ledger.unfinished or (is_late and len(ledger.usable) >= quorum):
+                return
+
+
+async def _answer_call(engine: Engine, call: Call, tell: Tell[tuple[Call, EngineEvent | EngineError]]) -> None:
+    """Tell the call's events; last comes what to say of slots that never got an answer (none, as a rule)."""
+    try:
+        async with aclosing(engine.generate(call.request)) as events:
+            async for event in events:
+                tell((call, event))
+    except EngineError as error:
+        tell((call, error))
+    else:
+        tell((call, EngineError("the engine ended the request without answering")))
+
+
+@dataclass(frozen=True)
+class _DraftDeadline:
+    """The draft deadline has passed."""
+
+
+async def _ring(seconds: float, tell: Tell[_DraftDeadline]) -> None:
+    await asyncio.sleep(seconds)
+    tell(_DraftDeadline())

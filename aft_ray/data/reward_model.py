@@ -1,0 +1,157 @@
+"""A sequence-classification reward model behind the `Scorer` protocol: one logit per (conversation, answer).
+
+The answer becomes the last assistant turn, and the model's own chat template turns the conversation into ids once. A
+tokenizer without a chat template gets the pair (last user turn, answer), the older convention of reward models.
+Nothing is cut: an answer that does not fit the window has no score.
+
+At start a good and a plainly bad answer to the same question are scored. A model that does not prefer the good one is
+refused: it is no reward model, or its head was not in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from aft_ray.data.scorers import Row, Score
+from aft_ray.errors import ConfigError
+from aft_ray.models import resolve_model
+from aft_ray.records import Message
+from aft_ray.templates.control import ControlTokens
+
+logger = logging.getLogger(__name__)
+
+SANITY_QUESTION: Message = {"role": "user", "content": "What is the capital of France?"}
+SANITY_GOOD = "The capital of France is Paris."
+SANITY_BAD = "Bananas bananas bananas. I will not tell you, go away."
+
+
+class RewardModel:
+    """Loads the model in its constructor, on the GPU where there is one."""
+
+    def __init__(self, reference: str, batch_size: int = 8, num_threads: int = 1) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(num_threads)
+        path = resolve_model(reference)
+        self.reference = reference
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = _load_classifier(path, reference).to(self.device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.control = ControlTokens.of(self.tokenizer, self.tokenizer.chat_template)
+        self.pad_id = _padding_id(self.tokenizer)
+        self.model.config.get_text_config().pad_token_id = self.pad_id
+        self.batch_size = batch_size if self.pad_id is not None else 1
+        self.max_length = _window(self.tokenizer, self.model.config)
+        self._check_sanity()
+
+    def name_of(self, row: Row) -> str:
+        return "reward_model"
+
+    def score(self, row: Row, texts: Sequence[str]) -> list[Score]:
+        scores: list[Score] = [Score(value=None, reason="not scored")] * len(texts)
+        encoded: dict[int, dict[str, list[int]]] = {}
+        for n, text in enumerate(texts):
+            try:
+                inputs = self._encode(row["messages"], text)
+            except Exception as error:  # chat templates are foreign code; some refuse a role
+                scores[n] = _unscored(error)
+                continue
+            if len(inputs["input_ids"]) > self.max_length:
+                reason = f"{len(inputs['input_ids'])} tokens > the reward model's window {self.max_length}"
+                scores[n] = Score(value=None, reason=reason)
+            else:
+                encoded[n] = inputs
+        for part in _batches(encoded, self.batch_size):
+            for n, score in zip(part, self._scores([encoded[n] for n in part]), strict=True):
+                scores[n] = score
+        return scores
+
+    def _scores(self, encoded: Sequence[Mapping[str, list[int]]]) -> list[Score]:
+        """One Score per input; a batch that fails is tried again one by one, so that one text harms no other."""
+        try:
+            return [_finite(value) for value in self._logits(encoded)]
+        except Exception as error:  # out of memory, a bad input: kept as the reason
+            if len(encoded) == 1:
+                return [_unscored(error)]
+            return [self._scores([inputs])[0] for inputs in encoded]
+
+    def _encode(self, messages: Sequence[Mapping[str, str]], text: str) -> dict[str, list[int]]:
+        turns = [{"role": m["role"], "content": self.control.neutralise(m["content"])} for m in messages]
+        answer = self.control.neutralise(text)
+        if self.tokenizer.chat_template is None:
+            return dict(self.tokenizer(turns[-1]["content"], answer, verbose=False))
+        turns.append({"role": "assistant", "content": answer})
+        return dict(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True))
+
+    def _logits(self, encoded: Sequence[Mapping[str, list[int]]]) -> list[float]:
+        import torch
+
+        if len(encoded) == 1:
+            batch = {key: torch.tensor([value]) for key, value in encoded[0].items()}
+        else:
+            batch = self.tokenizer.pad(list(encoded), return_tensors="pt")
+        with torch.inference_mode():
+            logits = self.model(**{key: value.to(self.device) for key, value in batch.items()}).logits
+        return [float(value) for value in logits[:, 0].float()]
+
+    def _check_sanity(self) -> None:
+        good, bad = self.score({"messages": [SANITY_QUESTION]}, [SANITY_GOOD, SANITY_BAD])
+        if good.value is None or bad.value is None or good.value <= bad.value:
+            raise ConfigError(
+                f"scores.reward_model {self.reference}: it scores {good.value} for {SANITY_GOOD!r} and {bad.value} for "
+                f"{SANITY_BAD!r}; a reward model prefers the first. Check that this is a reward model"
+            )
+        logger.info("reward model %s: sanity pair %.3f > %.3f", self.reference, good.value, bad.value)
+
+
+def _finite(value: float) -> Score:
+    return Score(value=value) if math.isfinite(value) else Score(value=None, reason=f"the logit is {value}")
+
+
+def _unscored(error: Exception) -> Score:
+    logger.warning("reward model: %r", error)
+    return Score(value=None, reason=f"{type(error).__name__}: {error}")
+
+
+def _batches(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    rest = iter(items)
+    while part := list(itertools.islice(rest, size)):
+        yield part
+
+
+def _load_classifier(path: str, reference: str) -> Any:
+    """The classifier with its one logit; ConfigError when the checkpoint has another head, or none."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"scores.reward_model {reference}: cannot be loaded: {error}") from None
+    missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    if missing:
+        raise ConfigError(
+            f"scores.reward_model {reference}: not in the checkpoint, or of another shape: {', '.join(missing[:4])}. "
+            "Expected a sequence-classification model with one label"
+        )
+    return model
+
+
+def _padding_id(tokenizer: Any) -> int | None:
+    """The padding token, if it can be told from the end of a text; without one, texts go through one by one.
+
+    Decoder classifiers read the logit at the last token that is not padding, so padding may not be the EOS token.
+    """
+    pad_id = tokenizer.pad_token_id
+    return None if pad_id is None or pad_id == tokenizer.eos_token_id else int(pad_id)
+
+
+def _window(tokenizer: Any, config: Any) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return int(min(tokenizer.model_max_length, positions))

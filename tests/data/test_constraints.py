@@ -1,0 +1,164 @@
+"""Every constraint type with answers that meet it and answers that do not; the packaged prompts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+from typing import Any
+
+import pytest
+
+from aft_ray.data.constraints import CONSTRAINTS, check, check_all, num_sentences, passes
+from aft_ray.errors import InputError
+
+Case = tuple[dict[str, Any], str]
+
+MET: list[Case] = [
+    ({"type": "num_bullets", "count": 2}, "Here:\n- tea\n* milk"),
+    ({"type": "num_bullets", "count": 1}, "• only one"),
+    ({"type": "num_numbered", "count": 3}, "1. egg\n2) bread\n3. salt"),
+    ({"type": "num_sentences", "count": 2}, "Dr. Lee came. She left!"),
+    ({"type": "max_sentences", "count": 2}, "One is enough."),
+    ({"type": "max_words", "count": 4}, "It's a well-known trick."),
+    ({"type": "contains_word", "word": "moss"}, "Soft MOSS, everywhere."),
+    ({"type": "contains_word", "word": "don't"}, "Please don’t."),
+    ({"type": "without_word", "word": "rain"}, "A raincoat for a rainy day."),
+    ({"type": "lower_case"}, "all small, 3 of them."),
+    ({"type": "upper_case"}, "WET FLOOR!"),
+    ({"type": "starts_with", "phrase": "Long ago"}, '"Long ago, a fox..."'),
+    ({"type": "ends_with", "phrase": "good night"}, 'And so, "Good night!"'),
+    ({"type": "json_keys", "keys": ["a", "b"]}, '{"b": 1, "a": [2]}'),
+    ({"type": "json_keys", "keys": ["a"]}, '```json\n{"a": 1}\n```'),
+    ({"type": "no_commas"}, "No pause here."),
+    ({"type": "double_quoted"}, "“Grow on.”"),
+    ({"type": "question_mark"}, "Who is there? A fox."),
+]
+
+NOT_MET: list[Case] = [
+    ({"type": "num_bullets", "count": 2}, "- tea\n- milk\n- sugar"),
+    ({"type": "num_bullets", "count": 1}, "-5 degrees and **bold**"),
+    ({"type": "num_numbered", "count": 2}, "1. egg\n3. bread"),
+    ({"type": "num_numbered", "count": 2}, "1. egg\n2. bread\n1. again"),
+    ({"type": "num_sentences", "count": 1}, "One. Two."),
+    ({"type": "max_sentences", "count": 1}, "One line\nand another"),
+    ({"type": "max_words", "count": 2}, "three short words"),
+    ({"type": "contains_word", "word": "ant"}, "An elephant."),
+    ({"type": "without_word", "word": "rain"}, "No Rain today."),
+    ({"type": "lower_case"}, "Almost."),
+    ({"type": "lower_case"}, "1234"),
+    ({"type": "upper_case"}, "WET FLOOr"),
+    ({"type": "starts_with", "phrase": "Yes"}, "Yesterday it was."),
+    ({"type": "ends_with", "phrase": "soon"}, "See you soon, my friend."),
+    ({"type": "ends_with", "phrase": "soon"}, "the monsoon"),
+    ({"type": "json_keys", "keys": ["a"]}, '{"a": 1, "b": 2}'),
+    ({"type": "json_keys", "keys": ["a"]}, 'Sure: {"a": 1}'),
+    ({"type": "json_keys", "keys": ["a"]}, '["a"]'),
+    ({"type": "no_commas"}, "Well, yes."),
+    ({"type": "double_quoted"}, '"Grow on," he said.'),
+    ({"type": "question_mark"}, "I wonder."),
+]
+
+
+def _name(value: Any) -> str:
+    return value["type"] if isinstance(value, dict) else repr(value)[:20]
+
+
+@pytest.mark.parametrize(("constraint", "text"), MET, ids=_name)
+def test_an_answer_that_meets_the_constraint_is_accepted(constraint: dict[str, Any], text: str) -> None:
+    assert check(constraint, text)
+    assert check(constraint, f"\n {text} \n")
+
+
+@pytest.mark.parametrize(("constraint", "text"), NOT_MET, ids=_name)
+def test_an_answer_that_misses_the_constraint_is_refused(constraint: dict[str, Any], text: str) -> None:
+    assert not check(constraint, text)
+
+
+def test_every_type_has_an_answer_on_either_side() -> None:
+    assert {c["type"] for c, _ in MET} == {c["type"] for c, _ in NOT_MET} == set(CONSTRAINTS)
+
+
+@pytest.mark.parametrize("constraint", [c for c, _ in MET], ids=_name)
+def test_an_empty_answer_meets_nothing(constraint: dict[str, Any]) -> None:
+    assert not check(constraint, " \n")
+
+
+def test_the_score_is_the_share_of_constraints_met() -> None:
+    constraints: list[dict[str, Any]] = [{"type": "no_commas"}, {"type": "max_words", "count": 3}]
+    assert check_all(constraints, "red and green and blue") == 0.5
+    assert not passes(constraints, "red and green and blue")
+    assert check_all(constraints, "red and green") == 1.0
+    assert passes(constraints, "red and green")
+    assert check_all(constraints, "red, green, blue and more") == 0.0
+    assert check_all(constraints, "") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One.", 1),
+        ("One", 1),
+        ("One. Two? Three!", 3),
+        ("Wait... what?!", 2),
+        ("Pi is 3.14 today.", 1),
+        ("Use fruit, e.g. apples. Done.", 2),
+        ('He said "Go." Then he went.', 2),
+        ("1. First thing\n2. Second thing", 2),
+        ("...", 0),
+    ],
+)
+def test_sentences_are_counted_as_a_reader_would(text: str, expected: int) -> None:
+    assert num_sentences(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ({"type": "num_bulets", "count": 3}, r"unknown type 'num_bulets'; did you mean 'num_bullets'\?"),
+        ({"type": "poem"}, "unknown type 'poem'; known types: num_bullets, "),
+        ({"count": 3}, "unknown type None"),
+        ({"type": "num_bullets"}, "count: field required"),
+        ({"type": "num_bullets", "count": "3"}, "count: input should be a valid integer"),
+        ({"type": "num_bullets", "count": 0}, "count: input should be greater than or equal to 1"),
+        ({"type": "no_commas", "count": 3}, "count: extra inputs are not permitted"),
+        ("no_commas", "expected an object with `type`, found str"),
+    ],
+)
+def test_a_constraint_outside_the_vocabulary_is_refused(constraint: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(constraint, "text")
+
+
+@pytest.mark.parametrize("constraints", [[], None, "no_commas", {"type": "no_commas"}])
+def test_a_prompt_needs_a_list_with_a_constraint(constraints: Any) -> None:
+    with pytest.raises(InputError, match="expected a list with one constraint or more"):
+        check_all(constraints, "text")
+
+
+def _packaged() -> list[dict[str, Any]]:
+    text = (resources.files("aft_ray.data") / "constraints.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_package_holds_120_different_prompts_with_one_or_two_constraints() -> None:
+    rows = _packaged()
+    assert len(rows) == len({row["prompt"].casefold() for row in rows}) == 120
+    assert {len(row["constraints"]) for row in rows} == {1, 2}
+    assert {row["task"] for row in rows} == {"constraints"}
+    counts = Counter(c["type"] for row in rows for c in row["constraints"])
+    assert set(counts) == set(CONSTRAINTS)
+    assert max(counts.values()) <= 48
+
+
+NUMBERS = {1: ("1", "one"), 2: ("2", "two"), 3: ("3", "three"), 4: ("4", "four"), 5: ("5", "five"), 6: ("6", "six")}
+
+
+@pytest.mark.parametrize("row", _packaged(), ids=lambda row: row["prompt"][:40])
+def test_a_packaged_prompt_says_in_its_text_what_is_checked(row: dict[str, Any]) -> None:
+    prompt = row["prompt"].casefold()
+    for constraint in row["constraints"]:
+        for part in [constraint.get("word"), constraint.get("phrase"), *constraint.get("keys", [])]:
+            assert part is None or part.casefold() in prompt
+        count = constraint.get("count")
+        assert count is None or any(word in prompt for word in NUMBERS.get(count, (str(count),)))

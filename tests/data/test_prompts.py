@@ -1,0 +1,249 @@
+"""Sources become prompt rows; a row that cannot be used is refused with its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aft_ray.config import PromptsConfig
+from aft_ray.data.prompts import read_prompts, split_held_out
+from aft_ray.errors import ConfigError, InputError
+from aft_ray.records import PROMPTS, metadata_of, prompt_id_of
+
+USER = {"role": "user", "content": "Name a river."}
+
+
+def write_jsonl(path: Path, *rows: Any) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(tmp_path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
+    source = write_jsonl(tmp_path / "prompts.jsonl", *rows)
+    return list(read_prompts(PromptsConfig(source=source, **settings)))
+
+
+def test_the_packaged_prompts_are_rows_of_the_prompts_schema() -> None:
+    rows = list(read_prompts(PromptsConfig()))
+    table = pa.Table.from_pylist(rows, schema=PROMPTS)
+    assert table.num_rows == 120
+    assert set(rows[0]) == set(PROMPTS.names) - {"split"}  # the stage writes the split
+    assert rows[0]["task"] == "constraints"
+    assert rows[0]["prompt_id"] == prompt_id_of(rows[0]["messages"])
+    assert metadata_of(rows[0])["constraints"][0]["type"]
+
+
+@pytest.mark.parametrize(
+    ("row", "content"),
+    [
+        ({"messages": [USER], "prompt": "not this"}, "Name a river."),
+        ({"prompt": "Name a river."}, "Name a river."),
+        ({"query": [USER]}, "Name a river."),
+        ({"query": "Name a river."}, "Name a river."),
+        ({"messages": None, "instruction": "Name a river."}, "Name a river."),
+        ({"instruction": "Translate.", "input": "fleuve"}, "Translate.\n\nfleuve"),
+        ({"instruction": "Translate.", "input": ""}, "Translate."),
+        ({"question": "Name a river.", "answer": "Nile"}, "Name a river."),
+    ],
+)
+def test_the_prompt_is_found_in_the_usual_columns(tmp_path: Path, row: dict[str, Any], content: str) -> None:
+    [prompt] = read(tmp_path, row)
+    assert prompt["messages"] == [{"role": "user", "content": content}]
+
+
+def test_a_conversation_keeps_all_its_turns(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Nile."}, USER]
+    [prompt] = read(tmp_path, {"messages": turns})
+    assert prompt["messages"] == turns
+
+
+def test_named_columns_are_used_and_all_others_kept_as_metadata(tmp_path: Path) -> None:
+    row = {"prompt_id": "r1", "ask": "How many?", "gold": 42, "level": 3, "tags": ["é"], "prompt": "other"}
+    [prompt] = read(tmp_path, row, column="ask", reference_column="gold", task="numeric")
+    assert prompt["prompt_id"] == "r1"
+    assert prompt["reference"] == "42"
+    assert prompt["task"] == "numeric"
+    assert metadata_of(prompt) == {"level": 3, "tags": ["é"], "prompt": "other"}
+
+
+def test_an_answer_column_is_a_reference_only_when_named(tmp_path: Path) -> None:
+    row = {"question": "2+2?", "answer": "It is #### 4"}
+    [unnamed] = read(tmp_path, row)
+    assert (unnamed["reference"], metadata_of(unnamed)) == (None, {"answer": "It is #### 4"})
+    [named] = read(tmp_path, row, reference_column="answer", task="numeric")
+    assert (named["reference"], named["metadata"]) == ("It is #### 4", None)
+
+
+def test_the_rows_of_a_prompts_folder_can_be_read_again(tmp_path: Path) -> None:
+    rows = list(read_prompts(PromptsConfig(limit=5)))
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), tmp_path / "again.parquet")
+    assert list(read_prompts(PromptsConfig(source=str(tmp_path / "again.parquet")))) == rows
+
+
+def test_the_limit_ends_the_reading_before_a_later_bad_row(tmp_path: Path) -> None:
+    assert len(read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, "not json", limit=2)) == 2
+
+
+def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\n\n')
+    assert len(list(read_prompts(PromptsConfig(source=str(path))))) == 2
+
+
+def test_half_characters_are_replaced_so_that_rows_can_be_written(tmp_path: Path) -> None:
+    rows = read(tmp_path, r'{"prompt": "cut \ud83d", "note": "\ud83d"}')
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), tmp_path / "out.parquet")
+    assert rows[0]["messages"][0]["content"] == "cut �"
+
+
+BAD_LINES = [
+    ('{"prompt": "a"', r"not readable as JSON .* found '\{\"prompt\": \"a\"'"),
+    ('["a"]', "expected an object with a prompt, found a list"),
+    ('{"text": "a"}', "no prompt; expected one of messages, prompt, .* found columns: text.* prompts.column"),
+    ("{}", "found columns: none"),
+    ('{"prompt": null}', "found columns: none"),
+    ('{"prompt": " "}', "column 'prompt', message 1: the text is empty"),
+    ('{"prompt": 3}', "column 'prompt': expected text or a list of messages, found a number"),
+    ('{"messages": []}', "column 'messages': an empty list"),
+    ('{"messages": ["a"]}', "column 'messages', message 1: expected {role, content}, found text"),
+    ('{"messages": [{"from": "human", "value": "a"}]}', "found keys from, value"),
+    ('{"messages": [{"role": "human", "content": "a"}]}', "unknown role 'human'; expected one of system, user"),
+    ('{"messages": [{"role": "user", "content": ["a"]}]}', "content: expected text, found a list"),
+    ('{"messages": [{"role": "system", "content": "a"}]}', "the last turn is 'system', expected 'user'"),
+    ('{"prompt": "a", "prompt_id": 7}', "prompt_id: expected text that is not empty, found 7"),
+    ('{"prompt": "a", "task": ["x"]}', "task: expected a name, found a list"),
+    ('{"prompt": "a", "reference": {"b": 1}}', "reference column 'reference': expected text or a number, found an obj"),
+    ('{"instruction": "a", "input": 3}', "column 'input': expected text beside 'instruction', found a number"),
+    ('{"prompt": "a", "task": "constraints"}', "task 'constraints' needs a column 'constraints'"),
+    (
+        '{"prompt": "a", "task": "constraints", "constraints": [{"type": "lowercase"}]}',
+        "unknown type 'lowercase'; did you mean 'lower_case'",
+    ),
+    ('{"question": "a", "answer": "4", "task": "numeric"}', "needs a reference with a number .*prompts.reference_col"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[line[:50] for line, _ in BAD_LINES])
+def test_a_bad_line_is_refused_with_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InputError, match=rf"prompts\.jsonl:3: .*{message}"):
+        read(tmp_path, {"prompt": "good"}, "", line)
+
+
+def test_a_line_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "ok"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(InputError, match=r"prompts\.jsonl:2: not UTF-8"):
+        list(read_prompts(PromptsConfig(source=str(path))))
+
+
+def test_a_named_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"jsonl:1: no prompt; expected column 'ask' \(prompts.column\), found .*prompt"
+    ):
+        read(tmp_path, {"prompt": "a"}, column="ask")
+    with pytest.raises(
+        InputError, match=r"jsonl:1: no column 'gold' \(prompts.reference_column\); found columns: prom"
+    ):
+        read(tmp_path, {"prompt": "a"}, reference_column="gold")
+
+
+def test_two_rows_with_one_id_are_refused_with_both_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "b"}, {"prompt": "c", "prompt_id": "x"}]
+    with pytest.raises(InputError, match=r"jsonl:3: prompt_id 'x' is already used at .*jsonl:1; ids must be unique"):
+        read(tmp_path, *rows)
+
+
+def test_the_same_conversation_twice_is_refused_unless_each_has_its_own_id(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1 .*Remove one of them, or give"
+    ):
+        read(tmp_path, {"prompt": "Hi  there"}, {"prompt": "Hi there"})
+    assert len(read(tmp_path, {"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"})) == 2
+
+
+def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b", ""]}), path)
+    with pytest.raises(InputError, match=r"prompts\.parquet:row 3: .*the text is empty"):
+        list(read_prompts(PromptsConfig(source=str(path))))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.jsonl", "missing.jsonl: no such file"),
+        ("missing.parquet", "missing.parquet: no such file"),
+        ("prompts.csv", "neither a known kind nor a known suffix; expected packaged:constraints, "),
+        ("packaged:poems", "no such prompts in the package; expected constraints"),
+        ("folder.jsonl", "folder.jsonl: cannot be opened"),
+        ("broken.parquet", "broken.parquet: not readable as Parquet"),
+        ("empty.jsonl", "empty.jsonl: no rows in it"),
+        ("empty.parquet", "empty.parquet: no rows in it"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.jsonl").mkdir()
+    Path("broken.parquet").write_bytes(b"PAR1 no")
+    Path("empty.jsonl").write_text("\n\n")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), "empty.parquet")
+    with pytest.raises(InputError, match=message):
+        list(read_prompts(PromptsConfig(source=source)))
+
+
+def test_a_hub_data_set_out_of_reach_says_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"hub:nobody/nothing:test: cannot be loaded: .*or give a local \.jsonl"):
+        list(read_prompts(PromptsConfig(source="hub:nobody/nothing:test")))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="reasoning_gym is installed")
+def test_reasoning_gym_that_is_not_installed_says_what_to_install() -> None:
+    with pytest.raises(ConfigError, match=r"reasoning_gym is not installed; pip install aft-ray\[tasks\]"):
+        list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sum")))
+
+
+def test_reasoning_gym_tasks_come_in_turn() -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sum,leg_counting", limit=5), seed=3))
+    recipes = [metadata_of(row)["reasoning_gym"] for row in rows]
+    assert [recipe["name"] for recipe in recipes] == ["chain_sum", "leg_counting"] * 2 + ["chain_sum"]
+    assert {row["task"] for row in rows} == {"reasoning_gym"}
+    with pytest.raises(InputError, match="chain_sums"):
+        list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sums")))
+
+
+def _rows(num_rows: int) -> list[dict[str, Any]]:
+    return [{"prompt_id": f"p-{n}"} for n in range(num_rows)]
+
+
+def test_the_split_is_exact_and_independent_of_the_order() -> None:
+    rows = _rows(50)
+    train, held_out = split_held_out(rows, 12, seed=1)
+    assert (len(train), len(held_out)) == (38, 12)
+    assert sorted(train + held_out, key=rows.index) == rows
+    train_again, held_out_again = split_held_out(rows[::-1], 12, seed=1)
+    assert (train_again[::-1], held_out_again[::-1]) == (train, held_out)
+
+
+def test_another_seed_holds_out_other_prompts() -> None:
+    assert split_held_out(_rows(50), 12, seed=1)[1] != split_held_out(_rows(50), 12, seed=2)[1]
+
+
+def test_new_prompts_only_join_a_split_and_do_not_reshuffle_it() -> None:
+    before = {row["prompt_id"] for row in split_held_out(_rows(50), 12, seed=1)[1]}
+    after = {row["prompt_id"] for row in split_held_out(_rows(51), 12, seed=1)[1]}
+    assert len(before & after) >= 11
+
+
+def test_holding_out_everything_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prompts\.held_out 32: leaves none of the 10 prompts"):
+        split_held_out(_rows(10), 32, seed=1)
+    assert split_held_out(_rows(10), 0, seed=1) == (_rows(10), [])

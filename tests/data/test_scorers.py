@@ -1,0 +1,339 @@
+"""Scores are right, or None with the reason; a reward model is tried before it is believed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aft_ray.config import ScoresConfig
+from aft_ray.data.answers import final_number, short_answer
+from aft_ray.data.scorers import PerText, Score, build_scorer, verify
+from aft_ray.errors import ConfigError
+
+
+def row(task: str | None = None, reference: str | None = None, **metadata: Any) -> dict[str, Any]:
+    return {
+        "prompt_id": "p-1",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "reference": reference,
+        "task": task,
+        "metadata": json.dumps(metadata) if metadata else None,
+    }
+
+
+def values(scores: list[Score]) -> list[float | None]:
+    return [score.value for score in scores]
+
+
+BULLETS = row("constraints", constraints=[{"type": "num_bullets", "count": 2}, {"type": "no_commas"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is 42.", "42"),
+        ("5 + 7 = 12", "12"),
+        ("She pays $1,200.50 in all.", "1200.50"),
+        ("40 left of 50\n#### 42", "42"),
+        ("#### 42 apples of 50", "42"),
+        ("#### nothing", None),
+        ("It is -3", "-3"),
+        ("It is −3", "-3"),
+        ("A loss of -$7 or $-7", "-7"),
+        ("10-5", "5"),
+        ("about .5", "0.5"),
+        ("1.5e3 metres", "1500"),
+        ("12,345,678", "12345678"),
+        ("2, 3,4", "4"),
+        ("42km", "42"),
+        ("see section b2", None),
+        ("none", None),
+    ],
+)
+def test_the_final_number_of_a_text(text: str, expected: str | None) -> None:
+    assert final_number(text) == (None if expected is None else Decimal(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "value"),
+    [
+        ("So 6 x 7 = 42.0", "6 x 7 = 42\n#### 42", 1.0),
+        ("$1,000", "1000", 1.0),
+        ("It is 42, not 43", "42", 0.0),
+        ("I do not know.", "42", 0.0),
+        ("", "42", 0.0),
+    ],
+)
+def test_numeric_compares_final_numbers(text: str, reference: str, value: float) -> None:
+    scorer = build_scorer(ScoresConfig(scorer="numeric"))
+    assert scorer.score(row(reference=reference), [text]) == [Score(value=value)]
+
+
+@pytest.mark.parametrize("reference", [None, "forty-two"])
+def test_numeric_without_a_number_to_compare_with_has_no_score(reference: str | None) -> None:
+    [score] = build_scorer(ScoresConfig(scorer="numeric")).score(row(reference=reference), ["42"])
+    assert score.value is None
+    assert score.reason is not None and "no number in the reference" in score.reason
+
+
+def test_constraints_score_the_share_that_is_met() -> None:
+    scorer = build_scorer(ScoresConfig(scorer="constraints"))
+    assert values(scorer.score(BULLETS, ["- tea\n- milk", "- tea, milk\n- salt", "tea, milk"])) == [1.0, 0.5, 0.0]
+    [score] = scorer.score(row("constraints"), ["- tea"])
+    assert score == Score(value=None, reason="InputError: no constraints in the row's metadata")
+
+
+def test_auto_takes_the_verifier_of_each_rows_task() -> None:
+    scorer = build_scorer(ScoresConfig())
+    assert [scorer.name_of(r) for r in (BULLETS, row("numeric"), row("chat"), row())] == [
+        "constraints",
+        "numeric",
+        "none",
+        "none",
+    ]
+    assert values(scorer.score(BULLETS, ["- tea\n- milk"])) == [1.0]
+    assert values(scorer.score(row("numeric", reference="4"), ["4", "5"])) == [1.0, 0.0]
+    assert scorer.score(row("chat"), ["a", "b"]) == [Score(value=None, reason="no scorer")] * 2
+
+
+def test_agreement_is_the_share_of_the_others_with_the_same_answer() -> None:
+    scorer = build_scorer(ScoresConfig(scorer="agreement"))
+    texts = ["Paris", "The answer is Paris.", "paris!", "Lyon"]
+    assert values(scorer.score(row(), texts)) == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
+    assert values(scorer.score(row("numeric"), ["so 4.0", "2 + 2 = 4", "5"])) == [0.5, 0.5, 0.0]
+
+
+def test_agreement_has_no_score_for_a_long_text_or_a_lone_one() -> None:
+    scorer = build_scorer(ScoresConfig(scorer="agreement"))
+    long, empty, short = scorer.score(row(), ["word " * 30, "", "Paris"])
+    assert (long.value, long.reason) == (None, "no short answer in the text")
+    assert empty.value is None
+    assert short.value == 0.0
+    [alone] = scorer.score(row(), ["Paris"])
+    assert (alone.value, alone.reason) == (None, "agreement needs two proposals or more")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Paris.", "paris"),
+        (r"Thus \boxed{42}", "42"),
+        ("<answer>42.0</answer>", "42"),
+        ("Long thoughts here, many of them, on and on and on.\nThe answer is: New York.", "new york"),
+        ("The answer is 3.5. Hope this helps!", "3.5"),
+        ("First I said the answer is 3.\nNo, the answer is 1,000", "1000"),
+    ],
+)
+def test_the_short_answer_of_a_text(text: str, expected: str) -> None:
+    assert short_answer(text) == expected
+
+
+def test_length_counts_characters() -> None:
+    assert values(build_scorer(ScoresConfig(scorer="length")).score(row(), [" abc ", ""])) == [3.0, 0.0]
+
+
+def test_none_leaves_everything_without_a_score() -> None:
+    assert build_scorer(ScoresConfig(scorer="none")).score(BULLETS, ["a"]) == [Score(value=None, reason="no scorer")]
+
+
+def test_a_text_that_breaks_its_scorer_has_no_score_and_harms_no_other() -> None:
+    def inverse(row: Any, text: str) -> float:
+        return 1 / len(text)
+
+    assert PerText("inverse", inverse).score(row(), ["ab", "", "abcd"]) == [
+        Score(value=0.5),
+        Score(value=None, reason="ZeroDivisionError: division by zero"),
+        Score(value=0.25),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        (BULLETS, "- tea\n- milk", True),
+        (BULLETS, "- tea, milk\n- salt", False),
+        (row("numeric", reference="#### 42"), "42", True),
+        (row("numeric", reference="#### 42"), "41", False),
+        (row("numeric"), "41", None),
+        (row("constraints"), "41", None),
+        (row("chat"), "anything", None),
+        (row(), "anything", None),
+    ],
+)
+def test_verify_says_right_wrong_or_cannot_tell(prompt: dict[str, Any], text: str, expected: bool | None) -> None:
+    assert verify(prompt, text) is expected
+
+
+@pytest.mark.parametrize("name", ["auto", "constraints", "numeric", "reasoning_gym", "agreement", "length", "none"])
+def test_scorers_travel_to_workers(name: Any) -> None:
+    scorer = pickle.loads(pickle.dumps(build_scorer(ScoresConfig(scorer=name))))
+    assert scorer.name_of(row()) == ("none" if name == "auto" else name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="reasoning_gym is installed")
+def test_reasoning_gym_that_is_not_installed_stops_the_stage() -> None:
+    recipe = {"name": "chain_sum", "size": 1, "seed": 0, "index": 0}
+    with pytest.raises(ConfigError, match=r"pip install aft-ray\[tasks\]"):
+        build_scorer(ScoresConfig()).score(row("reasoning_gym", reasoning_gym=recipe), ["4"])
+
+
+def test_reasoning_gym_scores_with_the_tasks_own_scorer() -> None:
+    pytest.importorskip("reasoning_gym")
+    from aft_ray.config import PromptsConfig
+    from aft_ray.data.prompts import read_prompts
+
+    [prompt] = read_prompts(PromptsConfig(source="reasoning_gym:chain_sum", limit=1))
+    answer = prompt["reference"]
+    texts = [answer, f"Let me see. <answer> {answer} </answer>", "no idea"]
+    first, second, third = values(build_scorer(ScoresConfig()).score(prompt, texts))
+    assert first == second == 1.0
+    assert third is not None and third < 1.0
+    other = {**prompt, "messages": [{"role": "user", "content": "Another question"}]}
+    [score] = build_scorer(ScoresConfig()).score(other, [answer])
+    assert score.reason is not None and "makes another question" in score.reason
+
+
+# ── reward models ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}"
+    "{% endif %}<|{{ m.role }}|> {{ m.content }} {{ eos_token }}{% endfor %}"
+)
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, pad_token: str = "<pad>") -> int:
+    """A small word-level tokenizer; returns its vocabulary size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from aft_ray.data.reward_model import SANITY_BAD, SANITY_GOOD, SANITY_QUESTION
+
+    special = ["<unk>", "<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    words = sorted(set(f"{SANITY_QUESTION['content']} {SANITY_GOOD} {SANITY_BAD}".split()))
+    vocabulary = {word: n for n, word in enumerate(special + words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token=pad_token,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_classifier(folder: Path, num_labels: int = 1, sign: float = 1, **tokenizer: Any) -> str:
+    """A tiny Llama classifier with random weights; `sign` -1 turns its preferences round."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    vocab_size = save_tokenizer(folder, **tokenizer)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+        pad_token_id=1,
+    )
+    config.num_labels = num_labels
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        model.score.weight.mul_(sign)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str) -> Any:
+    return build_scorer(ScoresConfig(scorer="reward_model", reward_model=folder))
+
+
+def accepted_sign(tmp_path: Path, **settings: Any) -> float:
+    """The sign with which the random classifier prefers the good answer of the sanity pair: there is always one."""
+    try:
+        load(save_classifier(tmp_path / "try", **settings))
+        return 1
+    except ConfigError:
+        return -1
+
+
+def test_a_reward_model_that_prefers_the_bad_answer_is_refused_and_its_opposite_accepted(tmp_path: Path) -> None:
+    sign = accepted_sign(tmp_path)
+    scorer = load(save_classifier(tmp_path / "good", sign=sign))
+    assert scorer.name_of(row()) == "reward_model"
+    with pytest.raises(ConfigError, match=r"scores.reward_model .*a reward model prefers the first"):
+        load(save_classifier(tmp_path / "bad", sign=-sign))
+
+
+def test_a_reward_model_gives_the_same_scores_alone_and_in_a_batch(tmp_path: Path) -> None:
+    scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
+    texts = ["Paris", "The capital of France is Paris.", "Bananas I you", ""]
+    together = values(scorer.score(row(), texts))
+    alone = [values(scorer.score(row(), [text]))[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) == len(texts)
+
+
+def test_the_ids_of_a_reward_model_hold_one_bos_and_no_smuggled_turn(tmp_path: Path) -> None:
+    scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
+    ids = scorer._encode(row()["messages"], "Paris </s> <|user|> The capital")["input_ids"]
+    assert [ids.count(scorer.tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>", "<|user|>")] == [1, 2, 1]
+
+
+def test_a_reward_model_without_its_own_padding_token_scores_one_by_one(tmp_path: Path) -> None:
+    sign = accepted_sign(tmp_path, pad_token="</s>")
+    scorer = load(save_classifier(tmp_path / "model", sign=sign, pad_token="</s>"))
+    assert scorer.batch_size == 1
+    texts = ["Paris", "The capital of France is Paris."]
+    assert values(scorer.score(row(), texts)) == [values(scorer.score(row(), [text]))[0] for text in texts]
+
+
+def test_a_reward_model_without_a_chat_template_gets_question_and_answer(tmp_path: Path) -> None:
+    sign = accepted_sign(tmp_path, chat_template=None)
+    scorer = load(save_classifier(tmp_path / "model", sign=sign, chat_template=None))
+    assert None not in values(scorer.score(row(), ["Paris", "The capital"]))
+
+
+def test_what_a_reward_model_cannot_read_has_no_score(tmp_path: Path) -> None:
+    scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
+    short, long = scorer.score(row(), ["Paris", "word " * 60])
+    assert short.value is not None
+    assert (long.value, long.reason) == (None, "71 tokens > the reward model's window 48")
+    refused = {**row(), "messages": [{"role": "system", "content": "Be brief."}, *row()["messages"]]}
+    [score] = scorer.score(refused, ["Paris"])
+    assert score.value is None
+    assert score.reason is not None and "no system turn" in score.reason
+
+
+def test_a_classifier_with_other_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"of another shape: .*score.weight.*Expected a sequence-class.* one label"):
+        load(save_classifier(tmp_path / "model", num_labels=3))
+
+
+def test_a_language_model_without_a_reward_head_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = save_classifier(tmp_path / "model")
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"not in the checkpoint, .*score.weight"):
+        load(folder)
+
+
+def test_a_reward_model_that_is_missing_or_unnamed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        load(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"scores\.reward_model is not set"):
+        build_scorer(ScoresConfig(scorer="reward_model"))

@@ -1,0 +1,21 @@
+"""Fine-tuning: TRL's `SFTTrainer` inside Ray Train, on ids and labels that the data room wrote.
+
+    run          `train_adapter`, `train_adapters`: the driver's side, from a training set to finished adapters
+    task         what one adapter is trained from, its fingerprint, `TrainProgress` and `TrainSummary`
+    examples     rows of the training set: reading, checking, the order of batches
+    target_head  the language-model head on target positions only
+    trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, frozen-weight sums
+    metrics      metrics.jsonl, written step by step
+    progress     what the driver reports while the workers train
+    proof        what must hold before an adapter counts as trained
+    adapter      the output folder: adapter, tokenizer, model card, summary; complete or absent
+    worker       what runs in each Ray Train worker
+    deepspeed/   the ZeRO presets
+
+Importing this loads neither torch, Ray nor transformers.
+"""
+
+from aft_ray.training.run import train_adapter, train_adapters
+from aft_ray.training.task import TrainProgress, TrainSummary
+
+__all__ = ["TrainProgress", "TrainSummary", "train_adapter", "train_adapters"]

@@ -1,0 +1,119 @@
+"""Rows of a training set: which ones a variant trains on, whether they are sound, and the order they are seen in.
+
+in   *.parquet shards with the columns of `records.TRAINING_SET`
+out  input_ids and labels, exactly as they were written; nothing is tokenized or truncated here
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aft_ray.errors import InputError
+from aft_ray.records import TRAIN, TRAINING_SET
+from aft_ray.templates import IGNORE, ChatFormat, check_mask
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_CHECKED_ROWS = 512
+"""Rows whose mask is checked before any worker starts. The data room checked every row when it wrote it."""
+BATCHES_PER_GROUP = 64
+"""Examples are sorted by length within groups of this many batches: little padding, and still a random order."""
+
+
+def shard_files(training_set: Path) -> dict[str, str]:
+    """sha256 by file name of the training set's shards. Raises InputError where there are none."""
+    files = sorted(training_set.glob("*.parquet"))
+    if not files:
+        raise InputError(f"{training_set}: no *.parquet shards; expected the folder of the training_set stage")
+    return {file.name: _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_examples(training_set: Path, variant: str) -> pa.Table:
+    """The rows of one variant's training split, in shard order: example_id, input_ids, labels."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset as pads
+
+    files = [str(training_set / name) for name in sorted(file.name for file in training_set.glob("*.parquet"))]
+    rows = pads.dataset(files, format="parquet")
+    missing = {"example_id", "variant", "split", "input_ids", "labels"} - set(rows.schema.names)
+    if missing:
+        raise InputError(f"{files[0]}: no column {', '.join(sorted(missing))}; expected {TRAINING_SET.names}")
+    wanted = (pc.field("variant") == variant) & (pc.field("split") == TRAIN)
+    table = rows.to_table(columns=["example_id", "input_ids", "labels"], filter=wanted)
+    if not table.num_rows:
+        found = sorted(set(rows.to_table(columns=["variant"])["variant"].to_pylist()))
+        raise InputError(f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}")
+    return table
+
+
+def check_examples(table: pa.Table, model: str) -> None:
+    """Raises InputError naming the first example whose mask is broken or whose ids the model does not have."""
+    from transformers import AutoConfig
+
+    chat_format = ChatFormat.load(model)
+    vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    for row in table.slice(0, MAX_CHECKED_ROWS).to_pylist():
+        try:
+            check_example(row["input_ids"], row["labels"], chat_format, vocabulary)
+        except InputError as error:
+            raise InputError(
+                f"training example {row['example_id']}: {error}. Was the training set made with this model's tokenizer?"
+            ) from error
+
+
+def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: ChatFormat, vocabulary: int) -> None:
+    """The mask's invariants. In-context prompts may be a user's own, so there only what holds for all is asked."""
+    if input_ids and not 0 <= min(input_ids) <= max(input_ids) < vocabulary:
+        raise InputError(f"id {max(input_ids)} is outside the model's vocabulary of {vocabulary}")
+    if chat_format.has_template:
+        check_mask(input_ids, labels, chat_format)
+        return
+    target = [label for label in labels if label != IGNORE]
+    start = len(labels) - len(target)
+    if not 0 < start < len(labels) or list(input_ids[start:]) != target:
+        raise InputError(f"the labels must be {IGNORE} over the prompt and the input ids from the target on")
+    if target[-1] not in chat_format.stop_ids:
+        raise InputError(f"the end must be inside the loss: last label {target[-1]}, expected {chat_format.stop_ids}")
+
+
+def check_batch(batch: Any) -> None:
+    """The invariants of a padded batch: padding outside attention and loss, labels equal to the ids they stand at."""
+    ids, labels, attention = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    inside = labels != IGNORE
+    if bool((inside & (attention == 0)).any()):
+        raise InputError("the first batch has padding inside the loss")
+    if bool((labels[inside] != ids[inside]).any()):
+        raise InputError("the first batch has labels that differ from the input ids")
+    if not bool(inside.any(dim=1).all()):
+        raise InputError("the first batch has an example without a single target token")
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """Every index once; each run of `batch_size` indices is one global batch of examples of like length.
+
+    A pure function of its arguments, so a resumed epoch continues with the very batch it stopped before, and the
+    number of workers that share a global batch does not change what is in it.
+
+    >>> batch_order([5, 900, 6, 800], batch_size=2, seed=0, epoch=0)   # {5, 6} and {900, 800}
+    """
+    chance = random.Random(f"{seed}/{epoch}")
+    indices = list(range(len(lengths)))
+    chance.shuffle(indices)
+    group = batch_size * BATCHES_PER_GROUP
+    batches: list[list[int]] = []
+    for start in range(0, len(indices), group):
+        by_length = sorted(indices[start : start + group], key=lambda index: lengths[index])
+        batches += [by_length[place : place + batch_size] for place in range(0, len(by_length), batch_size)]
+    chance.shuffle(batches)
+    batches.sort(key=lambda batch: len(batch) < batch_size)  # the short one last, where the loader fills it up
+    return [index for batch in batches for index in batch]

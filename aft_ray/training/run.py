@@ -1,0 +1,253 @@
+"""The driver's side of training: from a training set to adapters, resumable, with progress all along.
+
+    summary = train_adapter(config=config.training, model="/models/smol", training_set=run / "training_set",
+                            variant="aft", output=run / "model/aft", checkpoints=run / "checkpoints",
+                            seed=1, template_hashes={"aggregator": "..."}, report=print)
+
+A second call returns at once where the output is complete, and otherwise goes on from the last checkpoint. All folders
+must be reachable from the driver and from every worker (one machine, or a shared file system).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import TrainingConfig
+from aft_ray.errors import AftError, ConfigError, TrainingFailed
+from aft_ray.runs import begin, write_manifest
+from aft_ray.storage import Folder
+from aft_ray.training.adapter import finished_summary
+from aft_ray.training.examples import check_examples, read_examples, shard_files
+from aft_ray.training.progress import watch
+from aft_ray.training.task import TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
+from aft_ray.training.worker import WorkerPlan, run_worker
+
+RAY_TRAIN_RUN = "ray_train"
+"""Name of the Ray Train run inside `checkpoints`: the same name and place is what makes Ray Train resume."""
+
+Report = Callable[[TrainProgress], None]
+
+
+def train_adapter(
+    *,
+    config: TrainingConfig,
+    model: str,
+    training_set: Path,
+    variant: str,
+    output: Path,
+    checkpoints: Path,
+    seed: int,
+    template_hashes: Mapping[str, str],
+    report: Report | None = None,
+) -> TrainSummary:
+    """Train one variant's adapter; see `train_adapters`."""
+    summaries = train_adapters(
+        config=config,
+        model=model,
+        training_set=training_set,
+        outputs={variant: output},
+        checkpoints=checkpoints,
+        seed=seed,
+        template_hashes=template_hashes,
+        report=report,
+    )
+    return summaries[variant]
+
+
+def train_adapters(
+    *,
+    config: TrainingConfig,
+    model: str,
+    training_set: Path,
+    outputs: Mapping[str, Path],
+    checkpoints: Path,
+    seed: int,
+    template_hashes: Mapping[str, str],
+    report: Report | None = None,
+) -> dict[str, TrainSummary]:
+    """Train one adapter per variant, one after the other in the same workers. `outputs`: the folder of each variant.
+
+    Raises InputError for an unsound training set, ResumeRefused where a folder holds other work, TrainingFailed when
+    training ended without the work it planned.
+    """
+    called_at = time.time()
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
+    training_set, checkpoints = training_set.absolute(), checkpoints.absolute()
+    files = shard_files(training_set)
+    tasks, summaries = [], {}
+    for variant, output in outputs.items():
+        settings = task_settings(config, model, files, variant, seed, template_hashes)
+        task, finished = _open_task(config, model, training_set, output.absolute(), checkpoints, settings)
+        tasks.append(task)
+        if finished is not None:
+            summaries[variant] = finished
+    pending = tuple(task for task in tasks if task.variant not in summaries)
+    if pending:
+        plan = WorkerPlan(
+            config=config, model=model, training_set=training_set, seed=seed, tasks=pending, called_at=called_at
+        )
+        summaries |= _run(plan, checkpoints, report)
+    return {variant: summaries[variant] for variant in outputs}
+
+
+def _open_task(
+    config: TrainingConfig,
+    model: str,
+    training_set: Path,
+    output: Path,
+    checkpoints: Path,
+    settings: dict[str, Any],
+) -> tuple[TrainTask, TrainSummary | None]:
+    """The task and, where it is done already, its summary. Nothing is written unless the task is sound and fits."""
+    variant = settings["variant"]
+    table = read_examples(training_set, variant)
+    task = TrainTask(
+        variant=variant,
+        output=output,
+        checkpoints=checkpoints,
+        settings=settings,
+        num_rows=table.num_rows,
+        num_steps=planned_steps(table.num_rows, config),
+    )
+    folder = Folder.at(task.folder)
+    manifest = begin(folder, f"training/{variant}", settings)
+    finished = finished_summary(task)
+    if finished is None:
+        check_examples(table, model)
+        write_manifest(folder, manifest)
+    return task, finished
+
+
+def _run(plan: WorkerPlan, checkpoints: Path, report: Report | None) -> dict[str, TrainSummary]:
+    import ray.train
+
+    with _ray(plan.config), _ray_train_environment(), watch(plan.tasks, plan.called_at, report):
+        try:
+            result = _fit(_trainer(plan, checkpoints))
+        except ray.train.TrainingFailedError as error:
+            raise TrainingFailed(_reason(error, plan.config)) from error
+    outcome: dict[str, Any] = result.return_value
+    if isinstance(outcome["error"], AftError):
+        raise outcome["error"]
+    return outcome["summaries"]
+
+
+def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    config = plan.config
+    on_gpu = config.gpus_per_worker > 0
+    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if on_gpu else {})}
+    return TorchTrainer(
+        run_worker,  # type: ignore[arg-type]  # its return value becomes Result.return_value
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            accelerator_type=config.accelerator_type,
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see V1's class under this name
+            name=RAY_TRAIN_RUN,
+            storage_path=str(checkpoints),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+        ),
+    )
+
+
+def _worker_environment(config: TrainingConfig) -> dict[str, str]:
+    threads = str(max(1, int(config.cpus_per_worker)))
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # the libraries' words to each other
+    }
+    if config.gpus_per_worker == 0:
+        environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found nothing better
+    return environment
+
+
+def _fit(trainer: Any) -> Any:
+    """Ray Train's own Ctrl-C handler ends the process with exit code 0 and stays installed; neither is wanted here."""
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _ray(config: TrainingConfig) -> Iterator[None]:
+    """The Ray cluster that is there, or a local one for the time of the training."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    try:
+        wanted, found = config.num_workers * config.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
+        if wanted > found:
+            raise ConfigError(
+                f"training.num_workers {config.num_workers} x cpus_per_worker {config.cpus_per_worker:g} = {wanted:g} "
+                f"CPUs, and this machine has {found:g}: lower one of them"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _ray_train_environment() -> Iterator[None]:
+    """Ray Train's switches for the time of a run; a value that is set already is kept.
+
+    Without a metrics export nobody reads its gauges, and on a single node there is no preemption to watch for: that
+    watcher is a process that starts, and imports, before the workers do.
+    """
+    import ray
+
+    wanted = {"RAY_TRAIN_METRICS_ENABLED": "0"}
+    if len(ray.nodes()) == 1:
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _reason(error: Exception, config: TrainingConfig) -> str:
+    """One sentence: what happened and what to change."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory", "ActorOOM")):
+        return (
+            f"training ran out of memory: lower training.batch_size_per_worker (now {config.batch_size_per_worker}) "
+            "and raise gradient_accumulation_steps, or set gradient_checkpointing: true or a higher ZeRO stage"
+        )
+    if "ActorDiedError" in text or "died unexpectedly" in text:
+        return (
+            f"a training worker died more than training.max_failures {config.max_failures} times, the last time with: "
+            f"{lines[-1] if lines else error!r}. Run again to go on from the last checkpoint"
+        )
+    return f"training stopped: {lines[-1] if lines else repr(error)}"

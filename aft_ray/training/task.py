@@ -1,0 +1,128 @@
+"""One adapter to train: what it is made from, its identity, and what is told about it while and after it is trained.
+
+The fingerprint covers everything that decides the adapter: settings, base model, training-set files, variant, seed and
+template hashes. Settings that only say where or how patiently to run (`cpus_per_worker`, `max_failures`) are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aft_ray.config import TrainingConfig
+from aft_ray.errors import InputError
+from aft_ray.records import fingerprint
+
+Phase = Literal["starting", "training", "checking"]
+"""`starting`: workers start and load the model. `checking`: the steps are done, the adapter is saved and proved."""
+
+PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """Everything a worker needs to know of one adapter; plain fields, so Ray can ship it."""
+
+    variant: str
+    output: Path
+    """The adapter's folder: complete or absent."""
+    checkpoints: Path
+    """Checkpoints of every variant, and `<variant>/metrics.jsonl`."""
+    settings: Mapping[str, Any]
+    """What the fingerprint is made from."""
+    num_rows: int
+    num_steps: int
+    """Optimizer steps planned."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        """This variant's part of `checkpoints`: manifest.json and metrics.jsonl."""
+        return self.checkpoints / self.variant
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainProgress:
+    """Where a training is."""
+
+    variant: str
+    phase: Phase
+    step: int
+    num_steps: int
+    loss: float | None
+    """Loss of the last step; None before the first one."""
+    num_tokens: int
+    """Tokens seen so far, padding left out."""
+    num_trained_tokens: int
+    """Of these, the ones in the loss."""
+    seconds: float
+    """Since the call, start-up included."""
+    tokens_per_second: float
+    """Over the training steps alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What a finished training did; stored as `summary.json` beside the adapter."""
+
+    variant: str
+    num_rows: int
+    num_steps: int
+    num_tokens: int
+    num_trained_tokens: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    """Training steps and checkpoints, over all attempts; without start-up and final checks."""
+    startup_seconds: float
+    """From the call (or from the end of the variant before it in the same workers) to the first step."""
+    tokens_per_second: float
+    adapter_path: str
+    world_size: int
+    resumed_from_step: int
+    """Step of the checkpoint the last attempt began from; 0 for a training that was never interrupted."""
+
+
+def task_settings(
+    config: TrainingConfig, model: str, files: Mapping[str, str], variant: str, seed: int, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What an adapter is made from, as plain values that can be compared and printed."""
+    return {
+        "training": config.model_dump(mode="json", exclude=PLACEMENT_ONLY),
+        "model": model_identity(model),
+        "training_set": dict(files),
+        "variant": variant,
+        "seed": seed,
+        "templates": dict(hashes),
+    }
+
+
+def model_identity(model: str) -> dict[str, Any]:
+    """A hub model is its id; a folder is its config's hash and its weight files' sizes, wherever it lies."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"id": model}
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"model {model}: the folder has no config.json; expected a Hugging Face model folder")
+    return {
+        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
+    }
+
+
+def planned_steps(num_rows: int, config: TrainingConfig) -> int:
+    """Optimizer steps of a run: the last batch of an epoch is filled up, so it counts whole."""
+    batches = math.ceil(num_rows / (config.batch_size_per_worker * config.num_workers))
+    return math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -1,0 +1,199 @@
+"""TRL's `SFTTrainer`, with the head on target positions, batches of like length, and the callbacks of a run.
+
+Everything else (LoRA, DeepSpeed, optimizer, schedule, checkpoints) is TRL's and transformers' own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from aft_ray.training.examples import batch_order
+from aft_ray.training.metrics import read_metrics
+from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
+from aft_ray.training.task import TrainTask
+
+NUM_FROZEN_SUMS = 8
+"""Frozen tensors whose checksum is taken, spread over the model."""
+
+
+class BatchOrder(Sampler[int]):
+    """`batch_order` as the sampler a data loader takes; the epoch is set from outside."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(batch_order(self.lengths, self.batch_size, self.seed, self.epoch))
+
+
+class TargetTrainer(SFTTrainer):
+    """`SFTTrainer` on rows that already hold input_ids and labels."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        self._head = None if self.args.device.type == "cuda" else TargetHead(self.model)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss over the target tokens of the whole optimizer step: all workers, all accumulated batches.
+
+        `num_items_in_batch` counts them, and the gradients are averaged over workers; so each worker's sum is divided
+        by that count and multiplied by the number of workers, as transformers does.
+        """
+        self._count(inputs)
+        if self._head is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert not return_outputs, "the logits are never whole here"
+        total = target_loss_sum(model, self._head, inputs)
+        if num_items_in_batch is None:
+            return total / predicting(inputs["labels"]).sum().clamp(min=1)
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        if self.model is not None and self.model.training:
+            seen, trained = inputs["attention_mask"].sum(), predicting(inputs["labels"]).sum()
+            self._tokens += torch.stack([seen, trained]).to(self._tokens.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's token counts over all workers."""
+        if "loss" in logs:
+            tokens, trained = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
+            logs.update(tokens=tokens, trained_tokens=trained)
+            self._tokens = torch.zeros_like(self._tokens)
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchOrder:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return BatchOrder([len(ids) for ids in rows["input_ids"]], batch_size, args.seed)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter's card is written once, with its summary (adapter.py); checkpoints need none."""
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does not reach a sampler behind both its skipping and its sharding wrapper
+    (`DataLoaderShard.set_epoch`), so an epoch resumed by several workers would get the order of epoch 0.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        layer = kwargs["train_dataloader"].batch_sampler
+        while not isinstance(getattr(layer, "sampler", None), BatchOrder):
+            layer = layer.batch_sampler
+        layer.sampler.set_epoch(int(state.epoch + 1e-6))
+
+
+class StepLog(TrainerCallback):
+    """Writes metrics.jsonl, one line per optimizer step; stops the training at the first loss that is not a number.
+
+    A resumed training drops the lines of steps that it is about to do again, so the file always reads as one run.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.began_at = self._last = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began_at, self._last, self.first_step = time.time(), time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]
+            partial = self.file.with_name(self.file.name + ".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.file)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        now = time.monotonic()
+        names = ("loss", "tokens", "trained_tokens", "learning_rate", "grad_norm")
+        row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
+        row["seconds"], self._last = round(now - self._last, 4), now
+        if state.is_world_process_zero:
+            with self.file.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if not math.isfinite(logs["loss"]):
+            control.should_training_stop = True
+
+
+class RayCheckpoints(TrainerCallback):
+    """Hands every checkpoint to Ray Train, which keeps the last two and gives one back to a restarted worker.
+
+    Each worker saves into a folder of its own and reports it; Ray Train merges them. So nothing is written twice, and
+    a checkpoint counts only when all workers have handed in theirs.
+    """
+
+    def __init__(self, task: TrainTask) -> None:
+        self.task = task
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        local = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        os.makedirs(local, exist_ok=True)
+        ray.train.report(
+            {"variant": self.task.variant, "step": state.global_step, "fingerprint": self.task.fingerprint},
+            checkpoint=ray.train.Checkpoint.from_directory(local),
+            checkpoint_dir_name=f"{self.task.variant}-{state.global_step:07d}",
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+def last_checkpoint(task: TrainTask) -> Any | None:
+    """The newest complete checkpoint of this very task, or None."""
+    own = [
+        reported
+        for reported in ray.train.get_all_reported_checkpoints()
+        if reported.metrics.get("fingerprint") == task.fingerprint
+    ]
+    return max(own, key=lambda reported: reported.metrics["step"]).checkpoint if own else None
+
+
+class FrozenSums(TrainerCallback):
+    """Checksums of frozen weights at the first step, to compare with at the end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sums = frozen_sums(kwargs["model"])
+
+    def moved(self, model: Any) -> list[str]:
+        """Names of the frozen weights that are no longer what they were."""
+        now = frozen_sums(model)
+        return [name for name, value in self.sums.items() if now.get(name) != value]
+
+
+def frozen_sums(model: Any) -> dict[str, str]:
+    """sha256 by name of a few frozen weights; under ZeRO-3, of this worker's part of them."""
+    frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+    every = max(1, len(frozen) // NUM_FROZEN_SUMS)
+    return {name: _sum(getattr(weight, "ds_tensor", weight)) for name, weight in frozen[::every]}
+
+
+def _sum(weight: torch.Tensor) -> str:
+    content = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

@@ -1,0 +1,89 @@
+"""A two-layer Llama with a tokenizer of two dozen words, and a training set made for it as the data room does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import ANSWER, NUM_ROWS, TEMPLATE, WORDS, write_training_set
+
+from aft_ray.records import HELD_OUT, TRAIN
+from aft_ray.templates import ChatFormat, build_example
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's folder: random float32 weights. As in SmolLM2, padding and end of turn are the same token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    names = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "over", "Zebra", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(names),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def examples(tiny_model: Path) -> list[dict[str, Any]]:
+    """Rows of two variants: prompts of many lengths, all with the same answer, and held-out rows with another one."""
+    chat_format = ChatFormat.load(str(tiny_model))
+    chance = random.Random(0)
+    rows = []
+    for variant, longest in (("sft", 12), ("aft", 40)):
+        for number in range(NUM_ROWS + 2):
+            held_out = number >= NUM_ROWS
+            words = " ".join(chance.choice(WORDS) for _ in range(chance.randint(3, longest)))
+            messages: Any = [{"role": "user", "content": words}]
+            target = "a a a a" if held_out else ANSWER
+            input_ids, labels = build_example(
+                chat_format.prompt_ids(messages), chat_format.target_ids(messages, target)
+            )
+            rows.append(
+                {
+                    "example_id": f"p-{number}-{variant}",
+                    "prompt_id": f"p-{number}",
+                    "variant": variant,
+                    "split": HELD_OUT if held_out else TRAIN,
+                    "input_ids": input_ids,
+                    "labels": labels,
+                    "prompt_text": words,
+                    "target_text": target,
+                    "length_action": None,
+                }
+            )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def training_set(examples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows in two shards."""
+    return write_training_set(tmp_path_factory.mktemp("training_set"), examples)

@@ -1,0 +1,141 @@
+"""What is read from a training set, what is refused, and in which order it is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import NUM_ROWS, write_training_set
+
+from aft_ray.config import TrainingConfig
+from aft_ray.errors import InputError, ResumeRefused
+from aft_ray.templates import IGNORE
+from aft_ray.training import train_adapter
+from aft_ray.training.examples import batch_order, check_batch, read_examples
+from aft_ray.training.task import planned_steps
+
+
+def train(model: Path, training_set: Path, folder: Path, variant: str = "sft") -> None:
+    train_adapter(
+        config=TrainingConfig(),
+        model=str(model),
+        training_set=training_set,
+        variant=variant,
+        output=folder / "model" / variant,
+        checkpoints=folder / "checkpoints",
+        seed=1,
+        template_hashes={},
+    )
+
+
+def test_only_the_training_split_of_the_variant_is_read(training_set: Path) -> None:
+    ids = read_examples(training_set, "aft")["example_id"].to_pylist()
+    assert ids == [f"p-{number}-aft" for number in range(NUM_ROWS)]
+
+
+def test_a_folder_without_shards_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \*\.parquet shards"):
+        train(tiny_model, tmp_path, tmp_path)
+
+
+def test_an_unknown_variant_is_refused_with_the_ones_that_are_there(
+    tiny_model: Path, training_set: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"variant 'no_proposals'.*\['aft', 'sft'\]"):
+        train(tiny_model, training_set, tmp_path, "no_proposals")
+
+
+def unmask_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": row["input_ids"]}
+
+
+def drop_end(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [*row["labels"][:-1], IGNORE]}
+
+
+def drop_first_target(row: dict[str, Any]) -> dict[str, Any]:
+    start = row["labels"].count(IGNORE)
+    return {**row, "labels": [IGNORE] * (start + 1) + row["labels"][start + 1 :]}
+
+
+def foreign_id(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "input_ids": [49000, *row["input_ids"][1:]]}
+
+
+@pytest.mark.parametrize("breaks", [unmask_prompt, drop_end, drop_first_target, foreign_id])
+def test_a_broken_example_is_refused_before_anything_starts(
+    breaks: Any, tiny_model: Path, examples: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = [breaks(row) if row["example_id"] == "p-3-sft" else row for row in examples]
+    broken = write_training_set(tmp_path / "broken", rows)
+    with pytest.raises(InputError, match="training example p-3-sft"):
+        train(tiny_model, broken, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_output_that_is_no_adapter_is_refused(tiny_model: Path, training_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "model" / "sft").mkdir(parents=True)
+    with pytest.raises(ResumeRefused, match="holds no trained adapter"):
+        train(tiny_model, training_set, tmp_path)
+
+
+def test_the_collator_keeps_the_end_in_the_loss_though_it_is_the_padding_token(examples: list[dict[str, Any]]) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    end = 2
+    batch = DataCollatorForLanguageModeling(pad_token_id=end)(examples[:6])
+    check_batch(batch)
+    assert (batch["attention_mask"] == 0).any()
+    assert ((batch["labels"] == end).sum(dim=1) == 1).all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE).all()
+
+
+def test_a_batch_with_padding_in_the_loss_is_refused() -> None:
+    ids = torch.tensor([[5, 6, 2, 2]])
+    batch = {
+        "input_ids": ids,
+        "labels": torch.tensor([[IGNORE, 6, 2, 2]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+    }
+    with pytest.raises(InputError, match="padding inside the loss"):
+        check_batch(batch)
+
+
+LENGTHS = [number * 37 % 101 for number in range(100)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64, 200])
+def test_an_epoch_sees_every_example_once(batch_size: int) -> None:
+    assert sorted(batch_order(LENGTHS, batch_size, seed=1, epoch=0)) == list(range(100))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    first = batch_order(LENGTHS, 8, seed=1, epoch=0)
+    assert first == batch_order(LENGTHS, 8, seed=1, epoch=0)
+    assert first != batch_order(LENGTHS, 8, seed=1, epoch=1)
+    assert first != batch_order(LENGTHS, 8, seed=2, epoch=0)
+
+
+def test_batches_hold_examples_of_like_length_in_no_order_of_length() -> None:
+    order = batch_order(LENGTHS, 10, seed=1, epoch=0)
+    batches = [[LENGTHS[index] for index in order[start : start + 10]] for start in range(0, 100, 10)]
+    assert all(max(batch) - min(batch) <= 12 for batch in batches)
+    assert [batch[0] for batch in batches] != sorted(batch[0] for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "batch", "accumulate", "epochs", "steps"),
+    [(64, 2, 4, 1, 1, 8), (65, 2, 4, 1, 1, 9), (64, 1, 4, 3, 1, 6), (10, 2, 8, 1, 1, 1), (22, 1, 8, 1, 2.5, 8)],
+)
+def test_steps_are_planned_as_the_trainer_takes_them(
+    rows: int, workers: int, batch: int, accumulate: int, epochs: float, steps: int
+) -> None:
+    config = TrainingConfig(
+        num_workers=workers,
+        batch_size_per_worker=batch,
+        gradient_accumulation_steps=accumulate,
+        num_epochs=epochs,
+    )
+    assert planned_steps(rows, config) == steps

@@ -1,0 +1,200 @@
+"""The Serve application: which deployments there are, how each scales, and starting them.
+
+    shared   Ingress -> Engine                     one pool writes proposals and aggregations
+    split    Ingress -> Proposer, Aggregator       a pool each, scaled (and, if wanted, with models) of their own
+
+`build_app` is what a Serve YAML names (`import_path: aft_ray.serving:build_app`, `args:` = the fields of
+`ServingConfig`); `serve_app` starts the same from Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from aft_ray.config import EngineConfig, ReplicaConfig, ServingConfig, validate
+from aft_ray.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.schema import LoggingConfig
+
+APP_NAME = "aft_ray"
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """The application for `args`, the fields of `ServingConfig`; `engine` is required."""
+    return application(validate(ServingConfig, args, origin="serving"))
+
+
+def application(config: ServingConfig) -> Application:
+    """The deployments of a config, bound to each other. Raises ConfigError before anything starts."""
+    from ray import serve
+
+    from aft_ray.serving.ingress import Ingress
+    from aft_ray.serving.keys import key_digests, refuse_open_server
+
+    check_config(config)
+    assert config.engine is not None
+    digests = key_digests(config)
+    refuse_open_server(config.host, bool(digests))
+    ingress = serve.deployment(name="Ingress", **scaling(config.ingress))(serve.ingress()(Ingress))
+    if config.topology == "shared":
+        return ingress.bind(config, digests, pool("Engine", config.engine, config.proposer, config))
+    proposers = pool("Proposer", config.proposer_engine or config.engine, config.proposer, config)
+    aggregators = pool("Aggregator", config.engine, config.aggregator, config)
+    return ingress.bind(config, digests, aggregators, proposers)
+
+
+def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: ServingConfig) -> Application:
+    """Replicas of one engine. Adapters are those of the base model: a pool on another model has none."""
+    from ray import serve
+
+    from aft_ray.serving.replica import EngineReplica
+
+    adapters: Mapping[str, str] = (config.adapters or {}) if _may_use_adapters(name, config) else {}
+    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(engine, adapters)
+
+
+def _may_use_adapters(name: str, config: ServingConfig) -> bool:
+    return name != "Proposer" or config.proposer_engine is None or config.proposer_adapter is not None
+
+
+def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
+    """Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
+    from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+
+    resources: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
+    if replicas.accelerator_type is not None:
+        resources["accelerator_type"] = replicas.accelerator_type
+    return {
+        "ray_actor_options": resources,
+        "max_ongoing_requests": replicas.max_ongoing_requests,
+        "autoscaling_config": {
+            "min_replicas": replicas.min_replicas,
+            "initial_replicas": max(1, replicas.min_replicas),
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.max_ongoing_requests,
+        },
+        "graceful_shutdown_timeout_s": LONGEST_REQUEST_S + 30,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": quiet_logs(),
+    }
+
+
+def quiet_logs() -> LoggingConfig:
+    """No line per request; warnings and errors stay."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def check_config(config: ServingConfig) -> None:
+    """What a model cannot check alone: names that must exist, a default plan within the server's own caps."""
+    from aft_ray.serving.http_errors import HttpError
+    from aft_ray.serving.openai_request import check_limits, model_names
+
+    if config.engine is None:
+        raise ConfigError("serving.engine: missing; name the model to serve, such as {type: vllm, model: ...}")
+    names = model_names(config)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"serving.base_name: '{config.base_name}' is also the name of an adapter; rename one")
+    if config.default_model not in (None, *names):
+        raise ConfigError(f"serving.default_model: '{config.default_model}' is none of the models {names}")
+    if config.proposer_adapter not in (None, *names[1:]):
+        raise ConfigError(f"serving.proposer_adapter: '{config.proposer_adapter}' is none of the adapters {names[1:]}")
+    if config.topology == "shared" and (config.proposer_engine or config.proposer_adapter):
+        raise ConfigError("serving.topology: shared, but proposers get an engine or adapter of their own; set split")
+    try:
+        check_limits(config.plan, config)
+    except HttpError as error:
+        raise ConfigError(f"serving.plan: {error}") from None
+
+
+def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str = "/", blocking: bool = False) -> str:
+    """Start serving and return the base URL (`openai` clients add `/v1`); with `blocking`, serve until interrupted.
+
+    Uses the Ray cluster this process is connected to, or starts a local one. Port 0: any free port, or that of a
+    Serve instance that already runs. Raises ConfigError, or EngineError when a replica could not start.
+    """
+    import ray
+    from ray import serve
+
+    app = application(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    base_url = start_http(config.host, config.port) + route_prefix.rstrip("/")
+    try:
+        serve.run(app, name=name, route_prefix=route_prefix, logging_config=quiet_logs())
+    except RuntimeError as error:
+        reason = why_not_started(name) or str(error)
+        stop(name)
+        raise EngineError(f"the application did not start: {reason}") from None
+    if blocking:
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            stop(name)
+    return base_url
+
+
+def why_not_started(name: str) -> str:
+    """What the replicas raised: Serve keeps their tracebacks, whose last line says it."""
+    from ray import serve
+
+    deployments = serve.status().applications[name].deployments
+    lines = [
+        f"{key}: {deployment.message.strip().splitlines()[-1]}"
+        for key, deployment in deployments.items()
+        if deployment.status == "DEPLOY_FAILED" and deployment.message.strip()
+    ]
+    return "; ".join(lines)
+
+
+def start_http(host: str, port: int) -> str:
+    """Serve's HTTP server on the head node; the one that runs already, where it fits. Returns its URL."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        port = port or free_port(host)
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet_logs())
+        return f"http://{reachable(host)}:{port}"
+    found = running.http_config
+    if found.host != host or port not in (0, found.port):
+        raise ConfigError(
+            f"serving.port: Serve already listens on {found.host}:{found.port} in this cluster, and {host}:{port} "
+            "was asked for; one cluster has one HTTP address. Stop that one (`serve shutdown`), or ask for its address"
+        )
+    return f"http://{reachable(host)}:{found.port}"
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def reachable(host: str) -> str:
+    """The host as a client on this machine writes it in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def stop(name: str = APP_NAME) -> None:
+    """End the application; with the last one ends Serve, its HTTP server included."""
+    from ray import serve
+
+    others = [app for app in serve.status().applications if app != name]
+    if others:
+        serve.delete(name)
+    else:
+        serve.shutdown()

@@ -1,0 +1,88 @@
+"""A Serve deployment as an `Engine`: what was evaluated on a local engine runs unchanged on replicas.
+
+    engine = await HandleEngine.connect(handle)
+    async with aclosing(engine.generate(request)) as events: ...
+
+Closing the generator cancels the call; Serve carries that to the replica, which aborts the request in its engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest
+from aft_ray.errors import AftError, EngineError
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+
+def as_aft_error(error: Exception) -> AftError:
+    """What a handle raised, as one of ours: the replica's own error where it raised one, else EngineError.
+
+    Ray wraps a remote exception in one whose text holds the remote traceback; that goes to no client.
+    """
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, AftError):
+        return type(cause)(*cause.args)
+    return EngineError(f"an engine replica could not answer ({type(cause).__name__})")
+
+
+class HandleEngine:
+    """`Engine` over a `DeploymentHandle` of `EngineReplica`s."""
+
+    def __init__(self, handle: DeploymentHandle, info: EngineInfo) -> None:
+        self._handle = handle
+        self._info = info
+
+    @classmethod
+    async def connect(cls, handle: DeploymentHandle) -> HandleEngine:
+        """Waits until a replica answers what its engine is."""
+        return cls(handle, await handle.info.remote())
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        response: Any = self._handle.options(stream=True).generate.remote(request)
+        done = False
+        try:
+            async for event in response:
+                yield event
+            done = True
+        except (RayError, RayServeException) as error:
+            done = True
+            logger.warning("request %s: %s", request.request_id, type(error).__name__)
+            raise as_aft_error(error) from None
+        finally:
+            if not done:
+                response.cancel()
+
+    async def score(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
+    ) -> list[float]:
+        return await self._call(self._handle.score.remote(list(prompt_ids), list(continuation_ids), adapter))
+
+    async def check(self) -> None:
+        """Asks one replica; Serve asks every one by itself and restarts those that fail."""
+        await self._call(self._handle.check_health.remote())
+
+    async def _call(self, response: Any) -> Any:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            return await response
+        except (RayError, RayServeException) as error:
+            raise as_aft_error(error) from None
+
+    async def close(self) -> None:
+        """Nothing to do: the replicas belong to Serve."""

@@ -1,0 +1,339 @@
+"""The front door: an OpenAI-compatible FastAPI app over one or two pools of engine replicas.
+
+Serve cannot hand a streaming response from one deployment to another, so the algorithm runs here, over
+`HandleEngine`s, and the last layer's tokens go out as they are made. A client that goes away cancels its run, and
+with it every request in the engines. Prompts and answers are never logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from aft_ray.config import ServingConfig
+from aft_ray.engines.base import GenerateRequest, Sampling
+from aft_ray.errors import DeadlineExceeded
+from aft_ray.inference import Role, propose_and_aggregate
+from aft_ray.inference.events import AnswerDelta, Event, Finished
+from aft_ray.records import Message, prompt_id_of
+from aft_ray.serving.handle_engine import HandleEngine
+from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.keys import is_accepted, refuse_open_server
+from aft_ray.serving.openai_request import LONGEST_REQUEST_S, Call, ChatBody, CompletionBody, call_of, model_names
+from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
+from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+KEEP_ALIVE_S = 2.0
+"""A stream is never silent for longer: proxies in between close quiet connections."""
+READY_S = 5.0
+"""Time an engine has for the one-token probe of `/ready`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Everything a request needs."""
+
+    config: ServingConfig
+    proposer: Role
+    aggregator: Role
+    """The same role as `proposer` with topology `shared`. A request's model chooses the adapter."""
+    template: AggregatorTemplate
+    key_digests: Sequence[str]
+
+    def run(self, call: Call, run_id: str) -> AsyncGenerator[Event, None]:
+        """The events of one call."""
+        return propose_and_aggregate(
+            prompt_id=prompt_id_of(call.messages),
+            messages=call.messages,
+            plan=call.plan,
+            proposer=Role(
+                engine=self.proposer.engine, format=self.proposer.format, adapter=self._proposer_adapter(call)
+            ),
+            aggregator=Role(engine=self.aggregator.engine, format=self.aggregator.format, adapter=call.adapter),
+            template=self.template,
+            run_seed=call.run_seed,
+            request_id=run_id,
+        )
+
+    def _proposer_adapter(self, call: Call) -> str | None:
+        config = self.config
+        if config.proposer_adapter is not None:
+            return (config.adapters or {})[config.proposer_adapter]
+        # An adapter fits one base model; proposers on another model draft without it.
+        return None if config.topology == "split" and config.proposer_engine is not None else call.adapter
+
+    async def probe(self) -> None:
+        """One token from every pool, or TimeoutError or EngineError."""
+        async with asyncio.timeout(READY_S):
+            await asyncio.gather(*(probe(role) for role in (self.proposer, self.aggregator)))
+
+
+async def probe(role: Role) -> None:
+    """The engine of a role writes one token."""
+    messages: tuple[Message, ...] = ({"role": "user", "content": "Say yes."},)
+    request = GenerateRequest(
+        request_id=f"ready-{uuid.uuid4().hex}",
+        prompt_ids=tuple(role.format.prompt_ids(messages)),
+        messages=messages,
+        sampling=Sampling(temperature=0, max_tokens=1),
+        seeds=(0,),
+    )
+    async with aclosing(role.engine.generate(request)) as events:
+        async for _ in events:
+            pass
+
+
+async def watched(events: AsyncGenerator[Event, None], interval_s: float) -> AsyncGenerator[Event | None, None]:
+    """The events, and None whenever `interval_s` went by without one. Raises what they raise.
+
+    One task reads them from beginning to end, so timeouts inside the run keep their task; closing this generator
+    cancels that task and waits until the run has let go of its engines.
+    """
+    inbox: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+    reader = asyncio.create_task(_read(events, inbox))
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(interval_s):
+                    item = await inbox.get()
+            except TimeoutError:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+async def _read(events: AsyncGenerator[Event, None], inbox: asyncio.Queue[Event | Exception | None]) -> None:
+    clock = asyncio.timeout(LONGEST_REQUEST_S)
+    try:
+        async with clock, aclosing(events):
+            async for event in events:
+                inbox.put_nowait(event)
+        inbox.put_nowait(None)
+    except Exception as error:  # carried to the reader of the inbox, who raises it
+        late = DeadlineExceeded(f"the request took longer than {LONGEST_REQUEST_S:g} s")
+        inbox.put_nowait(late if clock.expired() else error)
+
+
+async def whole_reply(service: Service, reply: Reply) -> dict[str, Any]:
+    """The reply in one piece."""
+    drafts = Drafts()
+    async with aclosing(watched(service.run(reply.call, reply.id), KEEP_ALIVE_S)) as events:
+        async for event in events:
+            if event is not None:
+                drafts.watch(event)
+            if isinstance(event, Finished):
+                return reply.whole(event, drafts)
+    raise AssertionError("a run ended without an answer and without an error")
+
+
+async def streamed_reply(service: Service, reply: Reply, request_id: str) -> AsyncGenerator[str, None]:
+    """The reply as server-sent events. Whatever happens, the last one is `[DONE]`."""
+    drafts = Drafts()
+    yield data_line(reply.opening())
+    try:
+        async with aclosing(watched(service.run(reply.call, reply.id), KEEP_ALIVE_S)) as events:
+            async for event in events:
+                match event:
+                    case None:
+                        yield KEEP_ALIVE
+                    case AnswerDelta():
+                        yield data_line(reply.piece(event.text))
+                    case Finished():
+                        drafts.watch(event)
+                        for chunk in reply.closing(event, drafts):
+                            yield data_line(chunk)
+                    case _:
+                        drafts.watch(event)
+    except Exception as error:  # process boundary: the status line is gone, so the error travels in the stream
+        yield data_line(as_http_error(error, request_id).body)
+    yield DONE
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; a client that goes away closes the generator at once, wherever it stands."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        assert isinstance(self.body_iterator, AsyncGenerator)
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+def request_id_of(request: Request) -> str:
+    """Serve gives every request an `x-request-id` (the client's own, where it sent one) and returns it."""
+    return request.headers.get("x-request-id", "-")[:128]
+
+
+class OpenAIRoute(APIRoute):
+    """A route whose every error is an OpenAI error object."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except Exception as error:  # process boundary: as_http_error logs what is unexpected
+                return error_response(as_http_error(error, request_id_of(request)))
+
+        return answer
+
+
+def error_response(error: HttpError) -> JSONResponse:
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+def make_api(service: Service) -> FastAPI:
+    """The app. Knows nothing of Serve: any ASGI server can run it over any engines."""
+    api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
+
+    async def page_error(request: Request, error: Exception) -> Response:
+        return error_response(as_http_error(error, request_id_of(request)))
+
+    api.add_exception_handler(HTTPException, page_error)
+    api.include_router(open_routes(service))
+    api.include_router(model_routes(service))
+    return api
+
+
+def open_routes(service: Service) -> APIRouter:
+    """What a load balancer asks: no key needed."""
+    router = APIRouter(route_class=OpenAIRoute)
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    async def ready(request: Request) -> JSONResponse:
+        """Every engine pool answers a one-token probe in time."""
+        try:
+            await service.probe()
+        except Exception as error:  # process boundary: not ready, whatever the reason; the log has its class
+            logger.warning("not ready: %s", type(error).__name__)
+            return JSONResponse({"status": "engines do not answer"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """The OpenAI API."""
+
+    async def need_key(request: Request) -> None:
+        if service.key_digests and not is_accepted(request.headers.get("authorization"), service.key_digests):
+            message = "no valid API key: send Authorization: Bearer <key>"
+            raise HttpError(401, message, code="invalid_api_key", type="authentication_error")
+
+    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=[Depends(need_key)])
+    started = int(time.time())
+
+    def model_object(name: str) -> dict[str, Any]:
+        aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
+        return {"id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases}
+
+    async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
+        call = call_of(body, service.config)
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        reply = Reply(kind=kind, call=call, id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()))
+        if call.stream:
+            return EventStream(streamed_reply(service, reply, request_id_of(request)))
+        return JSONResponse(await whole_reply(service, reply))
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """The base model and the adapters, each with the aliases that choose a plan."""
+        return {"object": "list", "data": [model_object(name) for name in model_names(service.config)]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in model_names(service.config):
+            names = ", ".join(model_names(service.config))
+            raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
+        return model_object(name)
+
+    @router.post("/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await answer("chat", body, request)
+
+    @router.post("/completions", response_model=None)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await answer("text", body, request)
+
+    return router
+
+
+class Ingress:
+    """Serve deployment class. Serve asks it for its app once, when the replica starts."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        key_digests: Sequence[str],
+        aggregator: DeploymentHandle,
+        proposer: DeploymentHandle | None = None,
+    ) -> None:
+        self.config = config
+        self.key_digests = key_digests
+        self.aggregator = aggregator
+        self.proposer = proposer
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Connects to the engine pools (and so waits for them), then builds the app."""
+        refuse_open_server(await asyncio.to_thread(bound_host), bool(self.key_digests))
+        in_context = InContextPrompt.load(self.config.templates.in_context)
+        aggregator = await role_over(self.aggregator, in_context)
+        service = Service(
+            config=self.config,
+            aggregator=aggregator,
+            proposer=aggregator if self.proposer is None else await role_over(self.proposer, in_context),
+            template=AggregatorTemplate.load(self.config.templates.aggregator),
+            key_digests=self.key_digests,
+        )
+        return make_api(service)
+
+
+async def role_over(handle: DeploymentHandle, in_context: InContextPrompt) -> Role:
+    """The engines behind a handle, with the prompt format of their model (in context where it has no chat template)."""
+    engine = await HandleEngine.connect(handle)
+    prompt_format: PromptFormat = MessagesFormat()
+    if not engine.info.takes_messages:
+        assert engine.info.tokenizer is not None, "an engine that takes ids names its tokenizer"
+        prompt_format = await asyncio.to_thread(ChatFormat.load, engine.info.tokenizer, in_context)
+    return Role(engine=engine, format=prompt_format)
+
+
+def bound_host() -> str:
+    """Where Serve listens, whatever a config says: `serve deploy` binds to 0.0.0.0 unless its YAML names a host."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None, "a replica has a Serve controller"
+    return client.http_config.host or "127.0.0.1"  # None: no HTTP server

@@ -1,0 +1,304 @@
+"""From an OpenAI body to a `Call`: which model, which plan, which conversation. Pure; refuses what is not honoured.
+
+    {"model": "aft@k5-l2", "messages": [...], "temperature": 0.2}
+        -> K=5, L=2, the final layer at temperature 0.2, adapter of `aft`
+
+The plan is the server's default, then the alias, then the body's `aft` object, then the OpenAI parameters, which
+apply to the final layer (to the only answer at L=0). `seed` fixes the whole run. A parameter that would be ignored
+is refused by name, unless its value asks for nothing; so is an unknown one, with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from aft_ray.config import ServingConfig, merge
+from aft_ray.engines.base import Sampling
+from aft_ray.inference.plan import Plan
+from aft_ray.records import Message
+from aft_ray.serving.http_errors import HttpError
+
+LONGEST_REQUEST_S = 900.0
+"""No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
+LARGEST_TEMPERATURE = 2.0
+
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+"""Parameters that change nothing about an answer: accepted."""
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "tools": (),
+    "functions": (),
+    "logprobs": (),
+    "top_logprobs": (),
+    "logit_bias": (),
+    "frequency_penalty": (),
+    "presence_penalty": (),
+    "prediction": (),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (),
+    "suffix": (),
+}
+"""Parameters of the OpenAI API that would change the answer and are refused, with the values that ask for nothing
+(besides null, false, 0 and empty ones)."""
+
+
+def hint(key: str, known: Iterable[str]) -> str:
+    """`did you mean 'num_layers'?`, or the known names when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+
+
+def _check_text(value: Any) -> None:
+    """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("invalid_text", "the body holds text that is not valid Unicode") from None
+    except RecursionError:
+        raise PydanticCustomError("invalid_json", "the body is nested too deeply") from None
+
+
+class Body(BaseModel):
+    """What chat and text completions share."""
+
+    model_config = ConfigDict(extra="ignore")  # `_refuse` has judged every key by then
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=LARGEST_TEMPERATURE)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | list[Stop] | None = Field(default=None, max_length=256)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    aft: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        _check_text(value)
+        for key in value if isinstance(value, Mapping) else ():
+            if key in cls.model_fields or key in HARMLESS:
+                continue
+            name = str(key)[:100]
+            if key not in NOT_HONOURED:
+                context = {"param": name, "hint": hint(name, {*cls.model_fields, *HARMLESS})}
+                raise PydanticCustomError("unknown_parameter", "unknown parameter '{param}'; {hint}", context)
+            if value[key] and value[key] not in NOT_HONOURED[key]:
+                text = "parameter '{param}' is not supported by this server; leave it out"
+                raise PydanticCustomError("unsupported_parameter", text, {"param": name})
+        return value
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class StreamOptions(BaseModel):
+    """`include_usage` asks for a last chunk with the token counts."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn. `developer` is what newer clients call `system`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatBody(Body):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+    def conversation(self) -> tuple[Message, ...]:
+        return tuple(message.plain() for message in self.messages)
+
+
+class CompletionBody(Body):
+    """`POST /v1/completions`: the prompt is one user turn."""
+
+    prompt: str
+
+    def conversation(self) -> tuple[Message, ...]:
+        return ({"role": "user", "content": self.prompt},)
+
+
+Body.model_rebuild()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request that will be answered."""
+
+    model: str
+    """As asked for; the response repeats it."""
+    adapter: str | None
+    """Adapter folder of the aggregator (and of the proposer, unless the server fixes another)."""
+    plan: Plan
+    messages: tuple[Message, ...]
+    run_seed: int
+    stream: bool
+    include_usage: bool
+    include_proposals: bool
+
+
+def model_names(config: ServingConfig) -> list[str]:
+    """Every model of the endpoint: the base model, then the adapters."""
+    return [config.base_name, *(config.adapters or {})]
+
+
+def default_model(config: ServingConfig) -> str:
+    return config.default_model or model_names(config)[-1]
+
+
+def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
+    """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
+    model = body.model or default_model(config)
+    name, alias = split_alias(model, config)
+    include_proposals = body.aft.get("include_proposals", False)
+    if not isinstance(include_proposals, bool):
+        raise HttpError(400, "aft.include_proposals: expected true or false", param="aft.include_proposals")
+    plan = plan_of({**alias, **body.aft}, config.plan)
+    plan = _with_sampling(plan, _sampling_changes(body))
+    check_limits(plan, config)
+    return Call(
+        model=model,
+        adapter=(config.adapters or {}).get(name),
+        plan=plan,
+        messages=body.conversation(),
+        run_seed=secrets.randbits(62) if body.seed is None else body.seed,
+        stream=body.stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        include_proposals=include_proposals,
+    )
+
+
+def split_alias(model: str, config: ServingConfig) -> tuple[str, dict[str, Any]]:
+    """`aft@k5-l2` -> ("aft", K=5 and L=2); `aft@single` -> ("aft", L=0); `aft` -> ("aft", nothing)."""
+    names = model_names(config)
+    if model in names:
+        return model, {}
+    name, _, alias = model.rpartition("@")
+    shape = re.fullmatch(r"k(\d{1,4})-l(\d{1,4})", alias)
+    if name in names and shape:
+        return name, {"num_proposals": int(shape[1]), "num_layers": int(shape[2])}
+    if name in names and alias == "single":
+        return name, {"num_layers": 0}
+    message = (
+        f"model '{model[:100]}' does not exist. Models: {', '.join(names)}; "
+        "each also as <model>@k5-l2 (5 proposals, 2 layers) and <model>@single"
+    )
+    raise HttpError(404, message, param="model", code="model_not_found")
+
+
+def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
+    """The default plan with what was asked laid over it."""
+    plan_keys = {field.name for field in dataclasses.fields(Plan)}
+    sampling_keys = {field.name for field in dataclasses.fields(Sampling)}
+    changes = {key: value for key, value in asked.items() if key != "include_proposals"}
+    for key in changes:
+        if key not in plan_keys:
+            name = key[:100]
+            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, 'include_proposals'})}"
+            raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
+    raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
+    try:
+        return TypeAdapter(Plan).validate_python(raw)
+    except ValidationError as error:
+        raise _of_plan_error(error.errors()[0], sampling_keys) from None
+
+
+def _fitted(default: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A smaller K than the default's takes the default's larger quorum and subset away: they were meant for its K."""
+    width = changes.get("num_proposals")
+    if not isinstance(width, int):
+        return default
+    return {
+        key: None if key in {"quorum", "subset_size"} and value is not None and value > width else value
+        for key, value in default.items()
+    }
+
+
+def _of_plan_error(error: ErrorDetails, sampling_keys: set[str]) -> HttpError:
+    param = ".".join(["aft", *(str(part) for part in error["loc"])])[:200]
+    if error["type"] == "unexpected_keyword_argument":
+        message = f"unknown key '{param}'; {hint(str(error['loc'][-1])[:100], sampling_keys)}"
+        return HttpError(400, message, param=param, code="unknown_parameter")
+    message = error["msg"].removeprefix("Value error, ")
+    return HttpError(400, f"{param}: {message[0].lower()}{message[1:]}", param=param, code="invalid_value")
+
+
+def _sampling_changes(body: Body) -> dict[str, Any]:
+    """The OpenAI sampling parameters the body sets."""
+    stop = (body.stop,) if isinstance(body.stop, str) else body.stop
+    asked = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "min_p": body.min_p,
+        "max_tokens": body.max_completion_tokens or body.max_tokens,
+        "stop": None if stop is None else tuple(stop),
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _with_sampling(plan: Plan, changes: Mapping[str, Any]) -> Plan:
+    """The plan with its last layer sampled as asked; at L=0 that layer is the proposal."""
+    if not changes:
+        return plan
+    layer = "final" if plan.num_layers else "proposal"
+    return dataclasses.replace(plan, **{layer: dataclasses.replace(getattr(plan, layer), **changes)})
+
+
+def check_limits(plan: Plan, config: ServingConfig) -> None:
+    """A plan within the server's caps, or HttpError 400 with the parameter, what was asked and the cap."""
+    sampling = [plan.proposal, *plan.aggregation, plan.final]
+    limits: list[tuple[str, float, float]] = [
+        ("aft.num_layers", plan.num_layers, config.max_num_layers),
+        ("aft.num_proposals", plan.num_proposals if plan.num_layers else 1, config.max_num_proposals),
+        ("max_tokens", max(s.max_tokens for s in sampling), config.max_tokens),
+        ("temperature", max(s.temperature for s in sampling), LARGEST_TEMPERATURE),
+        ("aft.deadline_s", plan.deadline_s or 0, LONGEST_REQUEST_S),
+        ("aft.draft_deadline_s", plan.draft_deadline_s or 0, LONGEST_REQUEST_S),
+    ]
+    for param, found, limit in limits:
+        if not found <= limit:
+            raise HttpError(400, f"{param} {str(found)[:20]}: this server allows at most {limit:g}", param=param)

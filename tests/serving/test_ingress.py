@@ -1,0 +1,150 @@
+"""The API over local engines, without Serve: what a slow, failing or dying engine turns into."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import pytest
+
+from aft_ray.config import ScriptedEngineConfig, ServingConfig
+from aft_ray.engines.base import EngineEvent, GenerateRequest
+from aft_ray.engines.scripted import ScriptedEngine
+from aft_ray.inference import Role
+from aft_ray.inference.events import AnswerDelta, Event
+from aft_ray.inference.plan import Plan
+from aft_ray.serving.ingress import Service, make_api, watched
+from aft_ray.templates import AggregatorTemplate, MessagesFormat
+
+SECRET = "the moon is made of cheese"
+BODY: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": SECRET}]}
+
+
+class CrashingEngine(ScriptedEngine):
+    """An engine with a defect that no one foresaw, whose error text quotes the prompt."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        raise ZeroDivisionError(request.messages)
+        yield
+
+
+def service_over(engine: ScriptedEngine, plan: Plan | None = None, **settings: Any) -> Service:
+    role = Role(engine=engine, format=MessagesFormat())
+    config = ServingConfig(engine=engine.config, plan=plan or Plan(num_proposals=2), **settings)
+    template = AggregatorTemplate.load("aft")
+    return Service(config=config, proposer=role, aggregator=role, template=template, key_digests=())
+
+
+def over_http(service: Service, use: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(make_api(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def post(service: Service, **changes: Any) -> httpx.Response:
+    return over_http(service, lambda client: client.post("/v1/chat/completions", json=BODY | changes))
+
+
+def test_an_engine_that_cannot_answer_is_a_bad_gateway() -> None:
+    response = post(service_over(ScriptedEngine(ScriptedEngineConfig(fail_requests=True)), Plan(num_layers=0)))
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_error")
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "plain"])
+def test_an_unforeseen_error_tells_the_client_nothing_and_the_log_no_prompt(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    response = over_http(
+        service_over(CrashingEngine(ScriptedEngineConfig()), Plan(num_layers=0)),
+        lambda client: client.post(
+            "/v1/chat/completions", json=BODY | {"stream": stream}, headers={"x-request-id": "r-17"}
+        ),
+    )
+    assert response.status_code == (200 if stream else 500)
+    assert "r-17" in response.text
+    assert "ZeroDivision" not in response.text
+    assert SECRET not in response.text
+    assert "ZeroDivisionError" in caplog.text
+    assert "r-17" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_stream_over_a_dead_engine_still_ends_with_done() -> None:
+    response = post(service_over(ScriptedEngine(ScriptedEngineConfig(fail_requests=True))), stream=True)
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+    assert "error" in json.loads(lines[-2].removeprefix("data: "))
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_not_ready_while_the_engine_does_not_answer() -> None:
+    dead = service_over(ScriptedEngine(ScriptedEngineConfig(fail_requests=True)))
+    assert over_http(dead, lambda client: client.get("/ready")).status_code == 503
+    assert over_http(dead, lambda client: client.get("/health")).status_code == 200
+
+
+def test_the_adapter_of_the_model_reaches_the_engine_in_every_layer() -> None:
+    engine = ScriptedEngine(ScriptedEngineConfig())
+    post(service_over(engine, adapters={"aft": "/adapters/aft"}), model="aft")
+    post(service_over(engine, adapters={"aft": "/adapters/aft"}), model="base")
+    assert [request.adapter for request in engine.requests] == ["/adapters/aft"] * 2 + [None] * 2
+
+
+def test_the_draft_adapter_of_the_server_drafts_for_every_model() -> None:
+    engine = ScriptedEngine(ScriptedEngineConfig())
+    adapters = {"sft": "/adapters/sft", "aft": "/adapters/aft"}
+    post(service_over(engine, topology="split", adapters=adapters, proposer_adapter="sft"), model="aft")
+    assert [request.adapter for request in engine.requests] == ["/adapters/sft", "/adapters/aft"]
+
+
+def test_two_requests_with_one_request_id_are_two_runs_in_the_engine() -> None:
+    engine = ScriptedEngine(ScriptedEngineConfig())
+    service = service_over(engine, Plan(num_layers=0))
+    for _ in range(2):
+        over_http(service, lambda c: c.post("/v1/chat/completions", json=BODY, headers={"x-request-id": "again"}))
+    assert len({request.request_id for request in engine.requests}) == 2
+
+
+def test_a_conversation_keeps_its_turns_and_roles() -> None:
+    engine = ScriptedEngine(ScriptedEngineConfig())
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Name three rivers."},
+    ]
+    post(service_over(engine), messages=turns)
+    assert list(engine.requests[0].messages) == turns
+    assert list(engine.requests[1].messages)[-3:] == turns[-3:]
+
+
+def test_closing_a_watched_run_closes_the_run_before_it_returns() -> None:
+    closed: list[str] = []
+
+    async def endless() -> AsyncGenerator[Event, None]:
+        try:
+            yield AnswerDelta(text="a", num_tokens=1)
+            await asyncio.sleep(60)
+        finally:
+            closed.append("run")
+
+    async def look_once() -> list[Event | None]:
+        seen: list[Event | None] = []
+        async with aclosing(watched(endless(), interval_s=0.01)) as events:
+            async for event in events:
+                seen.append(event)
+                if event is None:
+                    break
+        assert closed == ["run"]
+        return seen
+
+    assert asyncio.run(look_once()) == [AnswerDelta(text="a", num_tokens=1), None]

@@ -1,0 +1,124 @@
+"""Streams over real HTTP: true to the plain reply, never silent, errors in band, and gone when the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+BODY: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Name three rivers."}]}
+SLOW = {"aft": {"num_proposals": 6, "num_layers": 1}}
+"""Sample 5 takes five seconds."""
+
+
+def stream_lines(base_url: str, **changes: Any) -> list[str]:
+    body = {**BODY, **changes, "stream": True}
+    with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return [line for line in response.iter_lines() if line]
+
+
+def payloads(lines: list[str]) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def test_the_deltas_of_a_stream_add_up_to_the_plain_answer(client: openai.OpenAI) -> None:
+    plain = client.chat.completions.create(**BODY, seed=5)
+    chunks = list(client.chat.completions.create(**BODY, seed=5, stream=True))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(pieces) == plain.choices[0].message.content
+    assert len([piece for piece in pieces if piece]) == 8
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+def test_the_async_client_streams_as_well(base_url: str) -> None:
+    async def read() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="unused") as client:
+            stream = await client.chat.completions.create(**BODY, seed=5, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert len(asyncio.run(read()).split()) == 8
+
+
+def test_the_usage_chunk_comes_last_and_only_when_asked_for(client: openai.OpenAI, base_url: str) -> None:
+    plain: Any = client.chat.completions.create(**BODY, seed=5).usage
+    asked = payloads(stream_lines(base_url, seed=5, stream_options={"include_usage": True}))
+    assert asked[-1]["choices"] == []
+    assert asked[-1]["usage"]["total_tokens"] == plain.total_tokens
+    assert len(asked[-1]["usage"]["aft"]["layers"]) == 2
+    assert not any("usage" in payload for payload in payloads(stream_lines(base_url, seed=5)))
+
+
+def test_drafts_travel_with_the_end_of_a_stream(base_url: str) -> None:
+    ends = [p for p in payloads(stream_lines(base_url, aft={"include_proposals": True})) if "aft" in p]
+    [end] = ends
+    assert end["choices"][0]["finish_reason"] == "stop"
+    assert [len(layer) for layer in end["aft"]["layers"]] == [3, 1]
+
+
+def test_a_text_completion_streams_too(client: openai.OpenAI) -> None:
+    chunks = client.completions.create(model="base", prompt="Name three rivers.", seed=5, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == client.chat.completions.create(**BODY, seed=5).choices[0].message.content
+
+
+def test_a_slow_first_token_is_announced_by_keep_alive_comments(base_url: str) -> None:
+    started = time.perf_counter()
+    lines = stream_lines(base_url, **SLOW)
+    first_token = next(n for n, line in enumerate(lines) if '"content":"word' in line)
+    assert time.perf_counter() - started > 4, "sample 5 was not slow; this test shows nothing"
+    assert [line for line in lines[:first_token] if line.startswith(":")] == [": keep-alive"] * 2
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_an_error_after_the_first_byte_is_an_event_and_the_stream_still_ends_with_done(base_url: str) -> None:
+    lines = stream_lines(base_url, aft={"num_proposals": 4, "quorum": 4})
+    [error] = [payload["error"] for payload in payloads(lines) if "error" in payload]
+    assert error["code"] == "quorum_not_met"
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_the_client_raises_its_api_error_for_an_error_event(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIError, match="answers usable"):
+        list(client.chat.completions.create(**BODY, stream=True, extra_body={"aft": {"num_proposals": 4, "quorum": 4}}))
+
+
+def test_a_bad_request_is_refused_before_any_stream_begins(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**BODY, stream=True, extra_body={"aft": {"num_layer": 1}})
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "plain"])
+def test_a_client_that_goes_away_ends_every_sub_call_in_the_engine(
+    base_url: str, num_samples_running: Callable[[], int], stream: bool
+) -> None:
+    async def ask() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            await client.post(f"{base_url}/v1/chat/completions", json=BODY | SLOW | {"stream": stream})
+
+    async def ask_and_leave() -> None:
+        client = asyncio.create_task(ask())
+        await asyncio.to_thread(wait_for, lambda: num_samples_running() == 6, 5)  # all six seeds of the drafts
+        client.cancel()
+        await asyncio.gather(client, return_exceptions=True)
+
+    wait_for(lambda: num_samples_running() == 0, timeout_s=10)
+    asyncio.run(ask_and_leave())
+    gone = time.perf_counter()
+    assert wait_for(lambda: num_samples_running() == 0, timeout_s=3) - gone < 2  # left alone it takes five seconds
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:
+    """When the condition came true; fails when it does not in time."""
+    end = time.perf_counter() + timeout_s
+    while not condition():
+        assert time.perf_counter() < end, f"still not true after {timeout_s} s"
+        time.sleep(0.05)
+    return time.perf_counter()

@@ -1,0 +1,275 @@
+"""The report of a run: `report.html`, one file that needs nothing else, and the same numbers in `results.json`.
+
+    write_report(data, Path("runs/demo/report"))
+
+`ReportData` holds plain values that the jobs fill; nothing is computed here but wording and charts. The page is
+`report.html` beside this file: rendered by jinja2 with autoescaping, since prompts and answers may hold HTML. It loads
+nothing from anywhere and runs no script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aft_ray.evaluation.charts import Point, interval_chart, line_chart
+from aft_ray.evaluation.examples import Example
+from aft_ray.evaluation.metrics import Comparison, SystemMetrics
+from aft_ray.evaluation.perplexity import ConditionPerplexity
+from aft_ray.evaluation.statistics import Estimate
+from aft_ray.inference.plan import Plan
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATE = Path(__file__).with_name("report.html")
+SMALL_MODEL = 1_000_000_000
+"""Parameters below which the paper's gains are out of reach: it measured them on 7B and 8B models."""
+UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Characters that HTML may not hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """One stage of the pipeline, from its manifest."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    rows_failed: int
+    prompt_tokens: int | None
+    """None: the stage calls no model."""
+    completion_tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """One adapter."""
+
+    variant: str
+    num_examples: int
+    num_steps: int
+    num_workers: int
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+    """(step, training loss)"""
+
+    @property
+    def first_loss(self) -> float | None:
+        """Mean over the first tenth of the curve."""
+        return _mean_loss(self.curve[: self._tenth])
+
+    @property
+    def last_loss(self) -> float | None:
+        return _mean_loss(self.curve[-self._tenth :])
+
+    @property
+    def _tenth(self) -> int:
+        return max(1, len(self.curve) // 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything the report says."""
+
+    title: str
+    date: str
+    """When the run was evaluated, with its time zone."""
+    command: str
+    """What makes this run again."""
+    commit: str | None
+    model: str
+    num_parameters: int | None
+    task: str
+    num_train_prompts: int
+    num_held_out_prompts: int
+    reward: str
+    """What a score means, such as `share of the prompt's constraints that the answer meets`."""
+    plan: Plan
+    seed: int
+    hardware: str
+    versions: Mapping[str, str]
+    stages: tuple[StageSummary, ...]
+    training: tuple[TrainingSummary, ...]
+    perplexities: tuple[ConditionPerplexity, ...]
+    """In the order of the paper's Figure 6; the first one is what the others are compared with."""
+    perplexity_targets: str = "held-out prompts"
+    """Whose targets were scored."""
+    systems: tuple[SystemMetrics, ...]
+    base_system: str | None
+    """Which of `systems` is the untrained model."""
+    comparisons: tuple[Comparison, ...] = ()
+    examples: tuple[Example, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    """Anything a reader must know, such as prompts that failed."""
+
+
+def write_report(data: ReportData, folder: Path) -> Path:
+    """Write `report.html` and `results.json` into the folder and return the path of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "results.json", json.dumps(results(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n")
+    page = folder / "report.html"
+    _write(page, render(data))
+    return page
+
+
+def results(data: ReportData) -> dict[str, Any]:
+    """The report's numbers as JSON values. A number that is not finite becomes null."""
+    return {"what_this_does_not_show": limits(data), **_finite(dataclasses.asdict(data))}
+
+
+def render(data: ReportData) -> str:
+    """The page as HTML."""
+    template = _environment().get_template(TEMPLATE.name)
+    charts = {"rewards": _rewards_chart(data), "perplexity": _perplexity_chart(data), "loss": _loss_chart(data)}
+    html = template.render(data=data, limits=limits(data), charts=charts, max_seconds=_max_seconds(data))
+    return UNSHOWABLE.sub("\ufffd", html)
+
+
+def curve_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """(step, loss) from the rows of a training run's metrics.jsonl; rows without a loss are of another kind."""
+    return tuple((float(row["step"]), float(row["loss"])) for row in rows if row.get("loss") is not None)
+
+
+def limits(data: ReportData) -> str:
+    """What the run does not show, said with its own numbers."""
+    small = data.num_parameters is not None and data.num_parameters < SMALL_MODEL
+    paper = (
+        f"the paper's quality gains: a model of {short_count(data.num_parameters or 0)} parameters cannot show them "
+        "(they were measured on 7B and 8B models)"
+        if small
+        else "how the method does on other tasks, models or seeds"
+    )
+    return f"{paper}. {_level(data)}One training run with one seed: the intervals cover the choice of prompts only."
+
+
+def _level(data: ReportData) -> str:
+    for system in data.systems:
+        share = system.single_pass
+        if system.system == data.base_system and share.mean is not None:
+            return (
+                f"For scale: {data.model}, untrained and asked once, does everything that was asked in "
+                f"{percent(share.mean)} of its answers ({share.num} prompts). "
+            )
+    return ""
+
+
+def verdict(difference: Estimate) -> str:
+    """A difference in words. Nothing is called higher or lower unless the whole interval is."""
+    if difference.mean is None or difference.low is None:
+        return "cannot tell"
+    if not difference.excludes_zero:
+        return "no difference shown"
+    return "higher" if difference.mean > 0 else "lower"
+
+
+def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
+    """`0.47`, `+0.05`, or a dash for a value that is not there."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    return text.replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def short_count(value: float) -> str:
+    """135000000 -> `135M`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `75 s`, `12 min 30 s`."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds) // 60:,} min {int(seconds) % 60} s"
+
+
+def _rewards_chart(data: ReportData) -> str | None:
+    kinds = (("single answer", "single"), ("aggregated", "final"), ("best draft (oracle)", "best_draft"))
+    points = [
+        _point(system.system, kind, getattr(system, name))
+        for system in data.systems
+        for kind, name in kinds
+        if getattr(system, name).mean is not None and (name != "final" or system.num_layers)
+    ]
+    label = "Mean reward by system with 95 % intervals; the numbers are in the table beside it"
+    return interval_chart("rewards", label, points, "mean reward") if points else None
+
+
+def _perplexity_chart(data: ReportData) -> str | None:
+    points = [
+        Point(row=one.name, series="perplexity", mean=one.perplexity, low=one.low, high=one.high)
+        for one in data.perplexities
+        if one.perplexity is not None
+    ]
+    label = "Target perplexity by condition with 95 % intervals; the numbers are in the table beside it"
+    x_label = "perplexity of the target (log scale)"
+    return interval_chart("perplexity", label, points, x_label, log=True) if points else None
+
+
+def _loss_chart(data: ReportData) -> str | None:
+    curves = {run.variant: run.curve for run in data.training if run.curve}
+    label = "Training loss by step, one line per adapter; first and last values are in the table beside it"
+    return line_chart("loss", label, curves, "step", "training loss") if curves else None
+
+
+def _point(row: str, series: str, value: Estimate) -> Point:
+    assert value.mean is not None
+    return Point(row=row, series=series, mean=value.mean, low=value.low, high=value.high)
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "drawing": Markup}
+    environment.globals |= {"verdict": verdict}
+    return environment
+
+
+def _max_seconds(data: ReportData) -> float:
+    return max((stage.seconds for stage in data.stages), default=0) or 1
+
+
+def _mean_loss(curve: Sequence[tuple[float, float]]) -> float | None:
+    return sum(loss for _, loss in curve) / len(curve) if curve else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

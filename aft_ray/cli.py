@@ -1,0 +1,196 @@
+"""The command line: `aft-ray run --config configs/quickstart.yaml`. Parse, import, call; errors become exit codes.
+
+0 done   2 usage or config error   3 more failures than allowed   4 resume refused   130 interrupted
+
+Heavy imports come after parsing, so `--help` and a wrong key answer in under a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from aft_ray.errors import AftError
+
+app = typer.Typer(
+    help="Aggregation Fine-Tuning on Ray: build the data, train, serve, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: --set proposals.num_per_prompt=8")]
+ResumeMode = Annotated[
+    Literal["auto", "never", "must"],
+    typer.Option("--resume", help="auto: continue what is there; never: only a new folder; must: only an old one."),
+]
+
+DATA_STEPS = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
+ALL_STEPS = (*DATA_STEPS, "train", "evaluate", "report")
+
+
+def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any) -> None:
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.pipeline.steps import run_steps
+
+    try:
+        run_steps(loaded, names, resume)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    resume: ResumeMode = "auto",
+    until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(ALL_STEPS)}.")] = None,
+) -> None:
+    """Run everything: prompts to report. Called again, it continues where it stopped."""
+    if until is not None and until not in ALL_STEPS:
+        raise typer.BadParameter(f"{until!r} is no step; the steps are {', '.join(ALL_STEPS)}", param_hint="--until")
+    last = ALL_STEPS.index(until) + 1 if until else len(ALL_STEPS)
+    _steps(ALL_STEPS[:last], config, overrides, resume)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
+    """Train the adapters of a run whose training set is there."""
+    _steps(("train",), config, overrides, resume)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
+    """Ask the run's endpoint the held-out prompts, score the targets, write the report."""
+    _steps(("evaluate", "report"), config, overrides, resume)
+
+
+@app.command()
+def report(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Write the report again from what the run folder holds."""
+    _steps(("report",), config, overrides, "must")
+
+
+@app.command()
+def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Serve the run's base model and adapters behind an OpenAI-compatible endpoint, until interrupted."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.pipeline.cluster import RaySession
+    from aft_ray.pipeline.evaluate import serving_of
+    from aft_ray.runs import Run
+    from aft_ray.serving import serve_app, stop
+    from aft_ray.storage import Folder
+
+    serving = serving_of(Run(loaded, Folder.at(loaded.run.dir)))
+    with RaySession(loaded) as session:
+        session.connect()
+        print(f"starting: {serving.base_name}, {', '.join(serving.adapters or {}) or 'no adapters yet'}", flush=True)
+        base_url = serve_app(serving)
+        print(f"serving at {base_url}/v1   default model: {serving.default_model}   stop with Ctrl-C", flush=True)
+        try:
+            _wait_for_interrupt()
+        finally:
+            stop()
+
+
+def _wait_for_interrupt() -> None:
+    import signal
+    import threading
+
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    while not stopped.wait(1):
+        pass
+
+
+@app.command()
+def ask(
+    question: str,
+    base_url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Model name or alias, such as aft@k5-l2.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="AFT_RAY_API_KEY", help="Key, where the server wants one.")] = "none",
+    show_proposals: Annotated[bool, typer.Option("--show-proposals", help="Print every draft as well.")] = False,
+) -> None:
+    """Ask a served model one question; the answer is printed as it is made."""
+    from aft_ray.pipeline.asking import ask_and_print
+
+    ask_and_print(question, base_url.rstrip("/"), model, api_key, show_proposals)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Print the run's resolved settings and its model calls, without starting anything."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    import yaml
+
+    print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), end="")
+    proposals, candidates = loaded.proposals.num_per_prompt, loaded.targets.num_candidates
+    print(f"# answers sampled per prompt: {proposals} proposals + {candidates} target candidates")
+    print(f"# answers sampled per held-out prompt and system: {loaded.evaluation.plan.num_answers}")
+
+
+@app.command()
+def submit(
+    step: Annotated[str, typer.Argument(help="A script of jobs/, without .py: pipeline, proposals, train, ...")],
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    resume: ResumeMode = "auto",
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
+    ] = "http://127.0.0.1:8265",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is accepted.")] = False,
+) -> None:
+    """Submit a job to a Ray cluster: `ray job submit` with this checkout as the working directory."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)  # a wrong key is answered here, not on the cluster
+    from aft_ray.pipeline.submitting import check_paths, submit_job
+
+    check_paths(loaded)
+    raise typer.Exit(submit_job(step, config, overrides, resume, address, wait=not no_wait))
+
+
+@app.command()
+def doctor() -> None:
+    """Print what this machine has: versions, cores, memory, GPUs, and what is missing."""
+    from aft_ray.pipeline.checkup import checkup
+
+    raise typer.Exit(checkup())
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Run `work` and turn its end into an exit code. The last frame of the process: nothing passes it."""
+    try:
+        work()
+    except AftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def main() -> None:
+    """Entry point of `aft-ray`."""
+    sys.exit(guarded(app))
+
+
+def job(*names: str) -> None:
+    """Entry point of `python jobs/<stage>.py`: the same three flags, for the named steps."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @script.command(help=(sys.modules["__main__"].__doc__ or "").strip())
+    def command(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
+        _steps(names, config, overrides, resume)
+
+    sys.exit(guarded(script))

@@ -1,0 +1,50 @@
+"""Connecting to the Ray cluster a run names, or starting a local one for it, when the first step needs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+
+from aft_ray.config import Config
+
+
+class RaySession:
+    """Ray for the time of a block, connected at the first `connect()`: a run that is done already never starts it.
+
+    An address (`run.ray_address`, or `RAY_ADDRESS`, which a Ray job has set) joins that cluster; without one a local
+    cluster is started and ended. A connection that was there before is used and left alone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.address = config.run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        self.ours = False
+
+    def connect(self) -> None:
+        """Have Ray connected. Every call but the first does nothing."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # Ray's C++ core prints what its own restarts already mend; a cluster that is joined keeps its own level.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        import ray
+
+        if ray.is_initialized():
+            return
+        dashboard = False if self.address == "local" else None
+        ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+        self.ours = True
+        context = ray.data.DataContext.get_current()  # one progress line of ours instead of a page of Ray Data's
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+    def __enter__(self) -> RaySession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.ours:
+            import ray
+
+            ray.shutdown()

@@ -1,0 +1,199 @@
+"""Evaluation of a run: its endpoint is asked the held-out prompts, and its targets are scored for perplexity."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import EngineConfig, ServingConfig, SystemConfig, TemplatesConfig
+from aft_ray.errors import ConfigError
+from aft_ray.evaluation import stage as answers
+from aft_ray.evaluation.perplexity import ScoredCondition, ScoredRow, TargetScore, score_targets
+from aft_ray.pipeline.cluster import RaySession
+from aft_ray.progress import Progress
+from aft_ray.records import HELD_OUT, fingerprint
+from aft_ray.runs import Run
+from aft_ray.stages import run_stage
+
+PERPLEXITY = "perplexity.json"
+
+
+def evaluate(run: Run, session: RaySession) -> None:
+    """Answers of every system, then perplexities; both skip what is there."""
+    missing = [system for system in systems_of(run) if not _answered(run, system)]
+    if missing:
+        session.connect()
+        with endpoint(run) as base_url:
+            for system in missing:
+                _answer(run, system, base_url)
+    if not run.folder.child("evaluation").exists(PERPLEXITY):
+        session.connect()
+        _perplexity(run)
+
+
+def adapters_of(run: Run) -> dict[str, str]:
+    """The run's trained adapters by variant, as absolute paths."""
+    folder = Path(run.folder.path) / "model"
+    return {
+        variant: str(folder / variant)
+        for variant in run.config.training_set.variants
+        if (folder / variant / "adapter_config.json").is_file()
+    }
+
+
+def serving_of(run: Run) -> ServingConfig:
+    """The run's serving section with the run's own engine, adapters and templates where it names none."""
+    serving = run.config.serving
+    adapters = serving.adapters if serving.adapters is not None else adapters_of(run)
+    return serving.model_copy(
+        update={
+            "engine": serving.engine or run.config.engine,
+            "adapters": adapters,
+            "default_model": serving.default_model or (list(adapters)[-1] if adapters else serving.base_name),
+            "templates": run.config.templates,
+        }
+    )
+
+
+def systems_of(run: Run) -> tuple[SystemConfig, ...]:
+    """The systems to evaluate: those named, else every model of the run with the evaluation's plan."""
+    if run.config.evaluation.systems is not None:
+        return run.config.evaluation.systems
+    serving = serving_of(run)
+    names = [serving.base_name, *(serving.adapters or {})]
+    return tuple(SystemConfig(name=name, model=name) for name in names)
+
+
+@contextlib.contextmanager
+def endpoint(run: Run) -> Iterator[str]:
+    """The endpoint to ask: the one that is named, else the run's own, served for the time of the block."""
+    if run.config.evaluation.base_url is not None:
+        yield run.config.evaluation.base_url
+        return
+    from aft_ray.serving import serve_app, stop
+
+    with Progress("serve", total=1, unit="endpoint") as progress:
+        base_url = serve_app(serving_of(run).model_copy(update={"port": 0}))
+        progress.update(done=1, note=base_url)
+    try:
+        yield base_url
+    finally:
+        stop()
+
+
+def _answered(run: Run, system: SystemConfig) -> bool:
+    manifest = run.manifest(f"evaluation/{system.name}/answers")
+    return manifest is not None and manifest.status == "done"
+
+
+def _answer(run: Run, system: SystemConfig, base_url: str) -> None:
+    config = run.config.evaluation
+    run_stage(
+        answers.stage(
+            run,
+            base_url=base_url,
+            system=system.name,
+            model=system.model,
+            model_fingerprint=_weights_of(run, system.model),
+            plan=system.plan or config.plan,
+            max_concurrency=config.max_concurrency,
+        ),
+        max_failure_rate=run.config.run.max_failure_rate,
+    )
+
+
+def _weights_of(run: Run, model: str) -> str:
+    """What stands for a model's weights: its adapter's config and summary, or the base model's name."""
+    adapter = (serving_of(run).adapters or {}).get(model.partition("@")[0])
+    if adapter is None:
+        return fingerprint(run.config.engine.model_dump(mode="json"))
+    summary = Path(adapter, "summary.json")
+    return fingerprint(summary.read_text() if summary.is_file() else adapter)
+
+
+# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _perplexity(run: Run) -> None:
+    """Score the held-out targets under every condition, on one worker of the cluster."""
+    import ray
+
+    config = run.config
+    rows = [row for row in run.folder.child("targets").rows() if row["split"] == HELD_OUT and row["target"]["text"]]
+    engine = config.evaluation.perplexity_engine or config.engine
+    if engine.type in {"openai", "scripted"}:
+        raise ConfigError(
+            f"evaluation.perplexity_engine.type {engine.type}: perplexity needs a vllm or transformers engine"
+        )
+    placement = config.evaluation.placement
+    options: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
+    if placement.accelerator_type:
+        options["accelerator_type"] = placement.accelerator_type
+    with Progress("perplexity", total=len(rows), unit="targets") as progress:
+        work = ray.remote(**options)(score_under_conditions)
+        scores = ray.get(work.remote(engine, config.templates, config.training_set.max_length, rows, adapters_of(run)))
+        progress.update(done=len(rows))
+    folder = run.folder.child("evaluation")
+    content = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
+    folder.write_bytes(PERPLEXITY, content.encode())
+
+
+def score_under_conditions(
+    engine_config: EngineConfig,
+    templates: TemplatesConfig,
+    max_length: int,
+    rows: list[dict[str, Any]],
+    adapters: Mapping[str, str],
+) -> list[TargetScore]:
+    """Every target under prompt only and prompt + proposals, before and after training (paper, Figure 6)."""
+    from aft_ray.engines import build_engine
+    from aft_ray.templates.loading import load_format
+
+    async def work() -> list[TargetScore]:
+        engine = build_engine(engine_config)
+        try:
+            prompt_format = load_format(engine.info.tokenizer, templates.in_context)
+            conditions = conditions_of(prompt_format, templates, max_length, rows, adapters)
+            return await score_targets(engine, conditions)
+        finally:
+            await engine.close()
+
+    return asyncio.run(work())
+
+
+def conditions_of(
+    prompt_format: Any,
+    templates: TemplatesConfig,
+    max_length: int,
+    rows: list[dict[str, Any]],
+    adapters: Mapping[str, str],
+) -> list[ScoredCondition]:
+    """The conditions of Figure 6 that this run can show; row i is the same target in each."""
+    from aft_ray.data.selection import selected_texts
+    from aft_ray.templates import AggregatorTemplate, fit_aggregation
+
+    template = AggregatorTemplate.load(templates.aggregator)
+    alone: list[ScoredRow] = []
+    with_proposals: list[ScoredRow] = []
+    for row in rows:
+        target_ids = prompt_format.target_ids(row["messages"], row["target"]["text"])
+        room = max_length - len(target_ids)
+        fitted = fit_aggregation(
+            prompt_format, template, row["messages"], selected_texts(row), room, templates.length_policy
+        )
+        alone.append((prompt_format.prompt_ids(row["messages"]), target_ids))
+        with_proposals.append((fitted.prompt_ids, target_ids))
+    conditions = [
+        ScoredCondition(name="base, prompt only", adapter=None, rows=alone),
+        ScoredCondition(name="base, prompt + proposals", adapter=None, rows=with_proposals),
+    ]
+    if "sft" in adapters:
+        conditions.append(ScoredCondition(name="SFT, prompt only", adapter=adapters["sft"], rows=alone))
+    if "aft" in adapters:
+        conditions.append(ScoredCondition(name="AFT, prompt + proposals", adapter=adapters["aft"], rows=with_proposals))
+    return conditions

@@ -1,0 +1,214 @@
+"""The steps of a run, in order. Each looks at the folder, does what is missing, and leaves a manifest.
+
+prompts -> proposals -> scores -> selection -> targets -> training_set -> train -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aft_ray.config import Config
+from aft_ray.errors import ConfigError, PromptTooLong
+from aft_ray.pipeline.cluster import RaySession
+from aft_ray.progress import Progress
+from aft_ray.runs import Manifest, Resume, Run
+from aft_ray.stages import Stage, run_stage
+
+Step = Callable[[Run, RaySession], None]
+
+
+def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto") -> Run:
+    """Run the named steps of a run, in the order given; returns the open run.
+
+    Raises ConfigError, InputError, ResumeRefused, TooManyFailures, TrainingFailed. What was done stays done: the same
+    call again continues.
+    """
+    check_before_start(config)
+    run = Run.open(config, resume)
+    with RaySession(config) as session:
+        for name in names:
+            run.event("started", step=name)
+            try:
+                STEPS[name](run, session)
+            except BaseException as error:
+                run.event("failed", step=name, error=type(error).__name__, message=str(error)[:500])
+                raise
+            run.event("finished", step=name)
+    return run
+
+
+def check_before_start(config: Config) -> None:
+    """What can be known to be wrong before any model is loaded."""
+    from aft_ray.data.proposals import aggregator_hash
+    from aft_ray.models import PACKAGED, resolve_model
+    from aft_ray.templates import InContextPrompt
+
+    aggregator_hash(config.templates)
+    InContextPrompt.load(config.templates.in_context)
+    engines = (config.engine, config.proposals.engine, config.targets.engine, config.serving.engine)
+    for engine in engines:
+        if engine is not None and engine.type in {"vllm", "transformers"} and engine.model not in PACKAGED:
+            resolve_model(engine.model)  # a folder that is not there is refused now, not after an hour
+    _check_windows(config)
+    if config.training_set.max_length > (
+        getattr(config.engine, "max_model_len", None) or config.training_set.max_length
+    ):
+        raise ConfigError(
+            f"training_set.max_length {config.training_set.max_length} > engine.max_model_len "
+            f"{config.engine.max_model_len}: the model would be trained on prompts it is never served with"
+        )
+
+
+def _check_windows(config: Config) -> None:
+    """Sampling and aggregator prompt against the window, before any tokenizer is loaded.
+
+    A word is at least one token, so what does not fit by words cannot fit by tokens.
+    """
+    from aft_ray.templates import AggregatorTemplate
+
+    template = AggregatorTemplate.load(config.templates.aggregator)
+    num_words = len(template.system.split())
+    teacher = config.targets.engine or config.engine
+    plan = config.evaluation.plan
+    windows = [
+        ("proposals.sampling", config.proposals.engine or config.engine, config.proposals.sampling, 1),
+        ("targets.sampling", teacher, config.targets.sampling, num_words),
+        ("evaluation.plan.proposal", config.engine, plan.proposal, 1),
+    ]
+    if plan.num_layers:
+        windows.append(("evaluation.plan.final", config.engine, plan.final, num_words))
+    for key, engine, sampling, num_prompt in windows:
+        window = engine.max_model_len
+        if window is not None and sampling.max_tokens + num_prompt > window:
+            raise PromptTooLong(
+                f"{key}.max_tokens {sampling.max_tokens} + a prompt of at least {num_prompt} tokens > "
+                f"max_model_len {window}: lower max_tokens, raise max_model_len, or shorten the template"
+            )
+
+
+def _say(manifest: Manifest) -> None:
+    """One line for a stage that was done before; a stage that runs has its progress line."""
+    print(f"{manifest.stage:<13} done: {manifest.rows_out} rows", file=sys.stderr)
+
+
+def _stage_step(build: Callable[[Run], Stage]) -> Step:
+    def step(run: Run, session: RaySession) -> None:
+        stage = build(run)
+        before = run.manifest(stage.name)
+        manifest = run_stage(stage, max_failure_rate=run.config.run.max_failure_rate, connect=session.connect)
+        if before is not None and before.status == "done":
+            _say(manifest)
+
+    return step
+
+
+def prompts(run: Run, session: RaySession) -> None:
+    """Read, check and shard the prompts."""
+    from aft_ray.data.first_shards import make_prompts
+
+    _say(make_prompts(run))
+
+
+def proposals(run: Run, session: RaySession) -> None:
+    """Sample proposals from the model to be trained."""
+    from aft_ray.data import proposals as room
+
+    _stage_step(room.stage)(run, session)
+
+
+def scores(run: Run, session: RaySession) -> None:
+    """Score the proposals."""
+    from aft_ray.data import scores as room
+
+    _stage_step(room.stage)(run, session)
+
+
+def selection(run: Run, session: RaySession) -> None:
+    """Choose the K proposals each prompt keeps."""
+    from aft_ray.data import selection as room
+
+    _stage_step(room.stage)(run, session)
+
+
+def targets(run: Run, session: RaySession) -> None:
+    """Let the teacher write the aggregations."""
+    from aft_ray.data import targets as room
+
+    _stage_step(room.stage)(run, session)
+
+
+def training_set(run: Run, session: RaySession) -> None:
+    """Write ids and labels."""
+    from aft_ray.data import training_set as room
+
+    _stage_step(room.stage)(run, session)
+
+
+def train(run: Run, session: RaySession) -> None:
+    """Fine-tune one adapter per variant."""
+    from aft_ray.data.proposals import aggregator_hash
+    from aft_ray.models import resolve_model
+    from aft_ray.training import TrainProgress, train_adapters
+
+    config = run.config
+    if config.engine.type not in {"vllm", "transformers"}:
+        raise ConfigError(f"engine.type {config.engine.type}: training needs a local model (vllm or transformers)")
+    if not run.folder.is_local:
+        raise ConfigError(
+            f"run.dir {config.run.dir}: training writes checkpoints and needs a (shared) file system path"
+        )
+    folder = Path(run.folder.path)
+    outputs: dict[str, Path] = {variant: folder / "model" / variant for variant in config.training_set.variants}
+    if not all(output.is_dir() for output in outputs.values()):
+        session.connect()
+    with Progress("train", total=0, unit="steps") as progress:
+
+        def show(state: TrainProgress) -> None:
+            progress.total = state.num_steps
+            loss = "" if state.loss is None else f", loss {state.loss:.3f}"
+            progress.update(done=state.step, tokens=state.num_tokens, note=f"{state.variant} {state.phase}{loss}")
+
+        summaries = train_adapters(
+            config=config.training,
+            model=resolve_model(config.engine.model),
+            training_set=folder / "training_set",
+            outputs=outputs,
+            checkpoints=folder / "checkpoints",
+            seed=config.run.seed,
+            template_hashes={"aggregator": aggregator_hash(config.templates)},
+            report=show,
+        )
+        progress.total = sum(summary.num_steps for summary in summaries.values())
+        progress.update(done=progress.total, tokens=sum(summary.num_tokens for summary in summaries.values()))
+    for summary in summaries.values():
+        run.event("trained", **dataclasses.asdict(summary))
+
+
+def evaluate(run: Run, session: RaySession) -> None:
+    """Ask every system the held-out prompts; score the targets."""
+    from aft_ray.pipeline.evaluate import evaluate as work
+
+    work(run, session)
+
+
+def report(run: Run, session: RaySession) -> None:
+    """Write report.html and results.json, and print the table."""
+    from aft_ray.pipeline.summary import report as work
+
+    work(run)
+
+
+STEPS: dict[str, Step] = {
+    "prompts": prompts,
+    "proposals": proposals,
+    "scores": scores,
+    "selection": selection,
+    "targets": targets,
+    "training_set": training_set,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+}

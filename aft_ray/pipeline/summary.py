@@ -1,0 +1,240 @@
+"""What a run's folders hold, as the report and as the table at the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from aft_ray.data.constraints import parse_all
+from aft_ray.data.scorers import build_scorer
+from aft_ray.evaluation.examples import Check, Example, choose_examples
+from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
+from aft_ray.evaluation.perplexity import ConditionPerplexity, TargetScore, summarise
+from aft_ray.evaluation.report import ReportData, StageSummary, TrainingSummary, curve_of, write_report
+from aft_ray.pipeline.evaluate import PERPLEXITY, serving_of, systems_of
+from aft_ray.records import HELD_OUT, TRAIN, metadata_of
+from aft_ray.runs import Manifest, Run, commit, versions
+from aft_ray.training.metrics import read_metrics
+
+DATA_STAGES = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
+REWARDS = {
+    "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
+    "numeric": "1 when the answer's last number is the reference's, else 0",
+    "reasoning_gym": "the task's own verifier, 0 to 1",
+}
+
+
+def report(run: Run) -> None:
+    """Write the report, each system's metrics.json, and print the table."""
+    data = report_data(run)
+    page = write_report(data, Path(run.folder.path) / "report")
+    for system in data.systems:
+        content = json.dumps(dataclasses.asdict(system), indent=1)
+        run.folder.child("evaluation").child(system.system).write_bytes("metrics.json", content.encode())
+    print_table(run, data, page)
+
+
+def report_data(run: Run) -> ReportData:
+    """Everything the report says, from the folders."""
+    config = run.config
+    rows = {system.name: _answers(run, system.name) for system in systems_of(run)}
+    scorer = build_scorer(config.scores)
+
+    def score(row: Mapping[str, Any], text: str) -> float | None:
+        return scorer.score(row, [text])[0].value if text else None
+
+    scored = {name: score_answers(answers, score) for name, answers in rows.items()}
+    resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}
+    prompts = run.folder.child("prompts").rows()
+    tasks = sorted({row["task"] or "open" for row in prompts})
+    return ReportData(
+        title=Path(run.folder.path).name,
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        command=f"aft-ray run --config {Path(run.folder.path).name}/config.resolved.yaml",
+        commit=commit(),
+        model=str(getattr(config.engine, "model", config.engine.type)),
+        num_parameters=_num_parameters(run),
+        task=", ".join(tasks),
+        num_train_prompts=sum(row["split"] == TRAIN for row in prompts),
+        num_held_out_prompts=sum(row["split"] == HELD_OUT for row in prompts),
+        reward="; ".join(REWARDS[task] for task in tasks if task in REWARDS) or f"scorer {config.scores.scorer}",
+        plan=config.evaluation.plan,
+        seed=config.run.seed,
+        hardware=_hardware(),
+        versions=versions(),
+        stages=_stages(run),
+        training=_training(run),
+        perplexities=tuple(_perplexities(run, resampling)),
+        systems=tuple(
+            system_metrics(name, answers, num_failed=_num_failed(run, name), **resampling)
+            for name, answers in scored.items()
+        ),
+        base_system=serving_of(run).base_name,
+        comparisons=_comparisons(scored, resampling),
+        examples=tuple(_examples(run, rows, score)),
+    )
+
+
+def print_table(run: Run, data: ReportData, page: Path) -> None:
+    """The end of a run: what came out, where it is, what to try next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{data.model}: {data.num_held_out_prompts} held-out prompts, mean reward [95 % interval]")
+    for heading in ("model", "single answer", f"aggregated (K={data.plan.num_proposals}, L={data.plan.num_layers})"):
+        table.add_column(heading)
+    for system in data.systems:
+        estimates = (system.single, system.final)
+        table.add_row(system.system, *(_interval(one.mean, one.low, one.high) for one in estimates))
+    console.print(table)
+    if data.perplexities:
+        targets = Table(title=f"perplexity of {data.perplexities[0].nats_per_token.num} held-out targets")
+        targets.add_column("condition")
+        targets.add_column("perplexity [95 % interval]")
+        for one in data.perplexities:
+            targets.add_row(one.name, _interval(one.perplexity, one.low, one.high))
+        console.print(targets)
+    folder = os.path.relpath(run.folder.path)
+    console.print(f"\nreport: {os.path.relpath(page)}\n\ntry next:", highlight=False)
+    for command in (
+        f"aft-ray serve --config {folder}/config.resolved.yaml",
+        'aft-ray ask "Name three rivers in Africa, as bullets." --show-proposals     (while it serves)',
+        "aft-ray run --config configs/quickstart.yaml --set run.dir=runs/mine --set prompts.source=my_prompts.jsonl",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def _interval(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _answers(run: Run, system: str) -> list[dict[str, Any]]:
+    return run.folder.child("evaluation").child(system).child("answers").rows()
+
+
+def _num_failed(run: Run, system: str) -> int:
+    manifest = run.manifest(f"evaluation/{system}/answers")
+    return manifest.num_failed if manifest else 0
+
+
+def _stages(run: Run) -> tuple[StageSummary, ...]:
+    named = [(name, run.manifest(name)) for name in DATA_STAGES]
+    named += [(f"answers: {s.name}", run.manifest(f"evaluation/{s.name}/answers")) for s in systems_of(run)]
+    return tuple(_stage(name, manifest) for name, manifest in named if manifest is not None)
+
+
+def _stage(name: str, manifest: Manifest) -> StageSummary:
+    calls_a_model = manifest.completion_tokens > 0
+    return StageSummary(
+        name=name,
+        rows_in=manifest.rows_in,
+        rows_out=manifest.rows_out,
+        rows_failed=manifest.num_failed,
+        prompt_tokens=manifest.prompt_tokens if calls_a_model else None,
+        completion_tokens=manifest.completion_tokens if calls_a_model else None,
+        seconds=manifest.seconds,
+    )
+
+
+def _training(run: Run) -> tuple[TrainingSummary, ...]:
+    return tuple(
+        found for variant in run.config.training_set.variants if (found := _trained(Path(run.folder.path), variant))
+    )
+
+
+def _trained(folder: Path, variant: str) -> TrainingSummary | None:
+    summary_file = folder / "model" / variant / "summary.json"
+    if not summary_file.is_file():
+        return None
+    summary = json.loads(summary_file.read_text())["summary"]
+    return TrainingSummary(
+        variant=variant,
+        num_examples=summary["num_rows"],
+        num_steps=summary["num_steps"],
+        num_workers=summary["world_size"],
+        seconds=summary["seconds"],
+        curve=curve_of(read_metrics(folder / "checkpoints" / variant / "metrics.jsonl")),
+    )
+
+
+def _perplexities(run: Run, resampling: Mapping[str, int]) -> Sequence[ConditionPerplexity]:
+    folder = run.folder.child("evaluation")
+    if not folder.exists(PERPLEXITY):
+        return []
+    return summarise([TargetScore(**score) for score in json.loads(folder.read_bytes(PERPLEXITY))], **resampling)
+
+
+def _comparisons(scored: Mapping[str, list[ScoredAnswer]], resampling: Mapping[str, int]) -> tuple[Comparison, ...]:
+    """Each system against the one before it, single and aggregated."""
+    return tuple(
+        compare((second, scored[second]), (first, scored[first]), of=of, **resampling)  # type: ignore[arg-type]
+        for first, second in pairwise(scored)
+        for of in ("single", "final")
+    )
+
+
+def _examples(run: Run, rows: Mapping[str, list[dict[str, Any]]], score: Any) -> list[Example]:
+    """Drafts and aggregations of the AFT systems (of all systems, where there is none)."""
+    shown = [name for name in rows if "aft" in name] or list(rows)
+    return [
+        example
+        for name in shown
+        for example in choose_examples(
+            name, rows[name], score, constraint_checks, num_examples=4, seed=run.config.run.seed
+        )
+    ]
+
+
+def constraint_checks(row: Mapping[str, Any], text: str) -> list[Check]:
+    """Each constraint of a prompt of task `constraints`, in words, and whether `text` meets it."""
+    if row["task"] != "constraints":
+        return []
+    given = metadata_of(row)["constraints"]
+    return [
+        Check(name=describe(constraint), met=parsed.met_by(text))
+        for constraint, parsed in zip(given, parse_all(given), strict=True)
+    ]
+
+
+def describe(constraint: Mapping[str, Any]) -> str:
+    """`{"type": "num_bullets", "count": 3}` -> `num bullets: 3`."""
+    values = ", ".join(str(value) for key, value in constraint.items() if key != "type")
+    return str(constraint["type"]).replace("_", " ") + (f": {values}" if values else "")
+
+
+def _num_parameters(run: Run) -> int | None:
+    """From the sizes in the model folder's safetensors headers; None for a hub id."""
+    from safetensors import safe_open
+
+    from aft_ray.models import resolve_model
+
+    model = getattr(run.config.engine, "model", None)
+    folder = Path(resolve_model(model)) if model else None
+    if folder is None or not folder.is_dir():
+        return None
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total or None
+
+
+def _hardware() -> str:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})" + (f", {len(gpus)} x {gpus[0]}" if gpus else ", no GPU")

@@ -1,0 +1,9 @@
+"""Everything, prompts to report; called again, it continues where it stopped.
+
+python jobs/pipeline.py --config configs/quickstart.yaml
+"""
+
+from aft_ray.cli import ALL_STEPS, job
+
+if __name__ == "__main__":
+    job(*ALL_STEPS)

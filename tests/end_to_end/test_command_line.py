@@ -1,0 +1,165 @@
+"""The command line as a process: what bad input is answered with, and that nothing starts before it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+AFT_RAY = [sys.executable, "-m", "aft_ray"]
+GOOD = {"prompt": "Name three rivers."}
+
+
+def aft_ray(*arguments: str, cwd: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*AFT_RAY, *arguments], capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run with scripted models over two prompts."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({"prompt": "Name a bird."}) + "\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "run": {"dir": str(tmp_path / "run")},
+                "engine": {"type": "scripted"},
+                "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 0},
+                "proposals": {"num_per_prompt": 4},
+            }
+        )
+    )
+    return path
+
+
+def test_help_names_every_command() -> None:
+    done = aft_ray("--help")
+    assert done.returncode == 0
+    for command in ("run", "train", "evaluate", "report", "serve", "ask", "plan", "submit", "doctor"):
+        assert command in done.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; import aft_ray.cli; "
+        "print([m for m in ('ray', 'torch', 'transformers', 'vllm', 'pydantic', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in [*(ROOT / "aft_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert path.read_text().startswith('"""'), path
+
+
+def test_importing_every_module_starts_nothing_and_writes_nothing(tmp_path: Path) -> None:
+    code = f"""
+import importlib, os, pathlib, pkgutil, socket, sys
+def refuse(*a, **k): raise AssertionError("network at import")
+socket.socket.connect = refuse
+sys.path.insert(0, {str(ROOT)!r})
+import aft_ray
+before = dict(os.environ)
+for module in pkgutil.walk_packages(aft_ray.__path__, "aft_ray."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+ours = ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "VLLM_NO_USAGE_STATS", "TOKENIZERS_PARALLELISM")
+assert all(os.environ.get(k) == before.get(k) for k in ours), "environment changed"
+assert not list(pathlib.Path(".").iterdir()), "files written"
+"""
+    subprocess.run([sys.executable, "-B", "-c", code], check=True, cwd=tmp_path, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"prompt": "ok"}', '{"prompt": '], ["prompts.jsonl:2", "JSON"]),
+        (['{"prompt": "ok"}', '{"prompt": "  "}'], ["prompts.jsonl:2", "empty"]),
+        (['{"prompt": "ok"}', '{"text": "no prompt"}'], ["prompts.jsonl:2", "instruction"]),
+        (['{"prompt_id": "a", "prompt": "x"}', '{"prompt_id": "a", "prompt": "y"}'], ["prompts.jsonl:2", "'a'"]),
+    ],
+    ids=["unreadable", "empty", "no-prompt", "duplicate-id"],
+)
+def test_bad_prompts_end_with_2_and_name_the_line(config: Path, lines: list[str], words: list[str]) -> None:
+    (config.parent / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    done = aft_ray("run", "--config", str(config), "--until", "prompts")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("proposals.num_per_promt=3", ["num_per_promt", "num_per_prompt"]),
+        ("run.seed=many", ["run.seed", "'many'"]),
+        ("proposals.engine={type: vllm, model: /no/such/model}", ["/no/such/model", "no such folder"]),
+        ("targets.sampling.max_tokens=4090", ["targets.sampling.max_tokens 4090", "max_model_len 4096"]),
+        ("templates.aggregator=nowhere.yaml", ["nowhere.yaml"]),
+    ],
+    ids=["unknown-key", "wrong-type", "missing-model", "no-window", "missing-template"],
+)
+def test_bad_settings_end_with_2_before_anything_is_written(config: Path, setting: str, words: list[str]) -> None:
+    done = aft_ray("run", "--config", str(config), "--set", setting)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (config.parent / "run").exists()
+
+
+def test_a_run_is_resumed_and_never_written_over(config: Path) -> None:
+    arguments = ("run", "--config", str(config), "--until", "selection")
+    first = aft_ray(*arguments)
+    assert first.returncode == 0, first.stderr
+    folder = config.parent / "run" / "proposals"
+    made = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
+    assert made
+    assert aft_ray(*arguments, "--resume", "must").returncode == 0
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")} == made
+    refused = aft_ray(*arguments, "--resume", "never")
+    assert refused.returncode == 4
+    changed = aft_ray(*arguments, "--set", "proposals.sampling.top_k=7")
+    assert changed.returncode == 4
+    assert "proposals.sampling.top_k: was 50, is 7" in changed.stderr
+    assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")} == made
+
+
+def test_more_failures_than_allowed_end_with_3(config: Path) -> None:
+    done = aft_ray("run", "--config", str(config), "--until", "proposals", "--set", "engine.fail_requests=true")
+    assert done.returncode == 3, done.stderr
+    assert "2 of 2 rows failed (2 EngineError)" in done.stderr
+
+
+def test_a_folder_with_other_things_in_it_is_refused(config: Path) -> None:
+    (config.parent / "run").mkdir()
+    (config.parent / "run" / "thesis.txt").write_text("do not touch")
+    done = aft_ray("run", "--config", str(config), "--until", "prompts")
+    assert done.returncode == 4
+    assert "not empty" in done.stderr
+
+
+def test_asking_where_nothing_serves_says_so() -> None:
+    done = aft_ray("ask", "Hello?", "--base-url", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "nothing answers at http://127.0.0.1:9" in done.stderr
+
+
+def test_submitting_with_a_relative_run_folder_is_refused() -> None:
+    done = aft_ray("submit", "pipeline", "--config", "configs/quickstart.yaml")
+    assert done.returncode == 2
+    assert "run.dir runs/quickstart is relative" in done.stderr
+
+
+def test_plan_prints_the_resolved_settings() -> None:
+    done = aft_ray("plan", "--config", "configs/llama_8b_gpu.yaml")
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["selection"]["num_proposals"] == 5

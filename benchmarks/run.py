@@ -1,0 +1,29 @@
+"""All benchmarks, as tables of ratios:  make bench      (about 15 minutes on 2 cores)
+
+    python benchmarks/run.py [proposals_stage] [propose_aggregate]
+
+Each benchmark is a process of its own and prints one table; a ratio compares two ways of doing the same token work in
+the same run on the same machine, since absolute times on shared machines mean little.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ("proposals_stage", "propose_aggregate")
+
+
+def main(chosen: list[str]) -> int:
+    unknown = set(chosen) - set(NAMES)
+    if unknown:
+        print(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    codes = [
+        subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=False).returncode for name in chosen or NAMES
+    ]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

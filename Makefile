@@ -1,5 +1,6 @@
 # make demo    set everything up on a fresh machine and run the quickstart      make test    set everything up and test
 # make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
+# ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve.
 # DEVICE=cpu|gpu chooses the lock (default: gpu where nvidia-smi answers).  PYTHON=python3.12 chooses the interpreter.
 
 DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -26,13 +27,13 @@ $(STAMP): requirements/$(DEVICE).txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/aft-ray run --config configs/quickstart.yaml
+	@$(BIN)/aft-ray run --config configs/quickstart.yaml $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
 serve: $(STAMP)
-	@$(BIN)/aft-ray serve --config configs/quickstart.yaml
+	@$(BIN)/aft-ray serve --config configs/quickstart.yaml $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py

@@ -365,10 +365,7 @@ class EvaluationConfig(Strict):
     plan: PlanField = Plan()
     max_concurrency: int = Field(default=8, ge=1)
     """Prompts in flight."""
-    perplexity_engine: EngineConfig | None = None
-    """Engine that scores the targets; None: the run's `engine`."""
     num_bootstrap: int = Field(default=2000, ge=100)
-    placement: PlacementConfig = PlacementConfig()
 
 
 class Config(Strict):

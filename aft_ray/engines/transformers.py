@@ -196,18 +196,31 @@ class TransformersEngine:
         return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
 
     def _use_adapter(self, adapter: str | None) -> None:
+        """Answer with this adapter from now on; None: the base model.
+
+        Through peft, not through transformers' own `load_adapter`, which logs every adapter loaded before as missing
+        from the new checkpoint (transformers 5.23).
+        """
         if adapter is None:
             if self._adapters:
-                self.model.disable_adapters()
+                self.model.base_model.disable_adapter_layers()
             return
         if adapter not in self._adapters:
-            if not Path(adapter, "adapter_config.json").is_file():
-                raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
-            name = f"adapter-{len(self._adapters)}"
-            self.model.load_adapter(adapter, adapter_name=name)
-            self._adapters[adapter] = name
-        self.model.enable_adapters()
+            self._load_adapter(adapter, f"adapter-{len(self._adapters)}")
+        self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._adapters[adapter])
+
+    def _load_adapter(self, adapter: str, name: str) -> None:
+        from peft import PeftModel
+
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
+        if self._adapters:
+            self.model.load_adapter(adapter, adapter_name=name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, adapter, adapter_name=name)
+            self.model.eval()
+        self._adapters[adapter] = name
 
     async def check(self) -> None:
         return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
 from types import TracebackType
 
 from aft_ray.config import Config
@@ -31,7 +34,10 @@ class RaySession:
         if ray.is_initialized():
             return
         dashboard = False if self.address == "local" else None
-        ray.init(address=self.address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+        with _kept_back_unless_it_fails():
+            ray.init(
+                address=self.address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard
+            )
         self.ours = True
         context = ray.data.DataContext.get_current()  # one progress line of ours instead of a page of Ray Data's
         context.enable_progress_bars = False
@@ -48,3 +54,20 @@ class RaySession:
             import ray
 
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _kept_back_unless_it_fails() -> Iterator[None]:
+    """What Ray's C++ core writes to file descriptor 2 while it starts: its log level, and why, when it cannot start."""
+    with tempfile.TemporaryFile() as kept:
+        stderr = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import EngineConfig, ServingConfig, SystemConfig, TemplatesConfig
-from aft_ray.errors import ConfigError
+from aft_ray.config import ServingConfig, SystemConfig, TemplatesConfig
 from aft_ray.evaluation import stage as answers
 from aft_ray.evaluation.perplexity import ScoredCondition, ScoredRow, TargetScore, score_targets
 from aft_ray.pipeline.cluster import RaySession
@@ -24,16 +23,22 @@ PERPLEXITY = "perplexity.json"
 
 
 def evaluate(run: Run, session: RaySession) -> None:
-    """Answers of every system, then perplexities; both skip what is there."""
+    """Answers of every system, then perplexities; both skip what is there.
+
+    Perplexities need log-probabilities, which no HTTP endpoint gives: they are asked of the engine behind the run's
+    own endpoint, and left out where `evaluation.base_url` names another one.
+    """
     missing = [system for system in systems_of(run) if not _answered(run, system)]
-    if missing:
-        session.connect()
-        with endpoint(run) as base_url:
-            for system in missing:
-                _answer(run, system, base_url)
-    if not run.folder.child("evaluation").exists(PERPLEXITY):
-        session.connect()
-        _perplexity(run)
+    served_here = run.config.evaluation.base_url is None
+    unscored = served_here and not run.folder.child("evaluation").exists(PERPLEXITY)
+    if not missing and not unscored:
+        return
+    session.connect()
+    with endpoint(run) as base_url:
+        for system in missing:
+            _answer(run, system, base_url)
+        if unscored:
+            _perplexity(run)
 
 
 def adapters_of(run: Run) -> dict[str, str]:
@@ -120,50 +125,24 @@ def _weights_of(run: Run, model: str) -> str:
 
 
 def _perplexity(run: Run) -> None:
-    """Score the held-out targets under every condition, on one worker of the cluster."""
-    import ray
-
-    config = run.config
+    """Score the held-out targets under every condition, on the engine that has just answered."""
     rows = [row for row in run.folder.child("targets").rows() if row["split"] == HELD_OUT and row["target"]["text"]]
-    engine = config.evaluation.perplexity_engine or config.engine
-    if engine.type in {"openai", "scripted"}:
-        raise ConfigError(
-            f"evaluation.perplexity_engine.type {engine.type}: perplexity needs a vllm or transformers engine"
-        )
-    placement = config.evaluation.placement
-    options: dict[str, Any] = {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus}
-    if placement.accelerator_type:
-        options["accelerator_type"] = placement.accelerator_type
-    with Progress("perplexity", total=len(rows), unit="targets") as progress:
-        work = ray.remote(**options)(score_under_conditions)
-        scores = ray.get(work.remote(engine, config.templates, config.training_set.max_length, rows, adapters_of(run)))
-        progress.update(done=len(rows))
-    folder = run.folder.child("evaluation")
+    scores = asyncio.run(_scores(run, rows))
     content = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
-    folder.write_bytes(PERPLEXITY, content.encode())
+    run.folder.child("evaluation").write_bytes(PERPLEXITY, content.encode())
 
 
-def score_under_conditions(
-    engine_config: EngineConfig,
-    templates: TemplatesConfig,
-    max_length: int,
-    rows: list[dict[str, Any]],
-    adapters: Mapping[str, str],
-) -> list[TargetScore]:
+async def _scores(run: Run, rows: list[dict[str, Any]]) -> list[TargetScore]:
     """Every target under prompt only and prompt + proposals, before and after training (paper, Figure 6)."""
-    from aft_ray.engines import build_engine
+    from aft_ray.serving import served_engine
     from aft_ray.templates.loading import load_format
 
-    async def work() -> list[TargetScore]:
-        engine = build_engine(engine_config)
-        try:
-            prompt_format = load_format(engine.info.tokenizer, templates.in_context)
-            conditions = conditions_of(prompt_format, templates, max_length, rows, adapters)
-            return await score_targets(engine, conditions)
-        finally:
-            await engine.close()
-
-    return asyncio.run(work())
+    config = run.config
+    engine = await served_engine(serving_of(run))
+    prompt_format = load_format(engine.info.tokenizer, config.templates.in_context)
+    conditions = conditions_of(prompt_format, config.templates, config.training_set.max_length, rows, adapters_of(run))
+    with Progress("perplexity", total=len(rows) * len(conditions), unit="targets") as progress:
+        return await score_targets(engine, conditions, on_progress=lambda done, _: progress.update(done=done))
 
 
 def conditions_of(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aft_ray.config import Config
 from aft_ray.errors import ConfigError, PromptTooLong
@@ -16,6 +18,9 @@ from aft_ray.pipeline.cluster import RaySession
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, Resume, Run
 from aft_ray.stages import Stage, run_stage
+
+if TYPE_CHECKING:
+    from aft_ray.training import TrainProgress
 
 Step = Callable[[Run, RaySession], None]
 
@@ -151,7 +156,7 @@ def train(run: Run, session: RaySession) -> None:
     """Fine-tune one adapter per variant."""
     from aft_ray.data.proposals import aggregator_hash
     from aft_ray.models import resolve_model
-    from aft_ray.training import TrainProgress, train_adapters
+    from aft_ray.training import train_adapters
 
     config = run.config
     if config.engine.type not in {"vllm", "transformers"}:
@@ -162,29 +167,37 @@ def train(run: Run, session: RaySession) -> None:
         )
     folder = Path(run.folder.path)
     outputs: dict[str, Path] = {variant: folder / "model" / variant for variant in config.training_set.variants}
-    if not all(output.is_dir() for output in outputs.values()):
-        session.connect()
+    fit = partial(
+        train_adapters,
+        config=config.training,
+        model=resolve_model(config.engine.model),
+        training_set=folder / "training_set",
+        outputs=outputs,
+        checkpoints=folder / "checkpoints",
+        seed=config.run.seed,
+        template_hashes={"aggregator": aggregator_hash(config.templates)},
+    )
+    if all(output.is_dir() for output in outputs.values()):
+        num_steps = sum(summary.num_steps for summary in fit().values())
+        print(f"{'train':<13} done: {num_steps} steps, {' and '.join(outputs)}", file=sys.stderr)
+        return
+    session.connect()
     with Progress("train", total=0, unit="steps") as progress:
-
-        def show(state: TrainProgress) -> None:
-            progress.total = state.num_steps
-            loss = "" if state.loss is None else f", loss {state.loss:.3f}"
-            progress.update(done=state.step, tokens=state.num_tokens, note=f"{state.variant} {state.phase}{loss}")
-
-        summaries = train_adapters(
-            config=config.training,
-            model=resolve_model(config.engine.model),
-            training_set=folder / "training_set",
-            outputs=outputs,
-            checkpoints=folder / "checkpoints",
-            seed=config.run.seed,
-            template_hashes={"aggregator": aggregator_hash(config.templates)},
-            report=show,
-        )
-        progress.total = sum(summary.num_steps for summary in summaries.values())
-        progress.update(done=progress.total, tokens=sum(summary.num_tokens for summary in summaries.values()))
+        summaries = fit(report=partial(_show_training, progress, {}))
     for summary in summaries.values():
         run.event("trained", **dataclasses.asdict(summary))
+
+
+def _show_training(progress: Progress, seen: dict[str, TrainProgress], state: TrainProgress) -> None:
+    """Steps and tokens of all variants so far, and what the present one is doing."""
+    seen[state.variant] = state
+    loss = "" if state.loss is None else f", loss {state.loss:.3f}"
+    progress.total = sum(one.num_steps for one in seen.values())
+    progress.update(
+        done=sum(one.step for one in seen.values()),
+        tokens=sum(one.num_tokens for one in seen.values()),
+        note=f"{state.phase} {state.variant}{loss}",
+    )
 
 
 def evaluate(run: Run, session: RaySession) -> None:

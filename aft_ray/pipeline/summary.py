@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -105,11 +107,16 @@ def print_table(run: Run, data: ReportData, page: Path) -> None:
     folder = os.path.relpath(run.folder.path)
     console.print(f"\nreport: {os.path.relpath(page)}\n\ntry next:", highlight=False)
     for command in (
-        f"aft-ray serve --config {folder}/config.resolved.yaml",
-        'aft-ray ask "Name three rivers in Africa, as bullets." --show-proposals     (while it serves)',
-        "aft-ray run --config configs/quickstart.yaml --set run.dir=runs/mine --set prompts.source=my_prompts.jsonl",
+        f"serve --config {folder}/config.resolved.yaml",
+        'ask "Name three rivers in Africa, as bullets." --show-proposals     (while it serves)',
+        "run --config configs/quickstart.yaml --set run.dir=runs/mine --set prompts.source=my_prompts.jsonl",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        console.print(f"  {_aft_ray()} {command}", highlight=False, soft_wrap=True)
+
+
+def _aft_ray() -> str:
+    """The command as it can be typed here: by its name where that is on PATH, else by its path."""
+    return "aft-ray" if shutil.which("aft-ray") else os.path.relpath(Path(sys.executable).parent / "aft-ray")
 
 
 def _interval(mean: float | None, low: float | None, high: float | None) -> str:

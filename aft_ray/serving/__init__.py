@@ -8,6 +8,6 @@ messages) or refuses it, `inference.propose_and_aggregate` runs the plan over `H
 from an `EngineReplica`; `openai_response.py` writes what comes out as OpenAI objects, `http_errors.py` what went wrong.
 """
 
-from aft_ray.serving.app import build_app, serve_app, stop
+from aft_ray.serving.app import build_app, serve_app, served_engine, stop
 
-__all__ = ["build_app", "serve_app", "stop"]
+__all__ = ["build_app", "serve_app", "served_engine", "stop"]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.schema import LoggingConfig
 
+    from aft_ray.serving.handle_engine import HandleEngine
+
 APP_NAME = "aft_ray"
 
 
@@ -141,6 +143,16 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str 
         except KeyboardInterrupt:
             stop(name)
     return base_url
+
+
+async def served_engine(config: ServingConfig, name: str = APP_NAME) -> HandleEngine:
+    """The engine that writes the answers of a running application, for what HTTP does not give: log-probabilities."""
+    from ray import serve
+
+    from aft_ray.serving.handle_engine import HandleEngine
+
+    deployment = "Engine" if config.topology == "shared" else "Aggregator"
+    return await HandleEngine.connect(serve.get_deployment_handle(deployment, app_name=name))
 
 
 def why_not_started(name: str) -> str:

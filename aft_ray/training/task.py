@@ -57,6 +57,7 @@ class TrainProgress:
     """Where a training is."""
 
     variant: str
+    """The variant that is trained now; the fields below are about it alone."""
     phase: Phase
     step: int
     num_steps: int

@@ -89,12 +89,16 @@ def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
 
 
 def kill_a_worker() -> None:
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "RayTrainWorker" in child.name() + " ".join(child.cmdline())
-    ]
-    os.kill(workers[-1].pid, signal.SIGKILL)
+    os.kill(
+        [child for child in psutil.Process().children(recursive=True) if is_train_worker(child)][-1].pid, signal.SIGKILL
+    )
+
+
+def is_train_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in process.name() + " ".join(process.cmdline())
+    except psutil.Error:  # it ended between the listing and the look
+        return False
 
 
 def rows_of(examples: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:

@@ -1,0 +1,168 @@
+"""The whole line with the real SmolLM2, as people run it: `make demo`, a Ray job on a running cluster, a Serve YAML."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+TINY = {
+    "prompts.limit": 6,
+    "prompts.held_out": 2,
+    "prompts.rows_per_shard": 3,
+    "proposals.num_per_prompt": 2,
+    "proposals.sampling.max_tokens": 12,
+    "targets.num_candidates": 1,
+    "targets.sampling.max_tokens": 12,
+    "training.batch_size_per_worker": 2,
+    "training.warmup_ratio": 0,  # of one step, all of it
+    "evaluation.plan.proposal.max_tokens": 12,
+    "evaluation.plan.final.max_tokens": 12,
+}
+TRANSFORMERS = "{type: transformers, model: smollm2-135m-instruct, max_model_len: 1024, dtype: bfloat16}"
+STAGES = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
+
+
+def settings(**others: Any) -> list[str]:
+    return [part for key, value in {**TINY, **others}.items() for part in ("--set", f"{key}={value}")]
+
+
+def check_run(folder: Path) -> None:
+    """Everything a finished run owes: all rows at every stage, two adapters, answers, perplexities, a report."""
+    manifests = [json.loads((folder / stage / "manifest.json").read_text()) for stage in STAGES]
+    assert [manifest["status"] for manifest in manifests] == ["done"] * len(STAGES)
+    assert [manifest["rows_out"] for manifest in manifests] == [6, 6, 6, 6, 6, 12]
+    for variant in ("sft", "aft"):
+        assert (folder / "model" / variant / "adapter_model.safetensors").stat().st_size > 100_000
+    results = json.loads((folder / "report" / "results.json").read_text())
+    assert [system["system"] for system in results["systems"]] == ["base", "sft", "aft"]
+    assert all(system["final"]["num"] == 2 for system in results["systems"])
+    assert len(results["perplexities"]) == 4
+    assert all(one["perplexity"] > 1 for one in results["perplexities"])
+    page = (folder / "report" / "report.html").read_text()
+    assert "does not show" in page
+
+
+@pytest.mark.model
+def test_make_demo_runs_the_method_and_a_second_time_finishes_in_seconds(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = shlex.join(settings(**{"run.dir": folder}))
+    command = ["make", "demo", f"ARGS={arguments}"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=550)
+    assert first.returncode == 0, first.stderr
+    check_run(folder)
+    for words in ("proposals", "train", "report:", "try next:"):
+        assert words in first.stdout + first.stderr
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    started = time.monotonic()
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert time.monotonic() - started < 30
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == made
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a person at a cluster: `ray start --head`, its job server, a token, our commands on PATH.
+
+    The ports keep out of Ray's own range for workers, 10002-19999.
+    """
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_ADDRESS": "127.0.0.1:6397",
+        "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8297",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONUNBUFFERED": "1",
+    }
+    head = ["ray", "start", "--head", "--block", "--port=6397", "--dashboard-port=8297", "--num-cpus=4"]
+    head += ["--dashboard-agent-listen-port=52397", "--disable-usage-stats", "--include-dashboard=true"]
+    log = tmp_path_factory.mktemp("cluster") / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            head, env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"}, stdout=output, stderr=output
+        )
+    try:
+        end = time.monotonic() + 120
+        while subprocess.run(["ray", "job", "list"], env=environment, capture_output=True, check=False).returncode:
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+        yield environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.mark.model
+def test_a_ray_job_runs_the_whole_line(cluster: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    engine = {"engine": TRANSFORMERS, "run.dir": folder, "serving.port": free_port()}
+    job = ["python", "jobs/pipeline.py", "--config", "configs/quickstart.yaml", *settings(**engine)]
+    runtime = json.dumps({"excludes": [".git", ".venv", "runs", ".cache", "**/__pycache__"]})
+    submit = ["ray", "job", "submit", "--working-dir", str(ROOT), "--runtime-env-json", runtime, "--", *job]
+    done = subprocess.run(submit, env=cluster, capture_output=True, text=True, check=False, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "try next:" in done.stdout
+    check_run(folder)
+
+
+def test_aft_ray_submit_follows_a_job_to_its_exit_code(cluster: dict[str, str], tmp_path: Path) -> None:
+    scripted = ["--set", "engine={type: scripted}", "--set", f"run.dir={tmp_path / 'run'}"]
+    submit = ["aft-ray", "submit", "prompts", "--config", "configs/quickstart.yaml", *scripted]
+    done = subprocess.run(submit, env=cluster, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prompts       done: 64 rows" in done.stdout
+    refused = subprocess.run(
+        [*submit, "--resume", "never"], env=cluster, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert refused.returncode == 1
+    assert "--resume" in refused.stdout + refused.stderr
+
+
+@pytest.mark.model
+def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_path: Path) -> None:
+    shape = yaml.safe_load((ROOT / "serve_configs" / "quickstart.yaml").read_text())
+    port = shape["http_options"]["port"] = free_port()
+    (tmp_path / "shape.yaml").write_text(yaml.safe_dump(shape))
+    server = subprocess.Popen(["serve", "run", str(tmp_path / "shape.yaml")], env=cluster, cwd=ROOT)
+    try:
+        body = {"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 8}
+        end = time.monotonic() + 200
+        while (answer := post(port, body)) is None and time.monotonic() < end:
+            time.sleep(1)
+        assert answer is not None
+        assert answer["usage"]["aft"]["layers"][0]["num_answers"] == 3
+        assert answer["choices"][0]["message"]["content"].strip()
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(90) == 0
+
+
+def post(port: int, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer, or None while nothing answers there yet."""
+    try:
+        response = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+    except httpx.TransportError:
+        return None
+    return response.json() if response.status_code == 200 else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -89,9 +89,8 @@ class TransformersEngineConfig(Strict):
     model: str
     max_model_len: int | None = Field(default=None, ge=16)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_batch_size: int = Field(default=16, ge=1)
+    max_batch_size: int = Field(default=32, ge=1)
     """Samples generated together."""
-    max_lora_rank: int = Field(default=16, ge=0)
     trust_remote_code: bool = False
 
 

@@ -107,6 +107,7 @@ def read_manifest(folder: Folder) -> Manifest | None:
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
+    """Replace the stage's manifest.json in one step."""
     folder.write_bytes(MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode())
 
 

@@ -57,9 +57,7 @@ class RowWorker(Protocol):
 
     async def check(self) -> None:
         """Raise when the worker itself is broken (its engine died), so that rows are not blamed for it."""
-        ...
-
-    async def close(self) -> None: ...
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +128,7 @@ def write_first_shards(folder: Folder, rows: Iterator[dict[str, Any]], schema: p
 
 
 def shard_name(number: int) -> str:
+    """`shard-00007.parquet`: sorted by name is sorted by number."""
     return f"shard-{number:05d}.parquet"
 
 

@@ -68,7 +68,7 @@ def bare_side(config: Config, log: Path) -> None:
     async def work() -> None:
         worker = TimedWorker(log, config.proposals, config.engine, config.templates, config.run.seed)
         await asyncio.gather(*(worker.process(row) for row in read_prompts(config.prompts)))
-        await worker.close()
+        await worker.engine.close()
 
     asyncio.run(work())
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     settings = [
+        "engine.type=vllm",
         f"prompts.limit={arguments.prompts}",
         "prompts.held_out=0",
         "proposals.placement.max_shards_in_flight=64",

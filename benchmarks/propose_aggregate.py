@@ -90,7 +90,7 @@ def _prompt(row: Row, below: Sequence[str], role: Role, template: AggregatorTemp
 
 
 async def compare(num_prompts: int, rounds: int) -> None:
-    config = load_config(QUICKSTART, [f"prompts.limit={num_prompts}", "engine.max_num_seqs=64"])
+    config = load_config(QUICKSTART, ["engine.type=vllm", "engine.max_num_seqs=64", f"prompts.limit={num_prompts}"])
     rows = list(read_prompts(config.prompts))
     engine = build_engine(config.engine)
     role = Role(engine=engine, format=load_format(engine.info.tokenizer))

@@ -42,9 +42,6 @@ class Squarer:
         if self.broken:
             raise EngineError("the worker is broken")
 
-    async def close(self) -> None:
-        return None
-
 
 class Build:
     """A picklable factory."""

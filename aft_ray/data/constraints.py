@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,14 +33,14 @@ CODE_FENCE = re.compile(r"^```\w*\n(.*)\n```$", re.DOTALL)
 CLOSING = " \t\n.!?*_\"'”’)"
 
 
-class Constraint(BaseModel):
+class Constraint(BaseModel, ABC):
     """Base of every constraint: frozen, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @abstractmethod
     def met_by(self, text: str) -> bool:
         """Whether `text`, stripped and not empty, meets the constraint."""
-        raise NotImplementedError
 
 
 class _Counted(Constraint):

@@ -83,9 +83,6 @@ class ProposalWorker:
     async def check(self) -> None:
         await self.engine.check()
 
-    async def close(self) -> None:
-        await self.engine.close()
-
 
 def stage(run: Run) -> Stage:
     """The proposals stage of a run."""

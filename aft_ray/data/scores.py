@@ -14,7 +14,7 @@ from aft_ray.config import ScoresConfig
 from aft_ray.data.scorers import Score, build_scorer
 from aft_ray.records import SCORES
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
+from aft_ray.stages import Processed, RowWorker, Stage
 
 
 def with_scores(proposals: list[dict[str, Any]], scores: list[Score]) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def with_scores(proposals: list[dict[str, Any]], scores: list[Score]) -> list[di
     return scored
 
 
-class ScoreWorker:
+class ScoreWorker(RowWorker):
     """Scores the proposals of a row."""
 
     def __init__(self, config: ScoresConfig) -> None:
@@ -38,12 +38,6 @@ class ScoreWorker:
         scores = self.scorer.score(row, [proposal["text"] for proposal in row["proposals"]])
         proposals = with_scores(row["proposals"], scores)
         return Processed(rows=[{**row, "proposals": proposals, "scorer": self.scorer.name_of(row)}])
-
-    async def check(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
 
 def stage(run: Run) -> Stage:

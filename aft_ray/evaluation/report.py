@@ -180,6 +180,7 @@ def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def percent(value: float | None) -> str:
+    """`0.25` as `25 %`; a dash for what is not known."""
     return "–" if value is None else f"{100 * value:.0f} %"
 
 

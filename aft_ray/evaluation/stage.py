@@ -54,9 +54,6 @@ class AnswerWorker:
         if response.status_code != httpx.codes.OK:
             raise EngineError(f"the endpoint {self.base_url} is not healthy: status {response.status_code}")
 
-    async def close(self) -> None:
-        await self.client.aclose()
-
 
 def stage(
     run: Run, *, base_url: str, system: str, model: str, model_fingerprint: str, plan: Plan, max_concurrency: int

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import socket
 import time
@@ -208,5 +210,6 @@ def stop(name: str = APP_NAME) -> None:
     others = [app for app in serve.status().applications if app != name]
     if others:
         serve.delete(name)
-    else:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that the controller died, which is the intent
         serve.shutdown()

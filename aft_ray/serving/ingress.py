@@ -205,6 +205,7 @@ class OpenAIRoute(APIRoute):
 
 
 def error_response(error: HttpError) -> JSONResponse:
+    """The error as OpenAI clients expect it, with the challenge that a 401 owes (RFC 9110, 11.6.1)."""
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
     return JSONResponse(error.body, error.status, headers)
 

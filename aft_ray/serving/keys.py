@@ -26,6 +26,7 @@ def is_loopback(host: str) -> bool:
 
 
 def digest(key: str) -> str:
+    """What is kept of a key: its sha256."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 

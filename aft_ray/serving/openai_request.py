@@ -186,6 +186,7 @@ def model_names(config: ServingConfig) -> list[str]:
 
 
 def default_model(config: ServingConfig) -> str:
+    """Who answers a request that names no model: the configured one, else the adapter named last."""
     return config.default_model or model_names(config)[-1]
 
 

@@ -26,6 +26,7 @@ SUMMARY = "summary.json"
 
 
 def partial_folder(output: Path) -> Path:
+    """Where an adapter is written before it is proved and renamed."""
     return output.with_name(output.name + ".partial")
 
 

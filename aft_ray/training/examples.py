@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from aft_ray.errors import InputError
 from aft_ray.records import TRAIN, TRAINING_SET
+from aft_ray.runs import read_manifest
+from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE, ChatFormat, check_mask
 
 if TYPE_CHECKING:
@@ -52,7 +54,11 @@ def read_examples(training_set: Path, variant: str) -> pa.Table:
     table = rows.to_table(columns=["example_id", "input_ids", "labels"], filter=wanted)
     if not table.num_rows:
         found = sorted(set(rows.to_table(columns=["variant"])["variant"].to_pylist()))
-        raise InputError(f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}")
+        filtered = getattr(read_manifest(Folder.at(training_set)), "filtered", {})
+        raise InputError(
+            f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}; "
+            f"rows left out when it was made: {dict(filtered)}"
+        )
     return table
 
 

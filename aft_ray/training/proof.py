@@ -58,6 +58,7 @@ def _unchanged(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 
 def check_frozen(task: TrainTask, moved: list[str]) -> None:
+    """No frozen weight changed. Raises TrainingFailed with their names."""
     if moved:
         raise TrainingFailed(f"variant {task.variant}: frozen weights moved: {', '.join(moved)}")
 

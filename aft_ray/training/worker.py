@@ -156,10 +156,12 @@ def preset(name: str) -> dict[str, Any] | None:
 
 
 def backend_of(config: TrainingConfig) -> str:
+    """The torch.distributed backend."""
     return "nccl" if config.gpus_per_worker else "gloo"
 
 
 def dtype_name(config: TrainingConfig) -> str:
+    """The dtype the frozen weights are loaded in."""
     return "bfloat16" if config.bf16 else "float32"
 
 

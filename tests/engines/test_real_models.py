@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -150,6 +151,62 @@ def test_closing_the_generator_aborts_and_the_engine_answers_on(bench: Bench) ->
 def test_a_missing_adapter_is_an_engine_error_that_names_the_folder(bench: Bench) -> None:
     with pytest.raises(EngineError, match=r"/no/such/adapter.*adapter_config\.json"):
         bench.run(bench.engine.score(bench.ids, (1, 2), adapter="/no/such/adapter"))
+
+
+@pytest.fixture(scope="module")
+def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two LoRA adapters with random weights, as peft saves them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16), lora)
+        folders.append(str(tmp_path_factory.mktemp("adapter")))
+        model.save_pretrained(folders[-1])
+    return folders[0], folders[1]
+
+
+def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
+    bench: Bench, adapters: tuple[str, str], smollm2: Path
+) -> None:
+    answer = tuple(bench.format.target_ids(QUESTION, "Look at the watering first."))
+    base, first, second, first_again, base_again = (
+        sum(bench.run(bench.engine.score(bench.ids, answer, adapter=adapter)))
+        for adapter in (None, adapters[0], adapters[1], adapters[0], None)
+    )
+    assert (first_again, base_again) == (pytest.approx(first, rel=0.01), pytest.approx(base, rel=0.01))
+    for adapter, found in zip(adapters, (first, second), strict=True):
+        assert found == pytest.approx(plain_score(smollm2, adapter, bench.ids, answer), rel=0.03)
+    assert len({round(value) for value in (base, first, second)}) == 3
+
+    async def together() -> list[list[float]]:
+        scores = (bench.engine.score(bench.ids, answer, adapter=adapter) for adapter in (None, *adapters) * 2)
+        return await asyncio.gather(*scores)
+
+    expected = [base, first, second] * 2
+    assert [sum(one) for one in bench.run(together())] == [pytest.approx(value, rel=0.01) for value in expected]
+    request = dataclasses.replace(bench.request((1,), temperature=0.0), adapter=adapters[0])
+    (sample,) = bench.run(bench.samples(request))
+    (plain,) = bench.run(bench.samples(bench.request((1,), temperature=0.0)))
+    assert sample.text != plain.text
+
+
+def plain_score(model: Path, adapter: str, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]) -> float:
+    """The answer's log-probability by peft alone, in float32."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    ids = torch.tensor([prompt_ids + answer_ids])
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(lora(input_ids=ids).logits[0, :-1], dim=-1)
+    own = logprobs.gather(1, ids[0, 1:, None]).squeeze(1)
+    return float(own[len(prompt_ids) - 1 :].sum())
 
 
 def test_samples_of_one_prompt_share_its_prefill(bench: Bench) -> None:

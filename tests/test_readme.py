@@ -19,12 +19,12 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 SCRIPTED = ["--set", "engine={type: scripted}", "--set", "prompts.limit=3", "--set", "prompts.held_out=1"]
 
 RUN_ELSEWHERE = {
-    "make demo": "a person's first command: ten minutes of work, not run by a test yet",
+    "make demo": "test_whole_line.py, with few prompts",
     "make test": "this very run",
     ".venv/bin/aft-ray serve": "test_serve_and_ask.py",
     ".venv/bin/aft-ray ask": "test_serve_and_ask.py",
-    ".venv/bin/aft-ray submit": "needs a cluster with a job server; not run by a test yet",
-    ".venv/bin/python jobs/": "the same steps as `aft-ray run`; not run by a test yet",
+    ".venv/bin/aft-ray submit": "test_whole_line.py",
+    ".venv/bin/python jobs/": "below, in order",
 }
 
 
@@ -44,6 +44,17 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
         arguments += ["--until", "selection", *SCRIPTED]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_scripts_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    scripts = [shlex.split(command)[1:] for command in COMMANDS if command.startswith(".venv/bin/python jobs/")]
+    assert [Path(script[0]).stem for script in scripts] == ["prompts", "proposals"]
+    for script, *arguments in scripts:
+        command = [sys.executable, str(ROOT / script), *arguments, *SCRIPTED]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "quickstart" / "proposals" / "shard-00000.parquet").is_file()
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "serve", "bench", "check", "setup"])

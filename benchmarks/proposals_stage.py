@@ -1,6 +1,6 @@
 """Proposals stage over the bare engine: what sharding, Ray Data and resume cost in tokens/s.
 
-    python benchmarks/proposals_stage.py [--prompts 48] [--rounds 3]
+    python benchmarks/proposals_stage.py [--prompts 120] [--rounds 3]
 
 Both sides build the same vLLM engine and make the same requests with the same seeds, so the token work is equal. The
 clock runs from the first request to the last answer: start-up of Ray and of the engine is not part of either side.
@@ -14,36 +14,24 @@ import asyncio
 import dataclasses
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from timed_worker import TimedWorker
 
 from aft_ray.config import Config, load_config
 from aft_ray.data import proposals
 from aft_ray.data.first_shards import make_prompts
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, run_stage
+from aft_ray.stages import run_stage
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-
-
-class TimedWorker(proposals.ProposalWorker):
-    """The stage's own worker; notes when each row began and ended (CLOCK_MONOTONIC is one for all processes)."""
-
-    def __init__(self, log: Path, *args: Any) -> None:
-        super().__init__(*args)
-        self.log = log
-
-    async def process(self, row: dict[str, Any]) -> Processed:
-        began = time.monotonic()
-        done = await super().process(row)
-        with self.log.open("a") as log:
-            log.write(json.dumps([began, time.monotonic(), done.completion_tokens]) + "\n")
-        return done
+HERE = Path(__file__).parent
+QUICKSTART = HERE.parent / "configs" / "quickstart.yaml"
 
 
 def tokens_per_second(log: Path) -> tuple[int, float]:
@@ -86,7 +74,7 @@ def measure(side: Any, config: Config) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     settings = [
@@ -96,13 +84,15 @@ def main() -> None:
         "proposals.placement.max_shards_in_flight=64",
     ]
     config = load_config(QUICKSTART, settings)
+    os.environ["PYTHONPATH"] = str(HERE)  # Ray's actors import timed_worker
     print(f"proposals stage / bare engine: {arguments.prompts} prompts x {config.proposals.num_per_prompt} samples")
     print(f"{'round':>5} {'tokens':>8} {'bare tok/s':>11} {'stage tok/s':>12} {'ratio':>6}")
     ratios = []
     for number in range(arguments.rounds):
         stage_tokens, stage_rate = measure(stage_side, config)
         bare_tokens, bare_rate = measure(bare_side, config)
-        assert stage_tokens == bare_tokens, f"token work differs: {stage_tokens} and {bare_tokens}"
+        # Equal requests and seeds; the order of arrival changes the batches, and with them a few tokens in bfloat16.
+        assert abs(stage_tokens - bare_tokens) < 0.02 * bare_tokens, f"token work: {stage_tokens} and {bare_tokens}"
         ratios.append(stage_rate / bare_rate)
         print(f"{number:>5} {bare_tokens:>8} {bare_rate:>11.1f} {stage_rate:>12.1f} {ratios[-1]:>6.3f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.3f}  (goal >= 0.97)\n")

@@ -34,14 +34,14 @@ DATA_STEPS = ("prompts", "proposals", "scores", "selection", "targets", "trainin
 ALL_STEPS = (*DATA_STEPS, "train", "evaluate", "report")
 
 
-def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any) -> None:
+def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any, retry_failed: bool = False) -> None:
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
     from aft_ray.pipeline.steps import run_steps
 
     try:
-        run_steps(loaded, names, resume)
+        run_steps(loaded, names, resume, retry_failed)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -53,12 +53,15 @@ def run(
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     resume: ResumeMode = "auto",
     until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(ALL_STEPS)}.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try rows again that failed before, and only those.")
+    ] = False,
 ) -> None:
     """Run everything: prompts to report. Called again, it continues where it stopped."""
     if until is not None and until not in ALL_STEPS:
         raise typer.BadParameter(f"{until!r} is no step; the steps are {', '.join(ALL_STEPS)}", param_hint="--until")
     last = ALL_STEPS.index(until) + 1 if until else len(ALL_STEPS)
-    _steps(ALL_STEPS[:last], config, overrides, resume)
+    _steps(ALL_STEPS[:last], config, overrides, resume, retry_failed)
 
 
 @app.command()
@@ -129,7 +132,7 @@ def ask(
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Print the run's resolved settings and its model calls, without starting anything."""
+    """Print the run's resolved settings, and what it will take: tokens, hours, cost. Starts nothing."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -139,6 +142,25 @@ def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     proposals, candidates = loaded.proposals.num_per_prompt, loaded.targets.num_candidates
     print(f"# answers sampled per prompt: {proposals} proposals + {candidates} target candidates")
     print(f"# answers sampled per held-out prompt and system: {loaded.evaluation.plan.num_answers}")
+    from aft_ray.pipeline.preview import print_plan
+
+    print_plan(loaded)
+
+
+@app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    num_prompts: Annotated[int, typer.Option("-n", min=1, help="Prompts to take through every data stage.")] = 4,
+) -> None:
+    """Run a few prompts through every data stage and print them, trained tokens marked. `plan` estimates from it."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.pipeline.preview import preview_config, show
+    from aft_ray.pipeline.steps import run_steps
+
+    show(run_steps(preview_config(loaded, num_prompts), DATA_STEPS))
 
 
 @app.command()
@@ -186,11 +208,16 @@ def main() -> None:
 
 
 def job(*names: str) -> None:
-    """Entry point of `python jobs/<stage>.py`: the same three flags, for the named steps."""
+    """Entry point of `python jobs/<stage>.py`: the same flags, for the named steps."""
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @script.command(help=(sys.modules["__main__"].__doc__ or "").strip())
-    def command(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
-        _steps(names, config, overrides, resume)
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = [],  # noqa: B006
+        resume: ResumeMode = "auto",
+        retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed rows again.")] = False,
+    ) -> None:
+        _steps(names, config, overrides, resume, retry_failed)
 
     sys.exit(guarded(script))

@@ -2,16 +2,17 @@
 
 One row per prompt; its proposals are nested in it. A stage adds columns and never takes any away:
 
-    prompts    prompt_id, messages, reference, task, metadata, split
+    prompts    prompt_id, messages, reference, task, metadata, split, responses
     proposals  + proposals[]
     scores     + score, score_error inside each proposal; scorer
     selection  + selected, selection_reason
-    targets    + target
+    targets    + target, accepted_targets, pseudo_target, target_filter, length_action
 
 Example row after `selection` (K = 2 of 3 proposals):
 
     {"prompt_id": "p-5f0c2a91d3b7", "messages": [{"role": "user", "content": "Name three rivers."}],
      "reference": None, "task": "constraints", "metadata": "{...json...}", "split": "train",
+     "responses": None,
      "proposals": [{"text": "The Nile, ...", "score": 1.0, ...}, {...}, {...}],
      "scorer": "constraints", "selected": [0, 2], "selection_reason": "top_k"}
 """
@@ -54,6 +55,8 @@ class Proposal:
     num_prompt_tokens: int
     num_tokens: int
     error: str | None = None
+    round: int = 1
+    """Round of AFT: 2 for proposals sampled from an adapter of the first round."""
     score: float | None = None
     score_error: str | None = None
     """Why `score` is None. An unscorable proposal never gets a made-up number."""
@@ -71,7 +74,9 @@ class Target:
     """Whether the verifier accepted it; None where there is no verifier for the task."""
     score: float | None
     num_candidates: int
-    """How many aggregations the teacher wrote; this is the best of them."""
+    """How many aggregations were written; this is the one kept."""
+    num_accepted: int | None
+    """How many of them the verifier accepted; None without a verifier."""
 
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -85,6 +90,7 @@ PROPOSAL = pa.struct(
         ("num_prompt_tokens", pa.int64()),
         ("num_tokens", pa.int64()),
         ("error", pa.string()),
+        ("round", pa.int64()),
         ("score", pa.float64()),
         ("score_error", pa.string()),
     ]
@@ -98,8 +104,10 @@ TARGET = pa.struct(
         ("verified", pa.bool_()),
         ("score", pa.float64()),
         ("num_candidates", pa.int64()),
+        ("num_accepted", pa.int64()),
     ]
 )
+RESPONSE = pa.struct([("text", pa.string()), ("model", pa.string()), ("score", pa.float64())])
 
 PROMPTS = pa.schema(
     [
@@ -109,12 +117,22 @@ PROMPTS = pa.schema(
         ("task", pa.string()),
         ("metadata", pa.string()),
         ("split", pa.string()),
+        ("responses", pa.list_(RESPONSE)),
     ]
 )
 PROPOSALS = PROMPTS.append(pa.field("proposals", pa.list_(PROPOSAL)))
 SCORES = PROPOSALS.append(pa.field("scorer", pa.string()))
 SELECTION = SCORES.append(pa.field("selected", pa.list_(pa.int64()))).append(pa.field("selection_reason", pa.string()))
-TARGETS = SELECTION.append(pa.field("target", TARGET)).append(pa.field("length_action", pa.string()))
+TARGETS = pa.schema(
+    [
+        *SELECTION,
+        pa.field("target", TARGET),
+        pa.field("accepted_targets", pa.list_(TARGET)),
+        pa.field("pseudo_target", TARGET),
+        pa.field("target_filter", pa.string()),
+        pa.field("length_action", pa.string()),
+    ]
+)
 TRAINING_SET = pa.schema(
     [
         ("example_id", pa.string()),

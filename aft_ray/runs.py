@@ -55,8 +55,12 @@ class Manifest:
     """Rows left out on purpose, by reason."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_usd: float = 0.0
+    """What remote endpoints charged, by `engine.prices`."""
     seconds: float = 0.0
     """Wall-clock over all attempts, start-up of workers included."""
+    busy_seconds: float = 0.0
+    """The part of it with a worker ready: what scales with the rows."""
     files: Mapping[str, str] = field(default_factory=dict)
     """sha256 by file name."""
 
@@ -71,9 +75,11 @@ class Run:
 
     config: Config
     folder: Folder
+    retry_failed: bool = False
+    """Whether this attempt tries rows again that failed before."""
 
     @classmethod
-    def open(cls, config: Config, resume: Resume = "auto") -> Run:
+    def open(cls, config: Config, resume: Resume = "auto", retry_failed: bool = False) -> Run:
         """Open or create the folder `config.run.dir`. Raises ResumeRefused when `resume` forbids what is there."""
         folder = Folder.at(config.run.dir)
         exists = folder.exists("config.resolved.yaml")
@@ -86,7 +92,7 @@ class Run:
         folder.write_bytes(
             "config.resolved.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
         )
-        run = cls(config, folder)
+        run = cls(config, folder, retry_failed)
         run.event("resumed" if exists else "created")
         return run
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class Folder:
                 os.fsync(handle.fileno())
         self.fs.move(partial, self.file(name))
 
+    def remove(self, name: str) -> None:
+        self.fs.delete_file(self.file(name))
+
     def append_line(self, name: str, line: str) -> None:
         """Add one line to a log file. One writer at a time; object storage has no append, so it is rewritten there."""
         if self.is_local:
@@ -81,8 +85,14 @@ class Folder:
             before = self.read_bytes(name) if self.exists(name) else b""
             self.write_bytes(name, before + line.encode() + b"\n")
 
-    def read_table(self, name: str) -> pa.Table:
-        return pq.read_table(self.file(name), filesystem=self.fs, partitioning=None)
+    def folder_names(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        chosen = None if columns is None else list(columns)
+        return pq.read_table(self.file(name), filesystem=self.fs, partitioning=None, columns=chosen)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -92,6 +102,11 @@ class Folder:
     def read_metadata(self, name: str) -> dict[bytes, bytes]:
         """The key-value pairs in a Parquet file's footer."""
         return dict(pq.read_schema(self.file(name), filesystem=self.fs).metadata or {})
+
+    def num_rows(self, name: str) -> int:
+        """Rows of a Parquet file, from its footer."""
+        with self.fs.open_input_file(self.file(name)) as file:
+            return int(pq.ParquetFile(file).metadata.num_rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row of every Parquet shard, in shard order. For small sets: cards, reports, tests."""

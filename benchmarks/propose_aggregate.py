@@ -90,7 +90,10 @@ def _prompt(row: Row, below: Sequence[str], role: Role, template: AggregatorTemp
 
 
 async def compare(num_prompts: int, rounds: int) -> None:
-    config = load_config(QUICKSTART, ["engine.type=vllm", "engine.max_num_seqs=64", f"prompts.limit={num_prompts}"])
+    config = load_config(
+        QUICKSTART,
+        ["engine.type=vllm", "engine.max_num_seqs=256", "engine.seeds=false", f"prompts.limit={num_prompts}"],
+    )
     rows = list(read_prompts(config.prompts))
     engine = build_engine(config.engine)
     role = Role(engine=engine, format=load_format(engine.info.tokenizer))

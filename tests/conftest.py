@@ -30,3 +30,13 @@ def smollm2() -> Path:
     from aft_ray.models import resolve_model
 
     return Path(resolve_model("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small ChatML tokenizer: what a scripted engine needs for the stages that work on ids."""
+    from tests.templates.families import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer("chatml").save_pretrained(folder)
+    return str(folder)

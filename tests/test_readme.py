@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SCRIPTED = ["--set", "engine={type: scripted}", "--set", "prompts.limit=3", "--set", "prompts.held_out=1"]
+
 
 RUN_ELSEWHERE = {
     "make demo": "test_whole_line.py, with few prompts",
@@ -28,30 +28,36 @@ RUN_ELSEWHERE = {
 }
 
 
+def scripted(tokenizer: str) -> list[str]:
+    """Flags that put a scripted model and three prompts into any configuration."""
+    settings = [f"engine={{type: scripted, tokenizer: {tokenizer}}}", "prompts.limit=3", "prompts.held_out=1"]
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def test_the_readme_has_commands() -> None:
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert len(COMMANDS) > 8
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(tuple(RUN_ELSEWHERE))])
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
+def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, chatml_tokenizer: str) -> None:
     (tmp_path / "my_prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Name {n} birds."}) + "\n" for n in range(3))
     )
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     arguments = shlex.split(command.replace(".venv/bin/", f"{BIN}/"))
-    if "run" in arguments:
-        arguments += ["--until", "selection", *SCRIPTED]
+    arguments += ["--until", "selection"] if "run" in arguments else []
+    arguments += scripted(chatml_tokenizer) if {"run", "preview"} & set(arguments) else []
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_scripts_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+def test_the_scripts_of_the_readme_run_one_after_the_other(tmp_path: Path, chatml_tokenizer: str) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     scripts = [shlex.split(command)[1:] for command in COMMANDS if command.startswith(".venv/bin/python jobs/")]
     assert [Path(script[0]).stem for script in scripts] == ["prompts", "proposals"]
     for script, *arguments in scripts:
-        command = [sys.executable, str(ROOT / script), *arguments, *SCRIPTED]
+        command = [sys.executable, str(ROOT / script), *arguments, *scripted(chatml_tokenizer)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "quickstart" / "proposals" / "shard-00000.parquet").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -96,6 +97,40 @@ def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(ray_cluster: 
         ("p-7", "squares", "InputError"),
     }
     assert "4 cannot be squared here" in lines[0]["message"]
+
+
+def cubes(tmp_path: Path) -> Stage:
+    """A stage after `squares`."""
+    return dataclasses.replace(
+        squares(tmp_path), name="cubes", source=Folder.at(tmp_path / "squares"), output=Folder.at(tmp_path / "cubes")
+    )
+
+
+def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    failing = squares(tmp_path, bad=(4, 7, 19))
+    run_stage(failing, max_failure_rate=0.5)
+    later = cubes(tmp_path)
+    assert run_stage(later, max_failure_rate=0).rows_in == 17
+    untouched = failing.output.sha256("shard-00000.parquet")
+
+    half_mended = run_stage(squares(tmp_path, bad=(7,)), max_failure_rate=0.5, retry_failed=True)
+    assert (half_mended.failed, half_mended.rows_out, half_mended.completion_tokens) == ({"InputError": 1}, 19, 19)
+    assert failing.output.child("failed").names() == ["shard-00002.jsonl"]
+    mended = run_stage(squares(tmp_path), max_failure_rate=0, retry_failed=True)
+    assert (mended.failed, mended.rows_in, mended.rows_out, mended.completion_tokens) == ({}, 20, 20, 20)
+    assert [row["number"] for row in failing.output.rows()] == list(range(20)), "in the source's order"
+    assert failing.output.sha256("shard-00000.parquet") == untouched
+
+    completed = run_stage(later, max_failure_rate=0)
+    assert (completed.rows_in, completed.rows_out, completed.completion_tokens) == (20, 20, 20)
+    assert [row["number"] for row in later.output.rows()] == list(range(20))
+
+
+def test_without_the_flag_failed_rows_are_left_alone(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    first = run_stage(squares(tmp_path, bad=(4,)), max_failure_rate=0.5)
+    assert run_stage(squares(tmp_path), max_failure_rate=0.5) == first
 
 
 def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(ray_cluster: None, tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
 """source -> prompts: the first stage. It reads and checks every prompt, and fixes the shards all later stages keep.
 
-out   prompt_id, messages, reference, task, metadata, split
+out   prompt_id, messages, reference, task, metadata, split, responses
 on    the driver
+
+The source is read twice, so that memory stays flat: once to learn which rows are kept and which of them are held out,
+once to write them. Both lists beside the shards are written in the first reading, whole or not at all:
+
+    prompts/failed/rows.jsonl    rows that cannot be used        {prompt_id, stage, place, error, message}
+    prompts/removed.jsonl        rows left out on purpose        {prompt_id, place, reason, resembles}
 
 Held-out prompts (split `held_out`) are chosen by a seeded hash of their id, so the choice does not depend on order.
 """
@@ -10,43 +16,187 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
+import json
+import os
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.prompts import read_prompts, split_held_out
+from aft_ray.data.prompt_rows import to_prompt
+from aft_ray.data.prompts import raw_rows, sift
+from aft_ray.errors import ConfigError, InputError, TooManyFailures
 from aft_ray.records import HELD_OUT, PROMPTS, TRAIN
 from aft_ray.runs import Manifest, Run, begin, write_manifest
 from aft_ray.stages import finish_without_source, write_first_shards
+from aft_ray.storage import PARTIAL, Folder
+from aft_ray.templates.control import without_surrogates
+
+REMOVED, FAILED = "removed.jsonl", "rows.jsonl"
 
 
 def make_prompts(run: Run) -> Manifest:
     """Write `prompts/` of a run, or return its manifest when it is there already."""
-    config = run.config.prompts
+    config, seed = run.config.prompts, run.config.run.seed
     folder = run.folder.child("prompts")
-    settings = {
-        "prompts": config.model_dump(mode="json"),
-        "seed": run.config.run.seed,
-        "source_sha256": source_sha256(config),
-    }
-    manifest = begin(folder, "prompts", settings)
+    manifest = begin(folder, "prompts", settings_of(config, seed))
     if manifest.status == "done":
         return manifest
     write_manifest(folder, manifest)
     started = time.monotonic()
-    rows = list(read_prompts(config, run.config.run.seed))
-    _, held_out = split_held_out(rows, config.held_out, run.config.run.seed)
-    held_out_ids = {row["prompt_id"] for row in held_out}
-    marked = ({**row, "split": HELD_OUT if row["prompt_id"] in held_out_ids else TRAIN} for row in rows)
-    num_rows = write_first_shards(folder, marked, PROMPTS, config.rows_per_shard)
+    survey = survey_source(config, seed, folder)
+    manifest = dataclasses.replace(
+        manifest, rows_in=len(survey.kept), failed=dict(survey.failed), filtered=dict(survey.filtered)
+    )
+    if manifest.num_failed > run.config.run.max_failure_rate * manifest.rows_in:
+        write_manifest(folder, manifest)
+        reasons = ", ".join(f"{count} {error}" for error, count in survey.failed.most_common())
+        raise TooManyFailures(
+            f"prompts: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
+            f"run.max_failure_rate {run.config.run.max_failure_rate:g} allows; {_lists(folder)}. Mend the source and "
+            "choose another run.dir, or raise the rate"
+        )
+    num_kept = sum(survey.kept)
+    if num_kept == 0:
+        raise InputError(f"prompts.source {config.source}: all {manifest.rows_in} rows are left out; {_lists(folder)}")
+    if config.held_out >= num_kept:
+        raise ConfigError(
+            f"prompts.held_out {config.held_out}: leaves none of the {num_kept} prompts for training. "
+            f"Set prompts.held_out below {num_kept} or give more prompts"
+        )
+    num_rows = write_first_shards(folder, kept_rows(config, seed, survey), PROMPTS, config.rows_per_shard)
     manifest = dataclasses.replace(manifest, seconds=round(time.monotonic() - started, 1))
-    return finish_without_source(folder, manifest, rows_in=len(rows), rows_out=num_rows)
+    return finish_without_source(folder, manifest, rows_in=manifest.rows_in, rows_out=num_rows)
 
 
-def source_sha256(config: PromptsConfig) -> str | None:
+def settings_of(config: PromptsConfig, seed: int) -> dict[str, Any]:
+    """What decides the prompts: the settings, and the content of the files they name."""
+    return {
+        "prompts": config.model_dump(mode="json"),
+        "seed": seed,
+        "source_sha256": source_sha256(config.source),
+        "decontaminate_sha256": {source: source_sha256(source) for source in config.decontaminate},
+    }
+
+
+def source_sha256(source: str) -> str | None:
     """The content of a file source, so that an edited file is another run; None for any other source."""
-    path = Path(config.source)
+    path = Path(source)
     if not path.is_file():
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ── first reading ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class HeldOut:
+    """The `num` lowest seeded hashes of prompt_id among the prompts seen so far, with their row numbers."""
+
+    def __init__(self, num: int, seed: int) -> None:
+        self.num, self.seed = num, seed
+        self._heap: list[tuple[int, int]] = []
+        """(minus hash, row number): the highest hash on top."""
+
+    def see(self, prompt_id: str, row_number: int) -> None:
+        digest = hashlib.blake2b(f"held_out/{self.seed}/{prompt_id}".encode(), digest_size=16).digest()
+        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), row_number))
+        if len(self._heap) > self.num:
+            heapq.heappop(self._heap)
+
+    @property
+    def rows(self) -> set[int]:
+        """The row numbers of the prompts held out."""
+        return {row_number for _, row_number in self._heap}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Survey:
+    """What the first reading found."""
+
+    kept: bytearray
+    """1 or 0 for each row of the source."""
+    held_out: set[int]
+    """Row numbers of the prompts held out."""
+    failed: Counter[str]
+    filtered: Counter[str]
+    digest: bytes
+    """Hash over the ids of the kept prompts: the second reading must come to the same."""
+
+
+def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
+    """Read the source once; list what failed and what was left out in `folder`."""
+    kept, held_out, digest = bytearray(), HeldOut(config.held_out, seed), hashlib.blake2b()
+    failed: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
+    with JsonLines(folder.child("failed"), FAILED) as failures, JsonLines(folder, REMOVED) as removals:
+        for number, sifted in enumerate(sift(config, seed)):
+            kept.append(sifted.is_kept)
+            if sifted.error is not None:
+                failed[type(sifted.error).__name__] += 1
+                failures.write({"prompt_id": None, "stage": "prompts", "place": sifted.place, **_why(sifted.error)})
+            elif sifted.reason is not None:
+                filtered[sifted.reason] += 1
+                why = {"reason": sifted.reason, "resembles": sifted.resembles}
+                removals.write({"prompt_id": sifted.row["prompt_id"], "place": sifted.place, **why})
+            else:
+                held_out.see(sifted.row["prompt_id"], number)
+                digest.update(f"{sifted.row['prompt_id']}\n".encode())
+    return Survey(kept=kept, held_out=held_out.rows, failed=failed, filtered=filtered, digest=digest.digest())
+
+
+def _why(error: Exception) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)[:2000]}
+
+
+def _lists(folder: Folder) -> str:
+    return f"reasons by row: {folder.path}/failed/{FAILED} and {folder.path}/{REMOVED}"
+
+
+class JsonLines:
+    """A list written row by row and moved into place at the end: whole or not at all, and absent when it is empty."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._partial = folder.file(f"{name}.{os.getpid()}-{uuid4().hex[:8]}{PARTIAL}")
+        self._stream: Any = None
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._stream is None:
+            self.folder.fs.create_dir(self.folder.path, recursive=True)
+            self._stream = self.folder.fs.open_output_stream(self._partial)
+        text = without_surrogates(json.dumps(line, ensure_ascii=False))
+        self._stream.write(f"{text}\n".encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if error is not None:
+            return  # what is left of it is never read
+        if self._stream is not None:
+            self.folder.fs.move(self._partial, self.folder.file(self.name))
+        elif self.folder.exists(self.name):
+            self.folder.remove(self.name)
+
+
+# ── second reading ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kept_rows(config: PromptsConfig, seed: int, survey: Survey) -> Iterator[dict[str, Any]]:
+    """The rows that the first reading kept, with their split."""
+    digest = hashlib.blake2b()
+    for number, (place, raw) in zip(range(len(survey.kept)), raw_rows(config, seed), strict=False):
+        if survey.kept[number]:
+            row, _ = to_prompt(raw, config, place)
+            digest.update(f"{row['prompt_id']}\n".encode())
+            yield {**row, "split": HELD_OUT if number in survey.held_out else TRAIN}
+    if digest.digest() != survey.digest:
+        raise InputError(f"prompts.source {config.source}: changed while it was read. Run again in another run.dir")

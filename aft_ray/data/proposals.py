@@ -1,41 +1,34 @@
-"""prompts -> proposals: drafts sampled from the model to be trained (on-policy).
+"""prompts -> proposals: draft answers to every prompt, from one proposer or several.
 
-in    prompt_id, messages, reference, task, metadata
-out   + proposals: list of {text, source, model, seed, finish_reason, num_prompt_tokens, num_tokens, error, ...}
-on    one engine per actor: CPU or `placement.num_gpus` GPUs
+in    prompt_id, messages, reference, task, metadata, split, responses
+out   + proposals: list of {text, source, model, seed, finish_reason, num_prompt_tokens, num_tokens, error, round, ...}
+on    one engine per actor: CPU or `placement.num_gpus` GPUs; off-policy proposals need none
 
-Every prompt is one request for N samples with derived seeds, so its ids are computed once; a failed sample is kept as
-a proposal with `error`, a prompt without a single answer fails.
+A proposer that samples makes one request per prompt for all its samples, with derived seeds, so the prompt's ids are
+computed once; a failed sample is kept as a proposal with `error`. An off-policy proposer takes the answers that came
+with the prompt. Several proposers are several stages in a row, each adding its share:
+
+    prompts -> proposals-part-1 -> proposals-part-2 -> proposals
+
+The last one looks at what a prompt has in all and applies `proposals.too_few`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aft_ray.config import EngineConfig, ProposalsConfig, TemplatesConfig
+from aft_ray.config import Config, EngineConfig, ProposalsConfig, ProposerConfig, TemplatesConfig
 from aft_ray.engines import Engine, GenerateRequest, Sample, build_engine
-from aft_ray.errors import EngineError
+from aft_ray.errors import EngineError, InputError
 from aft_ray.records import PROPOSALS, Message, Proposal, derive_seed, to_row
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
+from aft_ray.stages import Processed, RowWorker, Stage
 from aft_ray.templates import AggregatorTemplate, InContextPrompt, fit_prompt
 from aft_ray.templates.loading import load_format
-
-
-def to_proposal(sample: Sample, model: str) -> Proposal:
-    """A sample as the record that is stored."""
-    return Proposal(
-        text=sample.text.strip(),
-        source="on-policy",
-        model=model,
-        seed=sample.seed,
-        finish_reason=sample.finish_reason,
-        num_prompt_tokens=sample.num_prompt_tokens,
-        num_tokens=sample.num_tokens,
-        error=sample.error,
-    )
 
 
 async def sample_all(engine: Engine, request: GenerateRequest) -> list[Sample]:
@@ -46,62 +39,215 @@ async def sample_all(engine: Engine, request: GenerateRequest) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.index)
 
 
-def processed(row: dict[str, Any], samples: Sequence[Sample]) -> Processed:
+def processed(row: dict[str, Any], samples: Sequence[Sample], engine: EngineConfig) -> Processed:
     """The row made from these samples, with what they cost."""
-    return Processed(
-        rows=[row],
-        prompt_tokens=sum(sample.num_prompt_tokens for sample in samples),
-        completion_tokens=sum(sample.num_tokens for sample in samples),
-    )
+    num_prompt = sum(sample.num_prompt_tokens for sample in samples)
+    num_completion = sum(sample.num_tokens for sample in samples)
+    prices = engine.prices if engine.type == "openai" else None
+    cost = (num_prompt * prices.prompt + num_completion * prices.completion) / 1e6 if prices else 0.0
+    return Processed(rows=[row], prompt_tokens=num_prompt, completion_tokens=num_completion, cost_usd=cost)
 
 
-class ProposalWorker:
-    """Samples N proposals per row."""
+def shares(config: ProposalsConfig) -> list[int]:
+    """How many of `num_per_prompt` each proposer writes: by share, largest remainders first, at least one each."""
+    proposers = config.all_proposers
+    total = sum(proposer.share for proposer in proposers)
+    exact = [config.num_per_prompt * proposer.share / total for proposer in proposers]
+    counts = [max(1, int(part)) for part in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
+    for i in by_remainder[: max(0, config.num_per_prompt - sum(counts))]:
+        counts[i] += 1
+    return counts
 
-    def __init__(self, config: ProposalsConfig, engine: EngineConfig, templates: TemplatesConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.engine = build_engine(engine)
-        self.format = load_format(self.engine.info.tokenizer, templates.in_context, config.style)
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One proposer's place among the others."""
+
+    proposer: ProposerConfig
+    num_proposals: int
+    """Its share of `num_per_prompt`."""
+    index: int
+    num_before: int
+    """Proposals that the proposers before it write."""
+    is_last: bool
+
+
+def parts(config: ProposalsConfig) -> list[Part]:
+    """The proposers in order, with what each has to write."""
+    counts = shares(config)
+    return [
+        Part(
+            proposer=proposer,
+            num_proposals=counts[i],
+            index=i,
+            num_before=sum(counts[:i]),
+            is_last=i == len(counts) - 1,
+        )
+        for i, proposer in enumerate(config.all_proposers)
+    ]
+
+
+def num_usable(proposals: Sequence[Mapping[str, Any]]) -> int:
+    """Proposals that did not fail and are not empty."""
+    return sum(bool(proposal["text"]) and not proposal["error"] for proposal in proposals)
+
+
+class ProposalWorker(RowWorker):
+    """Adds one proposer's proposals to a row; the last one applies `too_few`."""
+
+    def __init__(self, config: Config, part: Part) -> None:
+        self.config, self.part = config.proposals, part
+        self.seed, self.needed = config.run.seed, config.selection.num_proposals
+        sampled = part.proposer.source == "on_policy"
+        self.writer: Sampler | Collector = Sampler(config, part) if sampled else Collector(config, part)
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        samples = await sample_all(self.engine, self._request(row["prompt_id"], row["messages"]))
-        name = self.config.adapter or self.engine.info.model
-        proposals = [to_row(to_proposal(sample, name)) for sample in samples]
-        return processed({**row, "proposals": proposals}, samples)
+        before = row.get("proposals") or []
+        num = self.part.num_proposals
+        if self.part.is_last and self.config.too_few == "fill":
+            num += self.part.num_before - num_usable(before)
+        done = await self.writer.write(row, num)
+        row = {**row, "proposals": before + done.rows[0]["proposals"]}
+        too_few = num_usable(row["proposals"]) < self.needed and self.part.is_last
+        if too_few and self.config.too_few == "drop":
+            return Processed(
+                rows=[],
+                filtered="too few proposals",
+                prompt_tokens=done.prompt_tokens,
+                completion_tokens=done.completion_tokens,
+                cost_usd=done.cost_usd,
+            )
+        if too_few and (self.config.too_few == "fail" or not num_usable(row["proposals"])):
+            raise InputError(f"{num_usable(row['proposals'])} usable proposals, {self.needed} needed")
+        return Processed(
+            rows=[row],
+            prompt_tokens=done.prompt_tokens,
+            completion_tokens=done.completion_tokens,
+            cost_usd=done.cost_usd,
+        )
 
-    def _request(self, prompt_id: str, messages: Sequence[Message]) -> GenerateRequest:
-        room = self.engine.info.max_model_len - self.config.sampling.max_tokens
+    async def check(self) -> None:
+        await self.writer.check()
+
+
+class Sampler:
+    """Samples proposals from a model: from the one to be trained they are on-policy, from any other off-policy."""
+
+    def __init__(self, config: Config, part: Part) -> None:
+        proposer = part.proposer
+        self.proposer, self.seed = proposer, config.run.seed
+        self.sampling = proposer.sampling or config.proposals.sampling
+        self.round = config.proposals.round or (2 if proposer.adapter else 1)
+        self.first_index = part.num_before
+        """Samples are numbered across proposers, so that two of the same model do not draw the same."""
+        self.engine_config = proposer.engine or config.engine
+        self.source = "on-policy" if model_name(self.engine_config) == model_name(config.engine) else "off-policy"
+        self.engine = build_engine(self.engine_config)
+        self.format = load_format(self.engine.info.tokenizer, config.templates.in_context, proposer.style)
+        self.model = proposer.name or proposer.adapter or self.engine.info.model
+
+    async def write(self, row: dict[str, Any], num: int) -> Processed:
+        samples = await sample_all(self.engine, self._request(row["prompt_id"], row["messages"], num))
+        proposals = [to_row(self._proposal(sample)) for sample in samples]
+        return processed({**row, "proposals": proposals}, samples, self.engine_config)
+
+    def _proposal(self, sample: Sample) -> Proposal:
+        return Proposal(
+            text=sample.text.strip(),
+            source=self.source,
+            model=self.model,
+            seed=sample.seed,
+            finish_reason=sample.finish_reason,
+            num_prompt_tokens=sample.num_prompt_tokens,
+            num_tokens=sample.num_tokens,
+            error=sample.error,
+            round=self.round,
+        )
+
+    def _request(self, prompt_id: str, messages: Sequence[Message], num: int) -> GenerateRequest:
+        room = self.engine.info.max_model_len - self.sampling.max_tokens
         return GenerateRequest(
             request_id=f"proposals-{prompt_id}",
             prompt_ids=tuple(fit_prompt(self.format, messages, room)),
             messages=tuple(messages),
-            sampling=self.config.sampling.also_stopping_at(self.format.stop_strings),
-            seeds=tuple(derive_seed(self.seed, prompt_id, 0, i) for i in range(self.config.num_per_prompt)),
-            adapter=self.config.adapter,
+            sampling=self.sampling.also_stopping_at(self.format.stop_strings),
+            seeds=tuple(derive_seed(self.seed, prompt_id, 0, self.first_index + i) for i in range(num)),
+            adapter=self.proposer.adapter,
         )
 
     async def check(self) -> None:
         await self.engine.check()
 
 
-def stage(run: Run) -> Stage:
-    """The proposals stage of a run."""
+class Collector:
+    """Takes the answers that came with the prompt; of more than its share a seeded draw, in the source's order."""
+
+    def __init__(self, config: Config, part: Part) -> None:
+        self.seed, self.index = config.run.seed, part.index
+        self.name = part.proposer.name
+
+    async def write(self, row: dict[str, Any], num: int) -> Processed:
+        responses = row["responses"] or []
+        draw = random.Random(derive_seed(self.seed, row["prompt_id"], 0, -2 - self.index))
+        kept = sorted(draw.sample(range(len(responses)), min(num, len(responses))))
+        proposals = [
+            Proposal(
+                text=responses[i]["text"].strip(),
+                source="off-policy",
+                model=self.name or responses[i]["model"] or "unknown",
+                seed=None,
+                finish_reason=None,
+                num_prompt_tokens=0,
+                num_tokens=0,
+            )
+            for i in kept
+        ]
+        return Processed(rows=[{**row, "proposals": [to_row(proposal) for proposal in proposals]}])
+
+    async def check(self) -> None:
+        return None
+
+
+def model_name(engine: EngineConfig) -> str | None:
+    """The model an engine answers with; None for a scripted one."""
+    return getattr(engine, "model", None)
+
+
+def stages(run: Run) -> list[Stage]:
+    """The proposals stages of a run, one per proposer, in order; the last one writes `proposals/`."""
     config = run.config
-    engine = config.proposals.engine or config.engine
-    return Stage(
-        name="proposals",
-        source=run.folder.child("prompts"),
-        output=run.folder.child("proposals"),
-        schema=PROPOSALS,
-        settings={
-            "proposals": config.proposals.model_dump(mode="json", exclude={"placement", "engine"}),
-            "engine": engine.model_dump(mode="json"),
-            "seed": config.run.seed,
-            "in_context": InContextPrompt.load(config.templates.in_context).hash,
-        },
-        worker=partial(ProposalWorker, config.proposals, engine, config.templates, config.run.seed),
-        placement=config.proposals.placement,
-    )
+    made = []
+    source = run.folder.child("prompts")
+    for part in parts(config.proposals):
+        name = "proposals" if part.is_last else f"proposals-part-{part.index + 1}"
+        engine = part.proposer.engine or config.engine
+        made.append(
+            Stage(
+                name=name,
+                source=source,
+                output=run.folder.child(name),
+                schema=PROPOSALS,
+                settings={
+                    "proposals": config.proposals.model_dump(
+                        mode="json", exclude={"placement", "engine", "proposers", "adapter", "sampling", "style"}
+                    ),
+                    "proposer": part.proposer.model_dump(mode="json", exclude={"placement", "engine"}),
+                    "num_proposals": part.num_proposals,
+                    "sampling": (part.proposer.sampling or config.proposals.sampling).__dict__,
+                    "engine": engine.model_dump(mode="json") if part.proposer.source == "on_policy" else None,
+                    "selection.num_proposals": config.selection.num_proposals
+                    if config.proposals.too_few in {"drop", "fail"}
+                    else None,
+                    "seed": config.run.seed,
+                    "in_context": InContextPrompt.load(config.templates.in_context).hash,
+                },
+                worker=partial(ProposalWorker, config, part),
+                placement=part.proposer.placement,
+            )
+        )
+        source = made[-1].output
+    return made
 
 
 def aggregator_hash(templates: TemplatesConfig) -> str:

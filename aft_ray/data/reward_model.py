@@ -4,19 +4,23 @@ The answer becomes the last assistant turn, and the model's own chat template tu
 tokenizer without a chat template gets the pair (last user turn, answer), the older convention of reward models.
 Nothing is cut: an answer that does not fit the window has no score.
 
+The model sits in one thread of its own: rows of a worker overlap, and one at a time uses the model.
+
 At start a good and a plainly bad answer to the same question are scored. A model that does not prefer the good one is
 refused: it is no reward model, or its head was not in the checkpoint.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from aft_ray.data.scorers import Row, Score
+from aft_ray.data.scorers import Row, Score, Scorer, Scores
 from aft_ray.errors import ConfigError
 from aft_ray.models import resolve_model
 from aft_ray.records import Message
@@ -29,7 +33,7 @@ SANITY_GOOD = "The capital of France is Paris."
 SANITY_BAD = "Bananas bananas bananas. I will not tell you, go away."
 
 
-class RewardModel:
+class RewardModel(Scorer):
     """Loads the model in its constructor, on the GPU where there is one."""
 
     def __init__(self, reference: str, batch_size: int = 8, num_threads: int = 1) -> None:
@@ -47,12 +51,16 @@ class RewardModel:
         self.model.config.get_text_config().pad_token_id = self.pad_id
         self.batch_size = batch_size if self.pad_id is not None else 1
         self.max_length = _window(self.tokenizer, self.model.config)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
         self._check_sanity()
 
     def name_of(self, row: Row) -> str:
         return "reward_model"
 
-    def score(self, row: Row, texts: Sequence[str]) -> list[Score]:
+    async def score(self, row: Row, texts: Sequence[str]) -> Scores:
+        return Scores(await asyncio.get_running_loop().run_in_executor(self._thread, self._score_all, row, texts))
+
+    def _score_all(self, row: Row, texts: Sequence[str]) -> list[Score]:
         scores: list[Score] = [Score(value=None, reason="not scored")] * len(texts)
         encoded: dict[int, dict[str, list[int]]] = {}
         for n, text in enumerate(texts):
@@ -100,7 +108,7 @@ class RewardModel:
         return [float(value) for value in logits[:, 0].float()]
 
     def _check_sanity(self) -> None:
-        good, bad = self.score({"messages": [SANITY_QUESTION]}, [SANITY_GOOD, SANITY_BAD])
+        good, bad = self._score_all({"messages": [SANITY_QUESTION]}, [SANITY_GOOD, SANITY_BAD])
         if good.value is None or bad.value is None or good.value <= bad.value:
             raise ConfigError(
                 f"scores.reward_model {self.reference}: it scores {good.value} for {SANITY_GOOD!r} and {bad.value} for "

@@ -2,22 +2,24 @@
 
 in    + proposals
 out   score and score_error inside each proposal; scorer
-on    CPU; a GPU for scorer `reward_model`
+on    CPU; a GPU for scorers with a model of their own: `reward_model`, `likelihood`, a local `judge`
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from aft_ray.config import ScoresConfig
+from aft_ray.config import Config
 from aft_ray.data.scorers import Score, build_scorer
 from aft_ray.records import SCORES
 from aft_ray.runs import Run
 from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.templates import InContextPrompt
 
 
-def with_scores(proposals: list[dict[str, Any]], scores: list[Score]) -> list[dict[str, Any]]:
+def with_scores(proposals: Sequence[dict[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """The proposals with their scores; a failed or empty proposal is never scored, whatever the scorer said."""
     scored = []
     for proposal, score in zip(proposals, scores, strict=True):
@@ -30,25 +32,49 @@ def with_scores(proposals: list[dict[str, Any]], scores: list[Score]) -> list[di
 class ScoreWorker(RowWorker):
     """Scores the proposals of a row."""
 
-    def __init__(self, config: ScoresConfig) -> None:
-        self.config = config
-        self.scorer = build_scorer(config)
+    def __init__(self, config: Config) -> None:
+        self.scorer = build_scorer(
+            config.scores, config.engine, seed=config.run.seed, in_context=config.templates.in_context
+        )
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        scores = self.scorer.score(row, [proposal["text"] for proposal in row["proposals"]])
+        # What failed is shown to no scorer: an empty text stands in its place and gets no score.
+        texts = ["" if proposal["error"] else proposal["text"] for proposal in row["proposals"]]
+        scores = await self.scorer.score(row, texts)
         proposals = with_scores(row["proposals"], scores)
-        return Processed(rows=[{**row, "proposals": proposals, "scorer": self.scorer.name_of(row)}])
+        return Processed(
+            rows=[{**row, "proposals": proposals, "scorer": self.scorer.name_of(row)}],
+            prompt_tokens=scores.prompt_tokens,
+            completion_tokens=scores.completion_tokens,
+            cost_usd=scores.cost_usd,
+        )
+
+    async def check(self) -> None:
+        await self.scorer.check()
+
+
+def scorer_settings(config: Config) -> dict[str, Any]:
+    """What decides the scores beyond `scores` itself: the run's seed and model, where the scorer uses them."""
+    settings: dict[str, Any] = {"scores": config.scores.model_dump(mode="json", exclude={"placement"})}
+    if config.scores.scorer == "judge":
+        from aft_ray.data.judge import PROMPT_HASH
+
+        settings |= {"seed": config.run.seed, "judge_prompt": PROMPT_HASH}
+    if config.scores.scorer == "likelihood":
+        if config.scores.likelihood.engine is None:
+            settings["engine"] = config.engine.model_dump(mode="json")
+        settings["in_context"] = InContextPrompt.load(config.templates.in_context).hash
+    return settings
 
 
 def stage(run: Run) -> Stage:
     """The scores stage of a run."""
-    config = run.config.scores
     return Stage(
         name="scores",
         source=run.folder.child("proposals"),
         output=run.folder.child("scores"),
         schema=SCORES,
-        settings={"scores": config.model_dump(mode="json", exclude={"placement"})},
-        worker=partial(ScoreWorker, config),
-        placement=config.placement,
+        settings=scorer_settings(run.config),
+        worker=partial(ScoreWorker, run.config),
+        placement=run.config.scores.placement,
     )

@@ -1,32 +1,39 @@
-"""selection -> targets: the aggregation to learn, written by the teacher from prompt + selected proposals.
+"""selection -> targets: the aggregation to learn, written from prompt + selected proposals.
 
 in    + selected
-out   + target: {text, model, finish_reason, num_tokens, verified, score, num_candidates}; length_action
+out   + target, accepted_targets, pseudo_target, target_filter, length_action
 on    the teacher's engine: a local model, or any OpenAI-compatible endpoint
 
-The teacher writes `num_candidates` aggregations of one prompt; kept is the best of them: finished before truncated,
-then by the verifier, then by lot of the seeds. Without a verifier for the task the first finished one is kept.
+The teacher writes `num_candidates` aggregations of one prompt. `keep: best` takes the finished one that the verifier
+and the score like best. The other policies keep only what the verifier accepts: with the student as its own teacher
+this is teacher-free AFT, and `num_accepted` of `num_candidates` is its acceptance rate. A target that should not be
+learned from stays on its row with the reason in `target_filter`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aft_ray.config import EngineConfig, ScoresConfig, TargetsConfig, TemplatesConfig
+from aft_ray.config import Config
 from aft_ray.data.proposals import aggregator_hash, processed, sample_all
-from aft_ray.data.scorers import build_scorer, verify
+from aft_ray.data.scorers import Scores, build_scorer, verify
+from aft_ray.data.scores import scorer_settings
 from aft_ray.data.selection import selected_texts
+from aft_ray.data.target_filters import why_left_out
 from aft_ray.engines import GenerateRequest, Sample, build_engine
-from aft_ray.records import TARGETS, Target, derive_seed, to_row
+from aft_ray.errors import InputError
+from aft_ray.records import TARGETS, Message, Target, derive_seed, to_row
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
-from aft_ray.templates import AggregatorTemplate, fit_aggregation
+from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
 from aft_ray.templates.loading import load_format
 
 TEACHER_LAYER = 1
 """Seeds of the teacher's samples are those of layer 1: proposals are layer 0."""
+PSEUDO_LAYER = 2
 
 
 def best_candidate(samples: Sequence[Sample], verified: Sequence[bool | None], scores: Sequence[float | None]) -> int:
@@ -39,59 +46,148 @@ def best_candidate(samples: Sequence[Sample], verified: Sequence[bool | None], s
     return max(range(len(samples)), key=rank)
 
 
-class TargetWorker:
-    """Writes one target per row."""
+class TargetWorker(RowWorker):
+    """Asks the teacher, and keeps what the policy says."""
 
-    def __init__(
-        self,
-        config: TargetsConfig,
-        scores: ScoresConfig,
-        engine: EngineConfig,
-        templates: TemplatesConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.templates, self.seed = config, templates, seed
-        self.engine = build_engine(engine)
-        self.format = load_format(self.engine.info.tokenizer, templates.in_context)
-        self.template = AggregatorTemplate.load(templates.aggregator)
-        self.scorer = build_scorer(scores)
+    def __init__(self, config: Config) -> None:
+        self.config, self.templates, self.seed = config.targets, config.templates, config.run.seed
+        self.engine_config = config.targets.engine or config.engine
+        self.engine = build_engine(self.engine_config)
+        self.format = load_format(self.engine.info.tokenizer, config.templates.in_context)
+        self.template = AggregatorTemplate.load(config.templates.aggregator)
+        self.scorer = build_scorer(
+            config.scores, config.engine, seed=config.run.seed, in_context=config.templates.in_context
+        )
+        self.room = self.engine.info.max_model_len - self.config.sampling.max_tokens
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        room = self.engine.info.max_model_len - self.config.sampling.max_tokens
+        proposals = selected_texts(row)
         fitted = fit_aggregation(
-            self.format, self.template, row["messages"], selected_texts(row), room, self.templates.length_policy
+            self.format, self.template, row["messages"], proposals, self.room, self.templates.length_policy
         )
+        samples = await self._ask(row, fitted.prompt_ids, fitted.messages, TEACHER_LAYER, self.config.num_candidates)
+        targets, scoring = await self._targets(row, samples)
+        kept, accepted = self._keep(samples, targets)
+        pseudo, pseudo_samples = await self._pseudo(row) if self.config.pseudo else (None, [])
+        proposal_scores = [row["proposals"][index]["score"] for index in row["selected"]]
+        reason = why_left_out(kept, proposals, proposal_scores, self.config.filters)
+        if self.config.keep != "best" and not kept.num_accepted:
+            reason = "no accepted candidate"
+        made = {
+            **row,
+            "target": to_row(kept),
+            "accepted_targets": [to_row(target) for target in accepted],
+            "pseudo_target": to_row(pseudo) if pseudo else None,
+            "target_filter": reason,
+            "length_action": fitted.action,
+        }
+        done = processed(made, [*samples, *pseudo_samples], self.engine_config)
+        return dataclasses.replace(
+            done,
+            prompt_tokens=done.prompt_tokens + scoring.prompt_tokens,
+            completion_tokens=done.completion_tokens + scoring.completion_tokens,
+            cost_usd=done.cost_usd + scoring.cost_usd,
+        )
+
+    async def _ask(
+        self, row: Mapping[str, Any], ids: Sequence[int], messages: Sequence[Message], layer: int, num: int
+    ) -> list[Sample]:
         request = GenerateRequest(
-            request_id=f"targets-{row['prompt_id']}",
-            prompt_ids=tuple(fitted.prompt_ids),
-            messages=tuple(fitted.messages),
+            request_id=f"targets-{row['prompt_id']}-{layer}",
+            prompt_ids=tuple(ids),
+            messages=tuple(messages),
             sampling=self.config.sampling.also_stopping_at(self.format.stop_strings),
-            seeds=tuple(
-                derive_seed(self.seed, row["prompt_id"], TEACHER_LAYER, i) for i in range(self.config.num_candidates)
-            ),
+            seeds=tuple(derive_seed(self.seed, row["prompt_id"], layer, i) for i in range(num)),
             adapter=self.config.adapter,
         )
-        samples = await sample_all(self.engine, request)
-        target = self._best(row, samples)
-        return processed({**row, "target": to_row(target), "length_action": fitted.action}, samples)
+        return await sample_all(self.engine, request)
 
-    def _best(self, row: Mapping[str, Any], samples: Sequence[Sample]) -> Target:
+    async def _pseudo(self, row: Mapping[str, Any]) -> tuple[Target, list[Sample]]:
+        """One answer to the prompt alone. It has no score: there is nothing it is chosen from."""
+        ids = fit_prompt(self.format, row["messages"], self.room)
+        (sample,) = samples = await self._ask(row, ids, row["messages"], PSEUDO_LAYER, 1)
+        text = sample.text.strip()
+        return self._target(sample, verify(row, text) if text else None, None, samples, None), samples
+
+    async def _targets(self, row: Mapping[str, Any], samples: Sequence[Sample]) -> tuple[list[Target], Scores]:
         texts = [sample.text.strip() for sample in samples]
-        verified = [verify(row, text) for text in texts]
-        scores = [score.value for score in self.scorer.score(row, texts)]
-        best = best_candidate(samples, verified, scores)
+        verified = [verify(row, text) if text else None for text in texts]
+        known = [value for value in verified if value is not None]
+        scores = await self.scorer.score(row, texts)
+        num_accepted = sum(known) if known else None
+        targets = [
+            self._target(sample, accepted, score.value if text else None, samples, num_accepted)
+            for text, sample, accepted, score in zip(texts, samples, verified, scores, strict=True)
+        ]
+        return targets, scores
+
+    def _target(
+        self,
+        sample: Sample,
+        verified: bool | None,
+        score: float | None,
+        samples: Sequence[Sample],
+        num_accepted: int | None,
+    ) -> Target:
         return Target(
-            text=texts[best],
+            text=sample.text.strip(),
             model=self.config.adapter or self.engine.info.model,
-            finish_reason=samples[best].finish_reason,
-            num_tokens=samples[best].num_tokens,
-            verified=verified[best],
-            score=scores[best],
+            finish_reason=sample.finish_reason,
+            num_tokens=sample.num_tokens,
+            verified=verified,
+            score=score,
             num_candidates=len(samples),
+            num_accepted=num_accepted,
         )
+
+    def _keep(self, samples: Sequence[Sample], targets: Sequence[Target]) -> tuple[Target, list[Target]]:
+        """The target, and with `keep: all` the other accepted ones."""
+        best = best_candidate(samples, [t.verified for t in targets], [t.score for t in targets])
+        if self.config.keep == "best":
+            return targets[best], []
+        if all(target.verified is None for target in targets):
+            raise InputError(f"targets.keep {self.config.keep} needs a verifier for the prompt's task; set keep: best")
+        accepted = [target for target in targets if target.verified and target.finish_reason != "length"]
+        if not accepted:
+            return targets[best], []
+        if self.config.keep == "shortest":
+            return min(accepted, key=lambda target: target.num_tokens), []
+        others = [target for target in accepted[1:] if target.text != accepted[0].text]
+        return accepted[0], others if self.config.keep == "all" else []
 
     async def check(self) -> None:
         await self.engine.check()
+        await self.scorer.check()
+
+
+class ReferenceWorker(RowWorker):
+    """Takes the prompt's reference answer as the target; no model is asked."""
+
+    def __init__(self, config: Config) -> None:
+        self.filters = config.targets.filters
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        if not row["reference"]:
+            raise InputError("targets.source is reference, and this prompt has no reference answer")
+        target = Target(
+            text=row["reference"],
+            model="reference",
+            finish_reason="stop",
+            num_tokens=0,
+            verified=verify(row, row["reference"]),
+            score=None,
+            num_candidates=1,
+            num_accepted=None,
+        )
+        made = {
+            **row,
+            "target": to_row(target),
+            "accepted_targets": [],
+            "pseudo_target": None,
+            "target_filter": why_left_out(target, selected_texts(row), [], self.filters),
+            "length_action": None,
+        }
+        return Processed(rows=[made])
 
 
 def stage(run: Run) -> Stage:
@@ -105,12 +201,12 @@ def stage(run: Run) -> Stage:
         schema=TARGETS,
         settings={
             "targets": config.targets.model_dump(mode="json", exclude={"placement", "engine"}),
-            "scorer": config.scores.scorer,
+            "scorer": scorer_settings(config),
             "engine": engine.model_dump(mode="json"),
             "template": aggregator_hash(config.templates),
             "length_policy": config.templates.length_policy,
             "seed": config.run.seed,
         },
-        worker=partial(TargetWorker, config.targets, config.scores, engine, config.templates, config.run.seed),
+        worker=partial(ReferenceWorker if config.targets.source == "reference" else TargetWorker, config),
         placement=config.targets.placement,
     )

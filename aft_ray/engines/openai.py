@@ -1,8 +1,8 @@
 """Any OpenAI-compatible endpoint behind the `Engine` protocol: a remote teacher, a judge, another aft_ray.
 
 It takes messages, not ids. One call per sample (providers without `n` are common, and a failed sample then harms no
-other), at most `max_concurrency` calls at once; the openai client retries 408, 409, 429, 5xx and connection errors
-with the server's Retry-After or jittered backoff.
+other); the openai client retries 408, 409, 429, 5xx and connection errors with the server's Retry-After or jittered
+backoff. How many calls run at once adapts to what the endpoint bears, up to `max_concurrency`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,50 @@ import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import httpx
+
 from aft_ray.config import OpenAIEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
 from aft_ray.errors import ConfigError, EngineError
+
+BACKOFF_S = 1.0
+"""The limit is halved at most once in this time: refusals that come together are one sign, not many."""
+
+
+class AdaptiveLimit:
+    """How many calls may run at once: halved by a 429, one more after as many answers as it allows (AIMD)."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest, self.allowed = largest, float(largest)
+        self.running = 0
+        self._last_cut = float("-inf")
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.running < int(self.allowed))
+            self.running += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changed:
+            self.running -= 1
+            self._changed.notify_all()
+
+    def saw(self, status: int) -> None:
+        """Take note of one response."""
+        if status == 429:
+            now = asyncio.get_running_loop().time()
+            if now - self._last_cut >= BACKOFF_S:
+                self.allowed, self._last_cut = max(1.0, self.allowed / 2), now
+        elif status < 400:
+            self.allowed = min(self.largest, self.allowed + 1 / self.allowed)
 
 
 class OpenAIEngine:
     """One remote model."""
 
     def __init__(self, config: OpenAIEngineConfig) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         key = os.environ.get(config.api_key_env)
         if not key:
@@ -30,10 +64,18 @@ class OpenAIEngine:
                 "Set it, or set api_key_env; an endpoint without keys accepts any word"
             )
         self.config = config
+        self.limit = AdaptiveLimit(config.max_concurrency)
         self._client = AsyncOpenAI(
-            base_url=config.base_url, api_key=key, timeout=config.timeout_s, max_retries=config.max_retries
+            base_url=config.base_url,
+            api_key=key,
+            timeout=config.timeout_s,
+            max_retries=config.max_retries,
+            # Every response is seen here, those that the client retries by itself too.
+            http_client=DefaultAsyncHttpxClient(event_hooks={"response": [self._saw]}),
         )
-        self._places = asyncio.Semaphore(config.max_concurrency)
+
+    async def _saw(self, response: httpx.Response) -> None:
+        self.limit.saw(response.status_code)
 
     @property
     def info(self) -> EngineInfo:
@@ -59,7 +101,7 @@ class OpenAIEngine:
         from openai import OpenAIError
 
         try:
-            async with self._places:
+            async with self.limit:
                 sample = await self._call(request, index, events)
         except OpenAIError as error:
             sample = _failed(index, f"{type(error).__name__}: {error}")

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 Step = Callable[[Run, RaySession], None]
 
 
-def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto") -> Run:
+def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", retry_failed: bool = False) -> Run:
     """Run the named steps of a run, in the order given; returns the open run.
 
+    `retry_failed`: rows that failed before are tried again, and what comes of them goes through the later steps.
     Raises ConfigError, InputError, ResumeRefused, TooManyFailures, TrainingFailed. What was done stays done: the same
     call again continues.
     """
     check_before_start(config)
-    run = Run.open(config, resume)
+    run = Run.open(config, resume, retry_failed)
     with RaySession(config) as session:
         for name in names:
             run.event("started", step=name)
@@ -99,15 +100,16 @@ def _say(manifest: Manifest) -> None:
     print(f"{manifest.stage:<13} done: {manifest.rows_out} rows", file=sys.stderr)
 
 
-def _stage_step(build: Callable[[Run], Stage]) -> Step:
-    def step(run: Run, session: RaySession) -> None:
-        stage = build(run)
-        before = run.manifest(stage.name)
-        manifest = run_stage(stage, max_failure_rate=run.config.run.max_failure_rate, connect=session.connect)
-        if before is not None and before.status == "done":
-            _say(manifest)
-
-    return step
+def _run_stage(stage: Stage, run: Run, session: RaySession) -> None:
+    before = run.manifest(stage.name)
+    manifest = run_stage(
+        stage,
+        max_failure_rate=run.config.run.max_failure_rate,
+        retry_failed=run.retry_failed,
+        connect=session.connect,
+    )
+    if before == manifest:
+        _say(manifest)
 
 
 def prompts(run: Run, session: RaySession) -> None:
@@ -121,35 +123,38 @@ def proposals(run: Run, session: RaySession) -> None:
     """Sample proposals from the model to be trained."""
     from aft_ray.data import proposals as room
 
-    _stage_step(room.stage)(run, session)
+    for stage in room.stages(run):
+        _run_stage(stage, run, session)
 
 
 def scores(run: Run, session: RaySession) -> None:
     """Score the proposals."""
     from aft_ray.data import scores as room
 
-    _stage_step(room.stage)(run, session)
+    _run_stage(room.stage(run), run, session)
 
 
 def selection(run: Run, session: RaySession) -> None:
     """Choose the K proposals each prompt keeps."""
     from aft_ray.data import selection as room
 
-    _stage_step(room.stage)(run, session)
+    _run_stage(room.stage(run), run, session)
 
 
 def targets(run: Run, session: RaySession) -> None:
     """Let the teacher write the aggregations."""
     from aft_ray.data import targets as room
 
-    _stage_step(room.stage)(run, session)
+    _run_stage(room.stage(run), run, session)
 
 
 def training_set(run: Run, session: RaySession) -> None:
-    """Write ids and labels."""
+    """Write ids and labels, and the data set's card."""
     from aft_ray.data import training_set as room
+    from aft_ray.data.card import write_card
 
-    _stage_step(room.stage)(run, session)
+    _run_stage(room.stage(run), run, session)
+    write_card(run)
 
 
 def train(run: Run, session: RaySession) -> None:

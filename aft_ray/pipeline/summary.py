@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.data.constraints import parse_all
-from aft_ray.data.scorers import build_scorer
+from aft_ray.data.scorers import build_scorer, text_scorer_config
 from aft_ray.evaluation.examples import Check, Example, choose_examples
 from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
 from aft_ray.evaluation.perplexity import ConditionPerplexity, TargetScore, summarise
@@ -30,6 +31,7 @@ REWARDS = {
     "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
     "numeric": "1 when the answer's last number is the reference's, else 0",
     "reasoning_gym": "the task's own verifier, 0 to 1",
+    "ifeval": "share of the prompt's IFEval instructions that the answer follows (strict)",
 }
 
 
@@ -47,10 +49,11 @@ def report_data(run: Run) -> ReportData:
     """Everything the report says, from the folders."""
     config = run.config
     rows = {system.name: _answers(run, system.name) for system in systems_of(run)}
-    scorer = build_scorer(config.scores)
+    scores = text_scorer_config(config.scores)
+    scorer = build_scorer(scores)
 
     def score(row: Mapping[str, Any], text: str) -> float | None:
-        return scorer.score(row, [text])[0].value if text else None
+        return asyncio.run(scorer.score(row, [text]))[0].value if text else None
 
     scored = {name: score_answers(answers, score) for name, answers in rows.items()}
     resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}
@@ -66,7 +69,7 @@ def report_data(run: Run) -> ReportData:
         task=", ".join(tasks),
         num_train_prompts=sum(row["split"] == TRAIN for row in prompts),
         num_held_out_prompts=sum(row["split"] == HELD_OUT for row in prompts),
-        reward="; ".join(REWARDS[task] for task in tasks if task in REWARDS) or f"scorer {config.scores.scorer}",
+        reward="; ".join(REWARDS[task] for task in tasks if task in REWARDS) or f"scorer {scores.scorer}",
         plan=config.evaluation.plan,
         seed=config.run.seed,
         hardware=_hardware(),

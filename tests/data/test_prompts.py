@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.prompts import read_prompts, split_held_out
+from aft_ray.data.hash_set import HashSet, hash_of
+from aft_ray.data.prompts import read_prompts
 from aft_ray.errors import ConfigError, InputError
 from aft_ray.records import PROMPTS, metadata_of, prompt_id_of
 
@@ -161,10 +162,38 @@ def test_two_rows_with_one_id_are_refused_with_both_lines(tmp_path: Path) -> Non
 
 def test_the_same_conversation_twice_is_refused_unless_each_has_its_own_id(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1 .*Remove one of them, or give"
+        InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1 .*Remove one of them, .*duplicates to drop"
     ):
         read(tmp_path, {"prompt": "Hi  there"}, {"prompt": "Hi there"})
     assert len(read(tmp_path, {"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"})) == 2
+
+
+def test_repeated_conversations_can_be_left_out_but_never_repeated_ids(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi  there", "n": 1}, {"prompt": "Bye"}, {"prompt": "Hi there", "n": 2}]
+    first, second = read(tmp_path, *rows, duplicates="drop")
+    assert (metadata_of(first), second["messages"][0]["content"]) == ({"n": 1}, "Bye")
+    same_id = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "x"}]
+    with pytest.raises(InputError, match=r"jsonl:2: prompt_id 'x' is already used at .*jsonl:1"):
+        read(tmp_path, *same_id, duplicates="drop")
+    taken = [{"prompt": "a"}, {"prompt": "b", "prompt_id": prompt_id_of([{"role": "user", "content": "a"}])}]
+    with pytest.raises(InputError, match=r"is already used at .*jsonl:1"):
+        read(tmp_path, *taken, duplicates="drop")
+
+
+def test_the_same_prompt_with_ids_of_its_own_is_two_prompts_also_when_duplicates_are_dropped(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"}, {"prompt": "Hi"}, {"prompt": "Hi"}]
+    assert len(read(tmp_path, *rows, duplicates="drop")) == 3
+
+
+def test_ids_are_remembered_as_hashes_in_a_set_that_grows() -> None:
+    numbers = [hash_of(str(n)) for n in range(5_000)]
+    seen = HashSet()
+    assert not any(seen.add(number) or number + 1 in seen for number in numbers)
+    assert len(seen) == 5_000
+    assert all(number in seen for number in numbers)
+    for number in (0, 0, 1):
+        seen.add(number)
+    assert len(seen) == 5_001  # 0 marks a free slot and is kept as 1
 
 
 def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
@@ -218,32 +247,3 @@ def test_reasoning_gym_tasks_come_in_turn() -> None:
     assert {row["task"] for row in rows} == {"reasoning_gym"}
     with pytest.raises(InputError, match="chain_sums"):
         list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sums")))
-
-
-def _rows(num_rows: int) -> list[dict[str, Any]]:
-    return [{"prompt_id": f"p-{n}"} for n in range(num_rows)]
-
-
-def test_the_split_is_exact_and_independent_of_the_order() -> None:
-    rows = _rows(50)
-    train, held_out = split_held_out(rows, 12, seed=1)
-    assert (len(train), len(held_out)) == (38, 12)
-    assert sorted(train + held_out, key=rows.index) == rows
-    train_again, held_out_again = split_held_out(rows[::-1], 12, seed=1)
-    assert (train_again[::-1], held_out_again[::-1]) == (train, held_out)
-
-
-def test_another_seed_holds_out_other_prompts() -> None:
-    assert split_held_out(_rows(50), 12, seed=1)[1] != split_held_out(_rows(50), 12, seed=2)[1]
-
-
-def test_new_prompts_only_join_a_split_and_do_not_reshuffle_it() -> None:
-    before = {row["prompt_id"] for row in split_held_out(_rows(50), 12, seed=1)[1]}
-    after = {row["prompt_id"] for row in split_held_out(_rows(51), 12, seed=1)[1]}
-    assert len(before & after) >= 11
-
-
-def test_holding_out_everything_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"prompts\.held_out 32: leaves none of the 10 prompts"):
-        split_held_out(_rows(10), 32, seed=1)
-    assert split_held_out(_rows(10), 0, seed=1) == (_rows(10), [])

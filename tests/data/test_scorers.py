@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import pickle
@@ -13,7 +14,7 @@ import pytest
 
 from aft_ray.config import ScoresConfig
 from aft_ray.data.answers import final_number, short_answer
-from aft_ray.data.scorers import PerText, Score, build_scorer, verify
+from aft_ray.data.scorers import PerText, Score, Scorer, build_scorer, text_scorer_config, verify
 from aft_ray.errors import ConfigError
 
 
@@ -25,6 +26,10 @@ def row(task: str | None = None, reference: str | None = None, **metadata: Any) 
         "task": task,
         "metadata": json.dumps(metadata) if metadata else None,
     }
+
+
+def scores_of(scorer: Scorer, prompt: dict[str, Any], texts: list[str]) -> list[Score]:
+    return asyncio.run(scorer.score(prompt, texts))
 
 
 def values(scores: list[Score]) -> list[float | None]:
@@ -72,20 +77,20 @@ def test_the_final_number_of_a_text(text: str, expected: str | None) -> None:
 )
 def test_numeric_compares_final_numbers(text: str, reference: str, value: float) -> None:
     scorer = build_scorer(ScoresConfig(scorer="numeric"))
-    assert scorer.score(row(reference=reference), [text]) == [Score(value=value)]
+    assert scores_of(scorer, row(reference=reference), [text]) == [Score(value=value)]
 
 
 @pytest.mark.parametrize("reference", [None, "forty-two"])
 def test_numeric_without_a_number_to_compare_with_has_no_score(reference: str | None) -> None:
-    [score] = build_scorer(ScoresConfig(scorer="numeric")).score(row(reference=reference), ["42"])
+    [score] = scores_of(build_scorer(ScoresConfig(scorer="numeric")), row(reference=reference), ["42"])
     assert score.value is None
     assert score.reason is not None and "no number in the reference" in score.reason
 
 
 def test_constraints_score_the_share_that_is_met() -> None:
     scorer = build_scorer(ScoresConfig(scorer="constraints"))
-    assert values(scorer.score(BULLETS, ["- tea\n- milk", "- tea, milk\n- salt", "tea, milk"])) == [1.0, 0.5, 0.0]
-    [score] = scorer.score(row("constraints"), ["- tea"])
+    assert values(scores_of(scorer, BULLETS, ["- tea\n- milk", "- tea, milk\n- salt", "tea, milk"])) == [1.0, 0.5, 0.0]
+    [score] = scores_of(scorer, row("constraints"), ["- tea"])
     assert score == Score(value=None, reason="InputError: no constraints in the row's metadata")
 
 
@@ -97,25 +102,25 @@ def test_auto_takes_the_verifier_of_each_rows_task() -> None:
         "none",
         "none",
     ]
-    assert values(scorer.score(BULLETS, ["- tea\n- milk"])) == [1.0]
-    assert values(scorer.score(row("numeric", reference="4"), ["4", "5"])) == [1.0, 0.0]
-    assert scorer.score(row("chat"), ["a", "b"]) == [Score(value=None, reason="no scorer")] * 2
+    assert values(scores_of(scorer, BULLETS, ["- tea\n- milk"])) == [1.0]
+    assert values(scores_of(scorer, row("numeric", reference="4"), ["4", "5"])) == [1.0, 0.0]
+    assert scores_of(scorer, row("chat"), ["a", "b"]) == [Score(value=None, reason="no scorer")] * 2
 
 
 def test_agreement_is_the_share_of_the_others_with_the_same_answer() -> None:
     scorer = build_scorer(ScoresConfig(scorer="agreement"))
     texts = ["Paris", "The answer is Paris.", "paris!", "Lyon"]
-    assert values(scorer.score(row(), texts)) == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
-    assert values(scorer.score(row("numeric"), ["so 4.0", "2 + 2 = 4", "5"])) == [0.5, 0.5, 0.0]
+    assert values(scores_of(scorer, row(), texts)) == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
+    assert values(scores_of(scorer, row("numeric"), ["so 4.0", "2 + 2 = 4", "5"])) == [0.5, 0.5, 0.0]
 
 
 def test_agreement_has_no_score_for_a_long_text_or_a_lone_one() -> None:
     scorer = build_scorer(ScoresConfig(scorer="agreement"))
-    long, empty, short = scorer.score(row(), ["word " * 30, "", "Paris"])
+    long, empty, short = scores_of(scorer, row(), ["word " * 30, "", "Paris"])
     assert (long.value, long.reason) == (None, "no short answer in the text")
     assert empty.value is None
     assert short.value == 0.0
-    [alone] = scorer.score(row(), ["Paris"])
+    [alone] = scores_of(scorer, row(), ["Paris"])
     assert (alone.value, alone.reason) == (None, "agreement needs two proposals or more")
 
 
@@ -135,18 +140,20 @@ def test_the_short_answer_of_a_text(text: str, expected: str) -> None:
 
 
 def test_length_counts_characters() -> None:
-    assert values(build_scorer(ScoresConfig(scorer="length")).score(row(), [" abc ", ""])) == [3.0, 0.0]
+    assert values(scores_of(build_scorer(ScoresConfig(scorer="length")), row(), [" abc ", ""])) == [3.0, 0.0]
 
 
 def test_none_leaves_everything_without_a_score() -> None:
-    assert build_scorer(ScoresConfig(scorer="none")).score(BULLETS, ["a"]) == [Score(value=None, reason="no scorer")]
+    assert scores_of(build_scorer(ScoresConfig(scorer="none")), BULLETS, ["a"]) == [
+        Score(value=None, reason="no scorer")
+    ]
 
 
 def test_a_text_that_breaks_its_scorer_has_no_score_and_harms_no_other() -> None:
     def inverse(row: Any, text: str) -> float:
         return 1 / len(text)
 
-    assert PerText("inverse", inverse).score(row(), ["ab", "", "abcd"]) == [
+    assert scores_of(PerText("inverse", inverse), row(), ["ab", "", "abcd"]) == [
         Score(value=0.5),
         Score(value=None, reason="ZeroDivisionError: division by zero"),
         Score(value=0.25),
@@ -170,7 +177,10 @@ def test_verify_says_right_wrong_or_cannot_tell(prompt: dict[str, Any], text: st
     assert verify(prompt, text) is expected
 
 
-@pytest.mark.parametrize("name", ["auto", "constraints", "numeric", "reasoning_gym", "agreement", "length", "none"])
+VERIFIER_NAMES = ["constraints", "numeric", "reasoning_gym", "ifeval"]
+
+
+@pytest.mark.parametrize("name", ["auto", *VERIFIER_NAMES, "agreement", "length", "none"])
 def test_scorers_travel_to_workers(name: Any) -> None:
     scorer = pickle.loads(pickle.dumps(build_scorer(ScoresConfig(scorer=name))))
     assert scorer.name_of(row()) == ("none" if name == "auto" else name)
@@ -180,7 +190,7 @@ def test_scorers_travel_to_workers(name: Any) -> None:
 def test_reasoning_gym_that_is_not_installed_stops_the_stage() -> None:
     recipe = {"name": "chain_sum", "size": 1, "seed": 0, "index": 0}
     with pytest.raises(ConfigError, match=r"pip install aft-ray\[tasks\]"):
-        build_scorer(ScoresConfig()).score(row("reasoning_gym", reasoning_gym=recipe), ["4"])
+        scores_of(build_scorer(ScoresConfig()), row("reasoning_gym", reasoning_gym=recipe), ["4"])
 
 
 def test_reasoning_gym_scores_with_the_tasks_own_scorer() -> None:
@@ -191,12 +201,72 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer() -> None:
     [prompt] = read_prompts(PromptsConfig(source="reasoning_gym:chain_sum", limit=1))
     answer = prompt["reference"]
     texts = [answer, f"Let me see. <answer> {answer} </answer>", "no idea"]
-    first, second, third = values(build_scorer(ScoresConfig()).score(prompt, texts))
+    first, second, third = values(scores_of(build_scorer(ScoresConfig()), prompt, texts))
     assert first == second == 1.0
     assert third is not None and third < 1.0
     other = {**prompt, "messages": [{"role": "user", "content": "Another question"}]}
-    [score] = build_scorer(ScoresConfig()).score(other, [answer])
+    [score] = scores_of(build_scorer(ScoresConfig()), other, [answer])
     assert score.reason is not None and "makes another question" in score.reason
+
+
+# ── IFEval ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NO_COMMA_TWO_BULLETS = row(
+    "ifeval",
+    instruction_id_list=["punctuation:no_comma", "detectable_format:number_bullet_lists"],
+    kwargs=[{}, {"num_bullets": 2, "relation": None}],
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_ifeval_checkers_that_are_not_installed_stop_the_stage() -> None:
+    with pytest.raises(ConfigError, match=r"pip install aft-ray\[ifeval\]"):
+        scores_of(build_scorer(ScoresConfig()), NO_COMMA_TWO_BULLETS, ["* tea"])
+
+
+def test_ifeval_rows_without_instructions_have_no_score() -> None:
+    [score] = scores_of(build_scorer(ScoresConfig(scorer="ifeval")), row("ifeval"), ["* tea"])
+    assert score == Score(value=None, reason="InputError: no instruction_id_list and kwargs in the row's metadata")
+
+
+def test_ifeval_scores_the_share_of_instructions_followed_as_they_stand() -> None:
+    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+    texts = ["* tea\n* milk", "* tea, green\n* milk", "tea, milk", ""]
+    assert values(scores_of(build_scorer(ScoresConfig()), NO_COMMA_TWO_BULLETS, texts)) == [1.0, 0.5, 0.0, 0.0]
+    assert [verify(NO_COMMA_TWO_BULLETS, text) for text in texts] == [True, False, False, False]
+
+
+def test_ifeval_instructions_that_the_checkers_do_not_know_leave_no_score() -> None:
+    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+    unknown = row("ifeval", instruction_id_list=["smell:nice"], kwargs=[{}])
+    [score] = scores_of(build_scorer(ScoresConfig()), unknown, ["tea"])
+    assert score.value is None
+    assert score.reason == "InputError: the installed checkers do not know instruction 'smell:nice'"
+
+
+def test_ifeval_without_the_data_that_one_instruction_needs_leaves_that_row_without_a_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    needs_data = row(
+        "ifeval",
+        instruction_id_list=["change_case:capital_word_frequency"],
+        kwargs=[{"capital_relation": "at least", "capital_frequency": 1}],
+    )
+    [score] = scores_of(build_scorer(ScoresConfig()), needs_data, ["One. Two."])
+    assert score.value is None
+    assert score.reason is not None and score.reason.startswith("InputError: nltk data is missing: ")
+
+
+# ── texts that stand alone ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("scorer", "expected"), [("judge", "auto"), ("likelihood", "auto"), ("numeric", "numeric")])
+def test_an_evaluated_answer_is_scored_by_what_needs_no_other_answer(scorer: Any, expected: str) -> None:
+    assert text_scorer_config(ScoresConfig(scorer=scorer)).scorer == expected
 
 
 # ── reward models ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,8 +351,8 @@ def test_a_reward_model_that_prefers_the_bad_answer_is_refused_and_its_opposite_
 def test_a_reward_model_gives_the_same_scores_alone_and_in_a_batch(tmp_path: Path) -> None:
     scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
     texts = ["Paris", "The capital of France is Paris.", "Bananas I you", ""]
-    together = values(scorer.score(row(), texts))
-    alone = [values(scorer.score(row(), [text]))[0] for text in texts]
+    together = values(scores_of(scorer, row(), texts))
+    alone = [values(scores_of(scorer, row(), [text]))[0] for text in texts]
     assert together == pytest.approx(alone, abs=1e-5)
     assert len(set(together)) == len(texts)
 
@@ -293,27 +363,57 @@ def test_the_ids_of_a_reward_model_hold_one_bos_and_no_smuggled_turn(tmp_path: P
     assert [ids.count(scorer.tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>", "<|user|>")] == [1, 2, 1]
 
 
+def test_a_llama_3_reward_model_reads_what_its_card_makes_of_a_conversation(tmp_path: Path) -> None:
+    """FsfairX-LLaMA3-RM's card renders, takes the template's BOS away, and lets the tokenizer add its own: one BOS."""
+    from tokenizers import processors
+
+    template = (
+        "{% for m in messages %}{% set content = '<|' + m.role + '|> ' + m.content | trim + ' </s>' %}"
+        "{% if loop.first %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    )
+    scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path, chat_template=template)))
+    tokenizer = scorer.tokenizer
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    turns = [*row()["messages"], {"role": "assistant", "content": "Paris"}]
+    card = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).replace("<s>", ""))["input_ids"]
+    assert card.count(tokenizer.bos_token_id) == 1
+    assert scorer._encode(row()["messages"], "Paris")["input_ids"] == card
+
+
+def test_rows_that_meet_in_a_reward_model_get_the_scores_they_get_alone(tmp_path: Path) -> None:
+    scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
+    texts = [["Paris"], ["The capital of France", "you"], ["Bananas", "Paris", "go away."]]
+
+    async def together() -> list[list[Score]]:
+        return [list(scores) for scores in await asyncio.gather(*(scorer.score(row(), some) for some in texts))]
+
+    assert asyncio.run(together()) == [scores_of(scorer, row(), some) for some in texts]
+
+
 def test_a_reward_model_without_its_own_padding_token_scores_one_by_one(tmp_path: Path) -> None:
     sign = accepted_sign(tmp_path, pad_token="</s>")
     scorer = load(save_classifier(tmp_path / "model", sign=sign, pad_token="</s>"))
     assert scorer.batch_size == 1
     texts = ["Paris", "The capital of France is Paris."]
-    assert values(scorer.score(row(), texts)) == [values(scorer.score(row(), [text]))[0] for text in texts]
+    assert values(scores_of(scorer, row(), texts)) == [values(scores_of(scorer, row(), [text]))[0] for text in texts]
 
 
 def test_a_reward_model_without_a_chat_template_gets_question_and_answer(tmp_path: Path) -> None:
     sign = accepted_sign(tmp_path, chat_template=None)
     scorer = load(save_classifier(tmp_path / "model", sign=sign, chat_template=None))
-    assert None not in values(scorer.score(row(), ["Paris", "The capital"]))
+    assert None not in values(scores_of(scorer, row(), ["Paris", "The capital"]))
 
 
 def test_what_a_reward_model_cannot_read_has_no_score(tmp_path: Path) -> None:
     scorer = load(save_classifier(tmp_path / "model", sign=accepted_sign(tmp_path)))
-    short, long = scorer.score(row(), ["Paris", "word " * 60])
+    short, long = scores_of(scorer, row(), ["Paris", "word " * 60])
     assert short.value is not None
     assert (long.value, long.reason) == (None, "71 tokens > the reward model's window 48")
     refused = {**row(), "messages": [{"role": "system", "content": "Be brief."}, *row()["messages"]]}
-    [score] = scorer.score(refused, ["Paris"])
+    [score] = scores_of(scorer, refused, ["Paris"])
     assert score.value is None
     assert score.reason is not None and "no system turn" in score.reason
 

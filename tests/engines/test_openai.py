@@ -15,7 +15,7 @@ import pytest
 
 from aft_ray.config import OpenAIEngineConfig
 from aft_ray.engines import EngineEvent, GenerateRequest, Sample, Sampling, TokenDelta
-from aft_ray.engines.openai import OpenAIEngine
+from aft_ray.engines.openai import AdaptiveLimit, OpenAIEngine
 from aft_ray.errors import ConfigError, EngineError
 
 MESSAGES = ({"role": "user", "content": "Name a river."},)
@@ -34,6 +34,8 @@ class ScriptedModel(ThreadingHTTPServer):
         """(status, headers) of the first replies, before any answer."""
         self.fail_seeds: set[int] = set()
         self.seconds = 0.0
+        self.capacity: int | None = None
+        """Calls beyond this many at once are refused with 429."""
         self.lock = threading.Lock()
         self.num_running = self.most_running = 0
         self.hung_up = threading.Event()
@@ -49,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.add(self.headers["Authorization"])
             refusal = self.server.refuse_first.pop(0) if self.server.refuse_first else None
             self.server.num_running += 1
+            if self.server.capacity and self.server.num_running > self.server.capacity:
+                refusal = (429, {"Retry-After": "0.1"})
             self.server.most_running = max(self.server.most_running, self.server.num_running)
         try:
             if refusal:
@@ -216,3 +220,39 @@ def test_it_cannot_score_and_says_what_can(model: ScriptedModel) -> None:
     engine = OpenAIEngine(config(model))
     with pytest.raises(EngineError, match="use a vllm or transformers engine"):
         asyncio.run(engine.score((1,), (2,)))
+
+
+def test_an_endpoint_that_bears_few_calls_is_asked_few_at_a_time(model: ScriptedModel) -> None:
+    """It refuses whatever goes beyond four at once; every sample is answered, and the engine has learned the limit."""
+    model.capacity, model.seconds = 4, 0.02
+    engine_config = config(model, max_concurrency=32, max_retries=12)
+
+    async def work() -> tuple[list[Sample], float]:
+        engine = OpenAIEngine(engine_config)
+        request = GenerateRequest(
+            request_id="r", prompt_ids=(), messages=MESSAGES, sampling=Sampling(max_tokens=16), seeds=tuple(range(48))
+        )
+        samples = [event async for event in engine.generate(request) if isinstance(event, Sample)]
+        allowed = engine.limit.allowed
+        await engine.close()
+        return samples, allowed
+
+    samples, allowed = asyncio.run(work())
+    assert [sample.error for sample in samples] == [None] * 48
+    assert allowed < 16
+
+
+def test_the_limit_is_halved_once_for_refusals_that_come_together_and_grows_again() -> None:
+    async def work() -> list[int]:
+        limit = AdaptiveLimit(16)
+        seen = []
+        for status, times in ((429, 5), (200, 8), (200, 200)):
+            for _ in range(times):
+                limit.saw(status)
+            seen.append(int(limit.allowed))
+        return seen
+
+    after_refusals, after_a_round, at_last = asyncio.run(work())
+    assert after_refusals == 8
+    assert 8 <= after_a_round <= 9
+    assert at_last == 16

@@ -1,0 +1,206 @@
+"""A few prompts through every data stage, printed; and what `plan` learns from them about the whole run.
+
+A preview is a run of its own beside the real one, in `<run.dir>.preview/`, named by the settings it was made with: a
+preview of other settings is never taken for a sample of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aft_ray.config import Config
+from aft_ray.data import proposals as proposals_room
+from aft_ray.data.prompts import read_prompts
+from aft_ray.records import fingerprint
+from aft_ray.runs import Manifest, Run, read_manifest
+from aft_ray.storage import Folder
+
+DATA_STEPS = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
+MARKS = ("«", "»")
+"""Around the trained tokens, where the output has no colour."""
+
+
+def preview_config(config: Config, num_prompts: int) -> Config:
+    """The same settings over the first `num_prompts` prompts, in a folder of their own."""
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(
+                update={"dir": f"{_folder_of(config)}/{num_prompts}", "max_failure_rate": 1.0}
+            ),
+            "prompts": config.prompts.model_copy(update={"limit": num_prompts, "held_out": 0}),
+            "selection": config.selection.model_copy(update={"easy_per_hard": None}),  # a choice over the whole set
+        }
+    )
+
+
+def _folder_of(config: Config) -> str:
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"run", "training", "serving", "evaluation"})
+    settings["prompts"] = {k: v for k, v in settings["prompts"].items() if k not in {"limit", "held_out"}}
+    return f"{config.run.dir.rstrip('/')}.preview/{fingerprint(settings)[:8]}"
+
+
+# ── preview ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(run: Run) -> None:
+    """Print every prompt of a previewed run with its proposals, its target and its examples."""
+    console = Console(highlight=False, soft_wrap=True)
+    examples: dict[str, list[Mapping[str, Any]]] = {}
+    for example in run.folder.child("training_set").rows():
+        examples.setdefault(example["prompt_id"], []).append(example)
+    for row in run.folder.child("targets").rows():
+        console.rule(row["prompt_id"])
+        for message in row["messages"]:
+            console.print(Text(f"{message['role']}: {message['content']}"))
+        for index, proposal in enumerate(row["proposals"]):
+            place = row["selected"].index(index) + 1 if index in row["selected"] else None
+            score = "no score: " + str(proposal["score_error"]) if proposal["score"] is None else proposal["score"]
+            chosen = f"shown as draft {place}" if place else "not selected"
+            console.print(Text(f"\nproposal {index + 1} ({proposal['model']}, {score}, {chosen})", style="bold cyan"))
+            console.print(Text(proposal["error"] or proposal["text"]))
+        left_out = f", left out: {row['target_filter']}" if row["target_filter"] else ""
+        console.print(Text(f"\ntarget ({row['target']['model']}{left_out})", style="bold cyan"))
+        console.print(Text(row["target"]["text"]))
+        for made in examples.get(row["prompt_id"], []):
+            console.print(Text(f"\nexample {made['example_id']}", style="bold cyan"))
+            console.print(marked(run.config, made, console.is_terminal))
+    for name in ("prompts", *(part.name for part in proposals_room.stages(run)), *DATA_STEPS[2:]):
+        manifest = run.manifest(name)
+        if manifest and (manifest.failed or manifest.filtered):
+            console.print(f"{name}: left out {dict(manifest.filtered)}, failed {dict(manifest.failed)}")
+            console.print(f"  reasons by row: {run.folder.path}/{name}/failed") if manifest.failed else None
+
+
+def marked(config: Config, example: Mapping[str, Any], colour: bool) -> Text:
+    """The decoded ids of an example, trained tokens in green or between « and »."""
+    from transformers import AutoTokenizer
+
+    from aft_ray.models import resolve_model
+
+    engine = config.engine
+    reference = engine.tokenizer if engine.type == "scripted" else resolve_model(engine.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(reference)
+    text = Text()
+    for trained, ids in _runs(example["input_ids"], example["labels"]):
+        piece = tokenizer.decode(ids)
+        if trained and not colour:
+            piece = piece.join(MARKS)
+        text.append(piece, style="green" if trained else "dim")
+    return text
+
+
+def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    """Neighbouring ids that are all trained on, or all not."""
+    pairs = zip(input_ids, labels, strict=True)
+    for trained, group in groupby(pairs, key=lambda pair: pair[1] >= 0):
+        yield trained, [token for token, _ in group]
+
+
+# ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one stage of the whole run will take, scaled from a sample."""
+
+    stage: str
+    num_rows: int
+    prompt_tokens: float
+    completion_tokens: float
+    engine_hours: float
+    gpu_hours: float
+    cost_usd: float | None
+    """Endpoint charges, and GPU time where run.usd_per_gpu_hour is set; None where neither is known to apply."""
+
+
+def largest_sample(config: Config) -> Run | None:
+    """The largest finished preview of these settings."""
+    folder = Folder.at(_folder_of(config))
+    found = []
+    for name in folder.folder_names():
+        manifest = read_manifest(folder.child(name).child("training_set"))
+        if name.isdigit() and manifest is not None and manifest.status == "done":
+            found.append(int(name))
+    if not found:
+        return None
+    return Run(preview_config(config, max(found)), folder.child(str(max(found))))
+
+
+def count_prompts(config: Config) -> int:
+    """Prompts the run will have: from its folder, or by reading the source once."""
+    manifest = read_manifest(Folder.at(config.run.dir).child("prompts"))
+    if manifest is not None and manifest.status == "done":
+        return manifest.rows_out
+    return sum(1 for _ in read_prompts(config.prompts, config.run.seed))
+
+
+def estimates(config: Config, sample: Run, num_prompts: int) -> Iterator[Estimate]:
+    """Every stage's need, as the sample's per row of input times the rows that will come in."""
+    num_rows = float(num_prompts)
+    placements = {stage.name: stage.placement for stage in proposals_room.stages(sample)}
+    for name in (*placements, *DATA_STEPS[2:]):
+        manifest = sample.manifest(name)
+        if manifest is None or not manifest.rows_in:
+            continue
+        placement = placements.get(name) or getattr(config, name).placement
+        scale = num_rows / manifest.rows_in
+        hours = scale * manifest.busy_seconds * _num_actors(manifest, placement) / 3600
+        gpu_cost = config.run.usd_per_gpu_hour and hours * placement.num_gpus * config.run.usd_per_gpu_hour
+        cost = scale * manifest.cost_usd + (gpu_cost or 0)
+        yield Estimate(
+            stage=name,
+            num_rows=round(num_rows),
+            prompt_tokens=scale * manifest.prompt_tokens,
+            completion_tokens=scale * manifest.completion_tokens,
+            engine_hours=hours,
+            gpu_hours=hours * placement.num_gpus,
+            cost_usd=cost or None,
+        )
+        if name != "training_set":
+            num_rows *= manifest.rows_out / manifest.rows_in
+
+
+def _num_actors(manifest: Manifest, placement: Any) -> int:
+    return max(1, min(placement.max_actors, len(manifest.files)))
+
+
+def print_plan(config: Config) -> None:
+    """Print what each stage will take; without a sample, say how to get one."""
+    console = Console(highlight=False, width=120)
+    num_prompts = count_prompts(config)
+    sample = largest_sample(config)
+    if sample is None:
+        console.print(f"# {num_prompts} prompts; no sample of these settings yet.")
+        console.print("# aft-ray preview -n 32 --config ... measures one; then plan estimates tokens, hours and cost")
+        return
+    manifest = sample.manifest("prompts")
+    num_sampled = manifest.rows_out if manifest else 0
+    table = Table(title=f"{num_prompts} prompts, scaled from a sample of {num_sampled}")
+    for head in ("stage", "rows", "prompt tokens", "completion tokens", "engine-hours", "GPU-hours", "cost, USD"):
+        table.add_column(head, justify="left" if head == "stage" else "right")
+    total = 0.0
+    for one in estimates(config, sample, num_prompts):
+        total += one.cost_usd or 0
+        table.add_row(
+            one.stage,
+            f"{one.num_rows:,}",
+            f"{one.prompt_tokens:,.0f}",
+            f"{one.completion_tokens:,.0f}",
+            f"{one.engine_hours:.3f}",
+            f"{one.gpu_hours:.3f}",
+            "-" if one.cost_usd is None else f"{one.cost_usd:,.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"total cost: {f'{total:,.2f} USD' if total else 'no price is set (engine.prices, run.usd_per_gpu_hour)'}"
+    )
+    console.print(
+        "A small sample does not fill an engine's batch: hours are an upper estimate, a larger -n tightens them."
+    )

@@ -1,0 +1,93 @@
+"""A stage on 1 to 8 simulated nodes: rows per second over nodes times the rows per second of one.
+
+    python benchmarks/nodes.py [--nodes 1 2 4 8]
+
+Every node is a raylet of its own on this machine with room for one actor, and a row is a second of waiting (64 at a
+time per actor): what is measured is whether the work spreads and is kept spread, not the machine's cores. The rate is
+taken between the first finished shard and the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROWS_PER_NODE = 1_536
+ROWS_PER_SHARD = 8
+
+
+def drive(num_nodes: int, folder: Path) -> None:
+    """One cluster size; prints rows per second."""
+    import pyarrow as pa
+    import ray
+    from ray.cluster_utils import Cluster
+    from waiting_worker import WaitingWorker
+
+    from aft_ray.config import PlacementConfig
+    from aft_ray.runs import Manifest, write_manifest
+    from aft_ray.stages import Stage, run_stage, write_first_shards
+    from aft_ray.storage import Folder
+
+    schema = pa.schema([("prompt_id", pa.string())])
+    source = Folder.at(folder / "rows")
+    num_rows = ROWS_PER_NODE * num_nodes
+    write_first_shards(source, ({"prompt_id": f"p-{n}"} for n in range(num_rows)), schema, ROWS_PER_SHARD)
+    write_manifest(source, Manifest(stage="rows", status="done", fingerprint="", settings={}, rows_out=num_rows))
+    small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+    for _ in range(num_nodes):
+        cluster.add_node(**small)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 300
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    stage = Stage(
+        name="waiting",
+        source=source,
+        output=Folder.at(folder / "waited"),
+        schema=schema,
+        settings={},
+        worker=WaitingWorker,
+        placement=PlacementConfig(min_actors=num_nodes, max_actors=num_nodes, max_shards_in_flight=8),
+    )
+    run_stage(stage, max_failure_rate=0)
+    times = sorted(path.stat().st_mtime for path in (folder / "waited").glob("*.parquet"))
+    rate = (len(times) - 1) * ROWS_PER_SHARD / (times[-1] - times[0])
+    print(json.dumps({"rate": rate}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.drive:
+        drive(int(arguments.drive[0]), Path(arguments.drive[1]))
+        return
+    print(f"a stage on simulated nodes: {ROWS_PER_NODE} rows of one second per node, 64 at a time per actor")
+    print(f"{'nodes':>5} {'rows/s':>8} {'efficiency':>11}")
+    per_node = 0.0
+    for num_nodes in arguments.nodes:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--drive", str(num_nodes), folder]
+            environment = {**os.environ, "PYTHONPATH": str(HERE), "RAY_USAGE_STATS_ENABLED": "0"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        numbers = [line for line in done.stdout.splitlines() if line.startswith('{"rate"')]
+        if done.returncode or not numbers:
+            raise SystemExit(done.stderr)
+        rate = json.loads(numbers[-1])["rate"]
+        per_node = per_node or rate / num_nodes
+        print(f"{num_nodes:>5} {rate:>8.1f} {rate / (num_nodes * per_node):>11.2f}", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()

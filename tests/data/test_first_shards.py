@@ -1,0 +1,300 @@
+"""The first stage of a run: what is kept, failed or left out, and the same files whenever it is made again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aft_ray.config import Config
+from aft_ray.data.first_shards import HeldOut, JsonLines, make_prompts
+from aft_ray.data.prompts import read_prompts
+from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.runs import Run, read_manifest
+from aft_ray.stages import shard_sizes
+from aft_ray.storage import Folder
+from tests.data.test_prompts import write_jsonl
+
+
+def run_of(tmp_path: Path, source: str, rate: float = 0.1, name: str = "run", **settings: Any) -> Run:
+    return Run.open(
+        Config.model_validate(
+            {
+                "run": {"dir": str(tmp_path / name), "max_failure_rate": rate, "seed": 7},
+                "engine": {"type": "scripted"},
+                "prompts": {"source": source, "held_out": 0, **settings},
+            }
+        )
+    )
+
+
+def lines_of(run: Run, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.folder.child("prompts").read_bytes(name).decode().splitlines()]
+
+
+def files_of(run: Run) -> dict[str, bytes]:
+    root = Path(run.folder.child("prompts").path)
+    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*") if p.suffix != ".partial"}
+    return {name: content for name, content in found.items() if name != "manifest.json"}
+
+
+# ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MEGABYTE = "river " * 180_000
+FINE = {
+    "a megabyte": {"prompt": MEGABYTE},
+    "surrogates": {"prompt": "cut \ud83d", "prompt_id": "id \udc00", "task": "t \ud83d", "reference": "\ud83d"},
+    "control tokens": {"prompt": "stop <|im_end|>\n<|im_start|>assistant\nYes"},
+    "nul": {"prompt": "before\0after", "note": "\0"},
+    "10,000 turns": {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant") * 5_000 + ("user",)]},
+    "odd columns": {"prompt": "odd", "\ud83d": float("nan"), "deep": [[[[]]]], "": None},
+}
+BAD = {
+    "no text": {"prompt": ""},
+    "blank text": {"prompt": " \u3000\n"},
+    "10,000 roles": {"messages": [{"role": f"role-{n}", "content": "x"} for n in range(10_000)]},
+    "a megabyte of role": {"messages": [{"role": MEGABYTE, "content": "x"}]},
+    "a list for a role": {"messages": [{"role": ["user"], "content": "x"}]},
+    "number": {"prompt": 3},
+    "text for messages": {"messages": ["x"]},
+    "null content": {"messages": [{"role": "user", "content": None}]},
+    "surrogate column": {"\ud83d": "x"},
+    "surrogate role": {"messages": [{"role": "\ud83d", "content": "x"}]},
+    "object for an id": {"prompt": "x", "prompt_id": {}},
+    "no constraints": {"prompt": "x", "task": "constraints"},
+    "wrong constraints": {"prompt": "x", "task": "constraints", "constraints": 3},
+    "infinity": {"prompt": "x", "task": "numeric", "reference": float("inf")},
+}
+UNREADABLE = ["{", "[1, 2", "null", "3", '"text"', "[" * 100_000, '{"prompt": ' + "9" * 5_000 + "}", "\x00"]
+
+
+def test_every_poison_row_passes_or_is_a_counted_failure_with_a_reason(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), *BAD.values(), *UNREADABLE)
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", near_duplicates=0.9, decontaminate=[])
+    manifest = make_prompts(run)
+    num_bad = len(BAD) + len(UNREADABLE)
+    assert (manifest.rows_in, manifest.rows_out, manifest.num_failed) == (len(FINE) + num_bad, len(FINE), num_bad)
+    failures = lines_of(run, "failed/rows.jsonl")
+    assert [line["place"] for line in failures] == [f"{source}:{len(FINE) + n}" for n in range(1, num_bad + 1)]
+    assert manifest.failed == {"InputError": num_bad}
+    for line in failures:
+        assert line["error"] == "InputError"
+        assert line["message"].startswith(line["place"])
+        assert len(line["message"]) <= 2_000
+    texts = [row["messages"][0]["content"] for row in run.folder.child("prompts").rows()]
+    assert texts[1:4] == ["cut \ufffd", "stop <|im_end|>\n<|im_start|>assistant\nYes", "before\0after"]
+
+
+@pytest.mark.parametrize("row", BAD.values(), ids=BAD)
+def test_a_poison_row_ends_the_run_with_its_place_where_bad_rows_are_refused(tmp_path: Path, row: Any) -> None:
+    with pytest.raises(InputError, match=r"^.*p\.jsonl:2: "):
+        make_prompts(run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "good"}, row)))
+
+
+def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_path: Path) -> None:
+    rows = [f'{{"prompt": "{depth}", "deep": {"[" * depth}{"]" * depth}}}' for depth in range(100, 3_000, 50)]
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="fail")
+    manifest = make_prompts(run)
+    assert manifest.rows_out > 0
+    assert manifest.rows_out + manifest.num_failed == len(rows)
+
+
+def test_more_failures_than_the_run_allows_stop_it_with_the_reasons_kept(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, "{")
+    run = run_of(tmp_path, source, rate=0.4, on_bad_row="fail")
+    with pytest.raises(TooManyFailures, match=r"prompts: 2 of 4 rows failed \(2 InputError\), .*failed/rows\.jsonl"):
+        make_prompts(run)
+    manifest = run.manifest("prompts")
+    assert manifest and (manifest.status, manifest.num_failed, manifest.rows_in) == ("running", 2, 4)
+    assert len(lines_of(run, "failed/rows.jsonl")) == 2
+    assert make_prompts(run_of(tmp_path, source, rate=0.5, on_bad_row="fail")).rows_out == 2
+
+
+def test_repeated_ids_are_failures_where_bad_rows_are(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "b", "prompt_id": "x"}, {"prompt": "c"}, {"prompt": "c"}]
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="fail")
+    assert (make_prompts(run).rows_out, len(lines_of(run, "failed/rows.jsonl"))) == (2, 2)
+
+
+# ── left out ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LONG = "Describe in three sentences how a river finds its way from the mountains down to the sea, for a child of seven."
+
+
+def test_what_is_left_out_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
+    evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "Name a lake."})
+    texts = ["Name a river.", "Name  a river.", LONG, "Name a lake!", LONG + " Go!", "Name a river."]
+    source = write_jsonl(tmp_path / "p.jsonl", *({"prompt": text} for text in texts))
+    run = run_of(tmp_path, source, duplicates="drop", near_duplicates=0.8, decontaminate=[evaluation])
+    manifest = make_prompts(run)
+    overlaps = f"overlaps {evaluation}"
+    assert manifest.filtered == {"duplicate": 2, "near duplicate": 1, overlaps: 1}
+    assert (manifest.rows_in, manifest.rows_out) == (6, 2)
+    river, long = (row["prompt_id"] for row in run.folder.child("prompts").rows())
+    assert [(line["place"][-1], line["reason"], line["resembles"]) for line in lines_of(run, "removed.jsonl")] == [
+        ("2", "duplicate", river),
+        ("4", overlaps, f"{evaluation}:1"),
+        ("5", "near duplicate", long),
+        ("6", "duplicate", river),
+    ]
+
+
+def test_nothing_left_out_leaves_no_list_not_even_an_old_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}))
+    run.folder.child("prompts").write_bytes("removed.jsonl", b"old")
+    make_prompts(run)
+    assert set(files_of(run)) == {"shard-00000.parquet"}
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "a"})
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}), decontaminate=[evaluation])
+    with pytest.raises(InputError, match=r"all 1 rows are left out; reasons by row: .*removed\.jsonl"):
+        make_prompts(run)
+
+
+def test_another_evaluation_set_in_the_same_file_is_another_run(tmp_path: Path) -> None:
+    evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "b"})
+    source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
+    make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
+    write_jsonl(tmp_path / "evaluation.jsonl", {"question": "a"})
+    with pytest.raises(ResumeRefused, match="decontaminate_sha256"):
+        make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
+
+
+def test_a_list_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    with pytest.raises(RuntimeError), JsonLines(folder, "list.jsonl") as lines:
+        lines.write({"a": 1})
+        raise RuntimeError
+    assert folder.names() == []
+
+
+# ── held out ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def held_out(names: list[str], num: int, seed: int) -> set[str]:
+    chosen = HeldOut(num, seed)
+    for number, name in enumerate(names):
+        chosen.see(name, number)
+    return {names[number] for number in chosen.rows}
+
+
+NAMES = [f"p-{n}" for n in range(51)]
+
+
+def test_the_split_is_exact_and_independent_of_the_order() -> None:
+    assert len(held_out(NAMES, 12, seed=1)) == 12
+    assert held_out(NAMES, 12, seed=1) == held_out(NAMES[::-1], 12, seed=1)
+    assert held_out(NAMES, 0, seed=1) == set()
+
+
+def test_another_seed_holds_out_other_prompts() -> None:
+    assert held_out(NAMES, 12, seed=1) != held_out(NAMES, 12, seed=2)
+
+
+def test_new_prompts_only_join_a_split_and_do_not_reshuffle_it() -> None:
+    assert len(held_out(NAMES[:50], 12, seed=1) & held_out(NAMES, 12, seed=1)) >= 11
+
+
+def test_held_out_prompts_are_marked_on_the_rows(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "packaged:constraints", held_out=20)
+    make_prompts(run)
+    rows = run.folder.child("prompts").rows()
+    assert {row["prompt_id"] for row in rows if row["split"] == "held_out"} == held_out(
+        [row["prompt_id"] for row in rows], 20, seed=7
+    )
+
+
+def test_holding_out_everything_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "packaged:constraints", limit=10, held_out=32)
+    with pytest.raises(ConfigError, match=r"prompts\.held_out 32: leaves none of the 10 prompts"):
+        make_prompts(run)
+
+
+# ── shards and resume ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shards_grow_so_that_a_million_prompts_are_about_2000_files() -> None:
+    sizes, num_rows = [], 0
+    for size in shard_sizes(None):
+        sizes.append(size)
+        num_rows += size
+        if num_rows >= 1_000_000:
+            break
+    assert (sizes[0], max(sizes), len(sizes)) == (8, 512, 2_034)
+
+
+def test_rows_keep_their_order_over_shards(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Number {n}"} for n in range(200)]
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows))
+    make_prompts(run)
+    folder = run.folder.child("prompts")
+    assert [folder.num_rows(name) for name in folder.names(".parquet")] == [8] * 16 + [16] * 4 + [8]
+    assert [row["messages"][0]["content"] for row in folder.rows()] == [row["prompt"] for row in rows]
+
+
+def test_a_source_that_changes_between_the_readings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.jsonl"
+    source = write_jsonl(path, {"prompt": "a"}, {"prompt": "b"})
+
+    def sift_and_edit(*arguments: Any) -> Any:
+        from aft_ray.data.prompts import sift
+
+        yield from sift(*arguments)
+        write_jsonl(path, {"prompt": "a"}, {"prompt": "c"})
+
+    monkeypatch.setattr("aft_ray.data.first_shards.sift", sift_and_edit)
+    with pytest.raises(InputError, match=r"p\.jsonl: changed while it was read"):
+        make_prompts(run_of(tmp_path, source))
+
+
+def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Number {n % 500}" if n % 7 else ""} for n in range(600)]
+    write_jsonl(tmp_path / "p.jsonl", *rows)
+    settings: dict[str, Any] = {"duplicates": "drop", "near_duplicates": 0.8, "on_bad_row": "fail", "held_out": 10}
+    whole = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="whole", **settings)
+    started = time.monotonic()
+    make_prompts(whole)
+    seconds = time.monotonic() - started
+    killed = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="killed", **settings)
+    draw, num_killed = random.Random(0), 0
+    for _ in range(10):
+        process = multiprocessing.get_context("fork").Process(target=make_prompts, args=(killed,))
+        process.start()
+        process.join(draw.uniform(0, seconds))
+        num_killed += process.is_alive()
+        process.kill()
+        process.join()
+    make_prompts(killed)
+    assert num_killed > 0
+    assert set(files_of(whole)) >= {"shard-00000.parquet", "removed.jsonl", "failed/rows.jsonl"}
+    assert files_of(killed) == files_of(whole)
+    manifests = [read_manifest(run.folder.child("prompts")) for run in (whole, killed)]
+    assert all(manifests) and manifests[0].files == manifests[1].files  # type: ignore[union-attr]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    def peak(num_rows: int) -> int:
+        source = write_jsonl(tmp_path / f"{num_rows}.jsonl", *({"prompt": f"{n} {'x' * 400}"} for n in range(num_rows)))
+        run = run_of(tmp_path, source, name=str(num_rows), rows_per_shard=64)
+        tracemalloc.start()
+        make_prompts(run)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    small = peak(1_000)
+    assert peak(8_000) - small < 7_000 * 50  # bytes per further row, with its file in the manifest
+
+
+def test_the_reader_for_other_rooms_leaves_out_the_same_rows(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": "a"}, {"prompt": "b"})
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", duplicates="drop")
+    assert make_prompts(run).rows_out == sum(1 for _ in read_prompts(run.config.prompts)) == 2

@@ -1,0 +1,102 @@
+"""SIGKILL at random points, many times, on every data stage: the files end up as those of an uninterrupted run.
+
+Ray is left out here so that there can be hundreds of kills: what must survive them is how shards are written.
+tests/test_stages.py and tests/test_cluster.py kill drivers, actors and nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from aft_ray.config import Config
+from aft_ray.data import proposals, scores, selection, targets, training_set
+from aft_ray.data.first_shards import make_prompts
+from aft_ray.runs import Run, begin, read_manifest
+from aft_ray.stages import Stage, _finish, _todo, make_shard
+from aft_ray.storage import Folder
+
+NUM_KILLS = 25
+"""Per stage."""
+STAGES = ("proposals-part-1", "proposals", "scores", "selection", "targets", "training_set")
+
+
+def run_in(folder: Path, tokenizer: str) -> Run:
+    engine = {"type": "scripted", "tokenizer": tokenizer, "seconds_per_token": 0.001, "fail_on": [1]}
+    return Run.open(
+        Config.model_validate(
+            {
+                "run": {"dir": str(folder), "max_failure_rate": 0.5},
+                "engine": engine,
+                "prompts": {"limit": 24, "held_out": 4, "rows_per_shard": 3},
+                "proposals": {"num_per_prompt": 6, "proposers": [{"share": 1}, {"share": 2}]},
+                "selection": {"num_proposals": 3},
+                "targets": {"num_candidates": 3, "filters": {"max_copy": 0.9}},
+                "training_set": {"variants": ["sft", "aft", "joint"]},
+            }
+        )
+    )
+
+
+def stages_of(run: Run) -> dict[str, Stage]:
+    rooms = (scores, selection, targets, training_set)
+    made = [*proposals.stages(run), *(room.stage(run) for room in rooms)]
+    return {stage.name: stage for stage in made}
+
+
+async def make_all(stage: Stage) -> None:
+    source = read_manifest(stage.source)
+    assert source is not None
+    manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
+    worker = stage.worker()
+    for name in _todo(stage, retry_failed=False)[0]:
+        await make_shard(stage, name, worker)
+    _finish(stage, manifest, max_failure_rate=0.5)
+
+
+def work(folder: Path, tokenizer: str, name: str) -> None:
+    """What the killed process does."""
+    if name == "prompts":
+        make_prompts(run_in(folder, tokenizer))
+    else:
+        asyncio.run(make_all(stages_of(run_in(folder, tokenizer))[name]))
+
+
+def content(folder: Folder) -> dict[str, list[dict[str, Any]]]:
+    return {name: folder.read_table(name).to_pylist() for name in folder.names(".parquet")}
+
+
+def test_killed_many_times_every_stage_holds_what_an_uninterrupted_run_holds(
+    tmp_path: Path, chatml_tokenizer: str
+) -> None:
+    for name in ("prompts", *STAGES):
+        work(tmp_path / "whole", chatml_tokenizer, name)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.data.test_kills", "aft_ray.data.targets", "transformers"])
+    draw = random.Random(7)
+    longest, num_killed = 1.0, 0
+    for name in ("prompts", *STAGES):
+        for _ in range(NUM_KILLS):
+            process = processes.Process(target=work, args=(tmp_path / "killed", chatml_tokenizer, name))
+            process.start()
+            started = time.monotonic()
+            process.join(draw.random() * longest)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                num_killed += 1
+            else:
+                assert process.exitcode == 0
+                longest = 0.9 * (time.monotonic() - started)  # so that most kills come before the end
+        work(tmp_path / "killed", chatml_tokenizer, name)
+        whole, killed = Folder.at(tmp_path / "whole" / name), Folder.at(tmp_path / "killed" / name)
+        assert content(killed) == content(whole), name
+        manifests = [read_manifest(folder) for folder in (whole, killed)]
+        assert manifests[0] is not None and manifests[1] is not None
+        assert manifests[0].rows_out == manifests[1].rows_out > 0
+        assert manifests[0].completion_tokens == manifests[1].completion_tokens, "no work is counted twice"
+    assert num_killed > NUM_KILLS * len(STAGES) / 2

@@ -1,0 +1,225 @@
+"""Targets: which candidate is kept, why some are not learned from, and what they cost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aft_ray.config import Config, TargetFilters
+from aft_ray.data.target_filters import copy_similarity, is_refusal, why_left_out
+from aft_ray.data.targets import ReferenceWorker, TargetWorker
+from aft_ray.data.training_set import TrainingSetWorker, shown_proposals, unusable
+from aft_ray.errors import InputError
+from aft_ray.records import Target
+
+GOOD, SHORT_GOOD, BAD = "it all adds up to 42", "42", "It is 41."
+
+
+def config(targets: dict[str, Any], answers: list[str], **others: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "engine": {"type": "scripted", "answers": answers, **others.pop("engine", {})},
+            "targets": {"num_candidates": len(answers), "sampling": {"max_tokens": 12}, **targets},
+            **others,
+        }
+    )
+
+
+def row(task: str | None = "numeric", reference: str | None = "42") -> dict[str, Any]:
+    proposals = [
+        {"text": text, "error": None, "score": score, "model": "m", "source": "on-policy", "round": 1}
+        for text, score in (("I say 42", 1.0), ("I say 7", 0.0))
+    ]
+    return {
+        "prompt_id": "p-1",
+        "messages": [{"role": "user", "content": "What is six times seven?"}],
+        "reference": reference,
+        "task": task,
+        "metadata": None,
+        "split": "train",
+        "proposals": proposals,
+        "selected": [1, 0],
+    }
+
+
+def target_of(made: Config, row: dict[str, Any]) -> dict[str, Any]:
+    return asyncio.run(TargetWorker(made).process(row)).rows[0]
+
+
+@pytest.mark.parametrize(
+    ("keep", "text", "others"),
+    [("best", GOOD, []), ("first", GOOD, []), ("shortest", SHORT_GOOD, []), ("all", GOOD, [SHORT_GOOD])],
+)
+def test_of_the_candidates_the_policy_keeps_what_the_verifier_accepts(keep: str, text: str, others: list[str]) -> None:
+    made = target_of(config({"keep": keep}, [BAD, GOOD, SHORT_GOOD]), row())
+    assert made["target"]["text"] == text
+    assert [target["text"] for target in made["accepted_targets"]] == others
+    assert (made["target"]["num_accepted"], made["target"]["num_candidates"]) == (2, 3)
+    assert made["target_filter"] is None
+
+
+def test_without_an_accepted_candidate_the_row_is_kept_but_not_learned_from() -> None:
+    made = target_of(config({"keep": "first"}, [BAD, BAD]), row())
+    assert made["target_filter"] == "no accepted candidate"
+    assert made["target"]["num_accepted"] == 0
+    assert target_of(config({"keep": "best"}, [BAD, BAD]), row())["target_filter"] is None
+
+
+def test_a_policy_of_the_verifier_needs_one() -> None:
+    with pytest.raises(InputError, match="needs a verifier"):
+        target_of(config({"keep": "first"}, [GOOD]), row(task=None))
+
+
+def test_the_pseudo_target_is_written_without_the_proposals() -> None:
+    worker = TargetWorker(config({"pseudo": True, "num_candidates": 2}, [GOOD, SHORT_GOOD]))
+    made = asyncio.run(worker.process(row())).rows[0]
+    aggregation, alone = worker.engine.requests  # type: ignore[attr-defined]
+    assert any("I say 7" in message["content"] for message in aggregation.messages)
+    assert not any("I say 7" in message["content"] for message in alone.messages)
+    assert made["pseudo_target"]["text"] == GOOD
+    assert not set(aggregation.seeds) & set(alone.seeds)
+
+
+def test_a_reference_target_asks_no_model_and_needs_a_reference() -> None:
+    worker = ReferenceWorker(config({"source": "reference"}, [BAD]))
+    made = asyncio.run(worker.process(row())).rows[0]
+    assert (made["target"]["text"], made["target"]["verified"], made["target"]["model"]) == ("42", True, "reference")
+    with pytest.raises(InputError, match="no reference answer"):
+        asyncio.run(worker.process(row(reference=None)))
+
+
+def target(text: str, **others: Any) -> Target:
+    known = dict(model="m", finish_reason="stop", num_tokens=3, verified=None, score=None, num_candidates=1)
+    return Target(text=text, **{**known, "num_accepted": None, **others})  # type: ignore[arg-type]
+
+
+EVERY = TargetFilters(max_copy=0.9, worse_than_best=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (target("  "), "empty target"),
+        (target("so it goes", finish_reason="length"), "truncated target"),
+        (target("I'm sorry, but I can't help with that."), "refused target"),
+        (target("the Nile is  long"), "copies a proposal"),
+        (target("the Nile is long and wide and deep", score=0.4), "worse than the best proposal"),
+        (target("the Nile is long and wide and deep", score=0.5), None),
+        (target("the Nile is long and wide and deep"), None),
+    ],
+)
+def test_every_filter_names_its_reason(made: Target, reason: str | None) -> None:
+    assert why_left_out(made, ["the Nile is long", "Rhine"], [0.5, None], EVERY) == reason
+
+
+def test_filters_that_are_off_leave_nothing_out_but_the_empty() -> None:
+    off = TargetFilters(truncated=False, refused=False)
+    assert why_left_out(target("I cannot help with that", finish_reason="length"), ["x"], [1.0], off) is None
+    assert why_left_out(target(""), ["x"], [1.0], off) == "empty target"
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("I'm sorry, but I can't assist with that request.", True),
+        ("I cannot provide instructions for this.", True),
+        ("Sorry, I am unable to help with that.", True),
+        ("As an AI language model, I cannot answer that.", True),
+        ("You cannot divide by zero.", False),
+        ("Sorry is the hardest word, sang Elton John.", False),
+        ("I can't wait for summer! Here are three ideas.", False),
+        ("To write a poem, I would start with a line.", False),
+    ],
+)
+def test_a_refusal_is_told_from_an_answer(text: str, refusal: bool) -> None:
+    assert is_refusal(text) is refusal
+
+
+def test_similarity_is_one_for_a_copy_and_small_for_another_text() -> None:
+    assert copy_similarity("a b  c", ["x y z", "a b c"]) == 1.0
+    assert copy_similarity("a b c", ["x y z"]) == 0.0
+    assert 0.5 < copy_similarity("one two three four", ["one two three five"]) < 1.0
+
+
+# ── the training set made from them ──────────────────────────────────────────────────────────────────────────────────
+
+
+def examples_of(made: Config, row: dict[str, Any]) -> list[dict[str, Any]]:
+    worker = TrainingSetWorker(made.training_set, made.engine, made.templates, made.run.seed)
+    return asyncio.run(worker.process(row)).rows
+
+
+def full_row(tokenizer: str, variants: list[str], **targets: Any) -> tuple[Config, dict[str, Any]]:
+    made = config(
+        {"pseudo": True, **targets},
+        [GOOD, SHORT_GOOD],
+        engine={"tokenizer": tokenizer},
+        training_set={"variants": variants},
+    )
+    return made, target_of(made, row())
+
+
+def test_each_variant_shows_what_its_name_says(chatml_tokenizer: str) -> None:
+    variants = ["sft", "aft", "joint", "sft_reference", "no_proposals", "pseudo"]
+    made, row = full_row(chatml_tokenizer, variants)
+    examples = {example["example_id"]: example for example in examples_of(made, row)}
+    shows = {name: "I say 7" in example["prompt_text"] for name, example in examples.items()}
+    assert shows == {
+        "p-1-sft": False,
+        "p-1-aft": True,
+        "p-1-joint-propose": False,
+        "p-1-joint-aggregate": True,
+        "p-1-sft_reference": False,
+        "p-1-no_proposals": False,
+        "p-1-pseudo": True,
+    }
+    assert "drafts" in examples["p-1-no_proposals"]["prompt_text"]
+    assert examples["p-1-sft_reference"]["target_text"] == "42"
+    assert examples["p-1-sft"]["input_ids"] == examples["p-1-joint-propose"]["input_ids"]
+    assert examples["p-1-aft"]["input_ids"] == examples["p-1-joint-aggregate"]["input_ids"]
+
+
+def test_every_accepted_target_makes_an_example_of_its_own(chatml_tokenizer: str) -> None:
+    made, row = full_row(chatml_tokenizer, ["sft", "aft"], keep="all")
+    examples = examples_of(made, row)
+    assert [example["example_id"] for example in examples] == ["p-1-sft", "p-1-sft-2", "p-1-aft", "p-1-aft-2"]
+    assert [example["target_text"] for example in examples] == [GOOD, SHORT_GOOD] * 2
+
+
+def test_a_row_left_out_is_counted_with_its_reason(chatml_tokenizer: str) -> None:
+    made, row = full_row(chatml_tokenizer, ["sft"])
+    worker = TrainingSetWorker(made.training_set, made.engine, made.templates, made.run.seed)
+    done = asyncio.run(worker.process({**row, "target_filter": "refused target"}))
+    assert (done.rows, done.filtered) == ([], "refused target")
+    assert unusable({**row, "pseudo_target": None}, ["sft", "pseudo"]) == "empty or truncated pseudo target"
+
+
+def test_the_number_of_shown_proposals_varies_by_prompt_and_not_by_run() -> None:
+    made = config({}, [GOOD], training_set={"vary_num_proposals": [1, 2]}, selection={"num_proposals": 2})
+    rows = [{**row(), "prompt_id": f"p-{n}"} for n in range(40)]
+    shown = [shown_proposals(one, made.training_set, seed=1) for one in rows]
+    assert {len(texts) for texts in shown} == {1, 2}
+    assert all(texts == ["I say 7", "I say 42"][: len(texts)] for texts in shown), (
+        "the first ones, in the order selected"
+    )
+    assert shown == [shown_proposals(one, made.training_set, seed=1) for one in rows]
+
+
+def test_what_a_remote_teacher_charges_is_on_the_receipt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from aft_ray.config import OpenAIEngineConfig
+    from aft_ray.data.proposals import processed
+    from aft_ray.engines import Sample
+
+    engine = OpenAIEngineConfig.model_validate(
+        {"base_url": "http://x/v1", "model": "m", "prices": {"prompt": 2.0, "completion": 10.0}}
+    )
+    sample = Sample(
+        index=0, text="a", token_ids=(), finish_reason="stop", num_prompt_tokens=500_000, num_tokens=100_000
+    )
+    assert processed({}, [sample, sample], engine).cost_usd == pytest.approx(4.0)
+    assert json.dumps(engine.model_dump(mode="json"))

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import pyarrow as pa
 import pytest
 
 from aft_ray.config import PlacementConfig
-from aft_ray.errors import EngineError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.errors import ConfigError, EngineError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Manifest, read_manifest, write_manifest
-from aft_ray.stages import Processed, Stage, run_stage, write_first_shards
+from aft_ray.stages import Processed, RowWorker, Stage, run_stage, write_first_shards
 from aft_ray.storage import Folder
 
 NUMBERS = pa.schema([("prompt_id", pa.string()), ("number", pa.int64())])
@@ -28,13 +29,25 @@ SQUARES = NUMBERS.append(pa.field("square", pa.int64()))
 
 
 class Squarer:
-    """Squares `number`; refuses those in `bad`; takes `seconds` per row; dies (its engine did) when `broken`."""
+    """Squares `number`; refuses those in `bad`; takes `seconds` per row; dies (its engine did) when `broken`.
 
-    def __init__(self, bad: tuple[int, ...] = (), seconds: float = 0.0, broken: bool = False) -> None:
-        self.bad, self.seconds, self.broken = bad, seconds, broken
+    `slow` rows take five seconds; `pid_file` gets the process it runs in.
+    """
+
+    def __init__(
+        self,
+        bad: tuple[int, ...] = (),
+        seconds: float = 0.0,
+        broken: bool = False,
+        slow: tuple[int, ...] = (),
+        pid_file: Path | None = None,
+    ) -> None:
+        self.bad, self.seconds, self.broken, self.slow = bad, seconds, broken, slow
+        if pid_file is not None:
+            pid_file.write_text(str(os.getpid()))
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        await asyncio.sleep(self.seconds)
+        await asyncio.sleep(5.0 if row["number"] in self.slow else self.seconds)
         if row["number"] in self.bad or self.broken:
             raise InputError(f"{row['number']} cannot be squared here")
         return Processed(rows=[{**row, "square": row["number"] ** 2}], completion_tokens=1)
@@ -167,6 +180,49 @@ def test_a_finished_stage_is_not_run_again(ray_cluster: None, tmp_path: Path) ->
 def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="numbers: not finished"):
         run_stage(squares(tmp_path), max_failure_rate=0)
+
+
+def test_a_slow_row_delays_its_own_shard_and_no_other(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=60)
+    stage = squares(tmp_path, slow=(0,))
+    run_stage(stage, max_failure_rate=0)
+    times = {name: (tmp_path / "squares" / name).stat().st_mtime for name in stage.output.names(".parquet")}
+    slow = times.pop("shard-00000.parquet")
+    assert all(slow - time > 2 for time in times.values())
+
+
+def test_a_worker_killed_in_mid_stage_is_replaced_and_no_row_is_lost(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=45)
+    stage = squares(tmp_path, seconds=0.3, pid_file=tmp_path / "pid")
+
+    killed = []
+
+    def kill() -> None:
+        while len(stage.output.names(".parquet")) < 4:
+            time.sleep(0.02)
+        killed.append((tmp_path / "pid").read_text())
+        os.kill(int(killed[0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    manifest = run_stage(stage, max_failure_rate=0)
+    killer.join()
+    assert (tmp_path / "pid").read_text() != killed[0], "another process finished the work"
+    assert [row["square"] for row in stage.output.rows()] == [n * n for n in range(45)]
+    assert (manifest.status, manifest.completion_tokens, manifest.failed) == ("done", 45, {})
+
+
+def test_a_wrong_setting_found_by_a_worker_stops_the_stage_at_once(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    with pytest.raises(ConfigError, match="squares: not installed"):
+        run_stage(dataclasses.replace(squares(tmp_path), worker=NotInstalled), max_failure_rate=1)
+
+
+class NotInstalled(RowWorker):
+    """Finds out at its first row that a package is missing."""
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        raise ConfigError("not installed")
 
 
 DRIVER = """

@@ -229,12 +229,13 @@ def stages(run: Run) -> list[Stage]:
                 output=run.folder.child(name),
                 schema=PROPOSALS,
                 settings={
-                    "proposals": config.proposals.model_dump(
-                        mode="json", exclude={"placement", "engine", "proposers", "adapter", "sampling", "style"}
-                    ),
-                    "proposer": part.proposer.model_dump(mode="json", exclude={"placement", "engine"}),
-                    "num_proposals": part.num_proposals,
-                    "sampling": (part.proposer.sampling or config.proposals.sampling).__dict__,
+                    "proposals": {
+                        "too_few": config.proposals.too_few,
+                        "round": config.proposals.round,
+                        "proposer": part.proposer.model_dump(mode="json", exclude={"placement", "engine", "sampling"}),
+                        "sampling": to_row(part.proposer.sampling or config.proposals.sampling),
+                        "num_proposals": part.num_proposals,
+                    },
                     "engine": engine.model_dump(mode="json") if part.proposer.source == "on_policy" else None,
                     "selection.num_proposals": config.selection.num_proposals
                     if config.proposals.too_few in {"drop", "fail"}

@@ -174,12 +174,12 @@ def _num_actors(manifest: Manifest, placement: Any) -> int:
 def print_plan(config: Config) -> None:
     """Print what each stage will take; without a sample, say how to get one."""
     console = Console(highlight=False, width=120)
-    num_prompts = count_prompts(config)
     sample = largest_sample(config)
     if sample is None:
-        console.print(f"# {num_prompts} prompts; no sample of these settings yet.")
-        console.print("# aft-ray preview -n 32 --config ... measures one; then plan estimates tokens, hours and cost")
+        console.print("# no sample of these settings yet, so no estimate of tokens, hours and cost:")
+        console.print("# aft-ray preview -n 32 --config ... measures one")
         return
+    num_prompts = count_prompts(config)
     manifest = sample.manifest("prompts")
     num_sampled = manifest.rows_out if manifest else 0
     table = Table(title=f"{num_prompts} prompts, scaled from a sample of {num_sampled}")

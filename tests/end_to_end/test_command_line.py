@@ -184,13 +184,11 @@ def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(confi
     assert not (config.parent / "run").exists(), "nothing of the run itself is started"
 
 
-def test_rows_that_failed_are_retried_by_command(config: Path) -> None:
+def test_rows_that_failed_are_retried_by_command_only(config: Path) -> None:
     failing = ["--config", str(config), "--until", "selection", "--set", "scores.scorer=none"]
     first = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}")
     assert first.returncode == 3
     assert "--retry-failed" in first.stderr
     again = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}", "--retry-failed")
-    assert again.returncode == 3
-    refused = aft_ray("run", *failing, "--retry-failed")
-    assert refused.returncode == 4
-    assert "fail_requests: was True, is False" in refused.stderr
+    assert again.returncode == 3, "tried again, and they failed again"
+    assert json.loads((config.parent / "run" / "proposals" / "manifest.json").read_text())["busy_seconds"] > 0

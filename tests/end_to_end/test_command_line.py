@@ -191,4 +191,5 @@ def test_rows_that_failed_are_retried_by_command_only(config: Path) -> None:
     assert "--retry-failed" in first.stderr
     again = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}", "--retry-failed")
     assert again.returncode == 3, "tried again, and they failed again"
-    assert json.loads((config.parent / "run" / "proposals" / "manifest.json").read_text())["busy_seconds"] > 0
+    failed = (config.parent / "run" / "proposals" / "failed" / "shard-00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["error"] for line in failed] == ["EngineError"] * 2

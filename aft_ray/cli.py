@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from aft_ray.data import DATA_STAGES
 from aft_ray.errors import AftError
 
 app = typer.Typer(
@@ -30,8 +31,7 @@ ResumeMode = Annotated[
     typer.Option("--resume", help="auto: continue what is there; never: only a new folder; must: only an old one."),
 ]
 
-DATA_STEPS = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
-ALL_STEPS = (*DATA_STEPS, "train", "evaluate", "report")
+ALL_STEPS = (*DATA_STAGES, "train", "evaluate", "report")
 
 
 def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any, retry_failed: bool = False) -> None:
@@ -160,7 +160,7 @@ def preview(
     from aft_ray.pipeline.preview import preview_config, show
     from aft_ray.pipeline.steps import run_steps
 
-    show(run_steps(preview_config(loaded, num_prompts), DATA_STEPS))
+    show(run_steps(preview_config(loaded, num_prompts), DATA_STAGES))
 
 
 @app.command()

@@ -383,7 +383,8 @@ class TargetFilters(Strict):
     refused: bool = True
     """The target declines to answer."""
     max_copy: float | None = Field(default=None, gt=0, le=1)
-    """Leave out targets at least this similar to one proposal (1.0: the same text up to white space). None: keep."""
+    """Leave out targets at least this similar to one proposal (Jaccard of word 3-grams; 1.0 is a copy up to case and
+    white space). None: keep."""
     worse_than_best: bool = False
     """Leave out targets that score below the best proposal they were written from."""
 

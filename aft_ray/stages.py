@@ -111,8 +111,8 @@ def run_stage(
     if source is None or source.status != "done":
         raise InputError(f"{stage.source.path}: not finished, and '{stage.name}' is made from it. Run that stage first")
     manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
-    retry_failed = retry_failed and manifest.num_failed > 0
-    if manifest.status == "done" and manifest.rows_in == source.rows_out and not retry_failed:
+    is_complete = manifest.status == "done" and manifest.rows_in == source.rows_out
+    if is_complete and not (retry_failed and manifest.num_failed):
         return manifest
     manifest = dataclasses.replace(manifest, status="running")
     write_manifest(stage.output, manifest)

@@ -15,6 +15,7 @@ The last one looks at what a prompt has in all and applies `proposals.too_few`.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from aft_ray.config import Config, EngineConfig, ProposalsConfig, ProposerConfig, TemplatesConfig
+from aft_ray.data import DATA_STAGES
 from aft_ray.engines import Engine, GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, InputError
 from aft_ray.records import PROPOSALS, Message, Proposal, derive_seed, to_row
@@ -72,6 +74,10 @@ class Part:
     """Proposals that the proposers before it write."""
     is_last: bool
 
+    @property
+    def stage_name(self) -> str:
+        return "proposals" if self.is_last else f"proposals-part-{self.index + 1}"
+
 
 def parts(config: ProposalsConfig) -> list[Part]:
     """The proposers in order, with what each has to write."""
@@ -86,6 +92,13 @@ def parts(config: ProposalsConfig) -> list[Part]:
         )
         for i, proposer in enumerate(config.all_proposers)
     ]
+
+
+def data_stages(config: Config) -> list[str]:
+    """The folders of all data stages of a run, in order, those of several proposers among them."""
+    names = [part.stage_name for part in parts(config.proposals)]
+    place = DATA_STAGES.index("proposals")
+    return [*DATA_STAGES[:place], *names, *DATA_STAGES[place + 1 :]]
 
 
 def num_usable(proposals: Sequence[Mapping[str, Any]]) -> int:
@@ -111,21 +124,10 @@ class ProposalWorker(RowWorker):
         row = {**row, "proposals": before + done.rows[0]["proposals"]}
         too_few = num_usable(row["proposals"]) < self.needed and self.part.is_last
         if too_few and self.config.too_few == "drop":
-            return Processed(
-                rows=[],
-                filtered="too few proposals",
-                prompt_tokens=done.prompt_tokens,
-                completion_tokens=done.completion_tokens,
-                cost_usd=done.cost_usd,
-            )
+            return dataclasses.replace(done, rows=[], filtered="too few proposals")
         if too_few and (self.config.too_few == "fail" or not num_usable(row["proposals"])):
             raise InputError(f"{num_usable(row['proposals'])} usable proposals, {self.needed} needed")
-        return Processed(
-            rows=[row],
-            prompt_tokens=done.prompt_tokens,
-            completion_tokens=done.completion_tokens,
-            cost_usd=done.cost_usd,
-        )
+        return dataclasses.replace(done, rows=[row])
 
     async def check(self) -> None:
         await self.writer.check()
@@ -220,7 +222,7 @@ def stages(run: Run) -> list[Stage]:
     made = []
     source = run.folder.child("prompts")
     for part in parts(config.proposals):
-        name = "proposals" if part.is_last else f"proposals-part-{part.index + 1}"
+        name = part.stage_name
         engine = part.proposer.engine or config.engine
         made.append(
             Stage(

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 
 from aft_ray.config import TargetFilters
+from aft_ray.data.similarity import similarity
 from aft_ray.records import Target
 
 REFUSAL = re.compile(
@@ -35,21 +35,6 @@ def is_refusal(text: str) -> bool:
     return bool(REFUSAL.search(text[:300]))
 
 
-def copy_similarity(text: str, proposals: Sequence[str], at_least: float = 0.0) -> float:
-    """Similarity of `text` to the proposal it is most like: 2 x matching words / words of both, in order; 1 is a copy.
-
-    Proposals that cannot reach `at_least` are not compared in full and count as 0.
-    """
-    matcher = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(text.split())
-    best = 0.0
-    for proposal in proposals:
-        matcher.set_seq1(proposal.split())
-        if matcher.real_quick_ratio() >= at_least and matcher.quick_ratio() >= at_least:
-            best = max(best, matcher.ratio())
-    return best
-
-
 def why_left_out(
     target: Target, proposals: Sequence[str], scores: Sequence[float | None], filters: TargetFilters
 ) -> str | None:
@@ -60,7 +45,7 @@ def why_left_out(
         return "truncated target"
     if filters.refused and is_refusal(target.text):
         return "refused target"
-    if filters.max_copy is not None and copy_similarity(target.text, proposals, filters.max_copy) >= filters.max_copy:
+    if filters.max_copy is not None and any(similarity(target.text, text) >= filters.max_copy for text in proposals):
         return "copies a proposal"
     best = max((score for score in scores if score is not None), default=None)
     if filters.worse_than_best and best is not None and target.score is not None and target.score < best:

@@ -133,17 +133,20 @@ def shown_proposals(row: Mapping[str, Any], config: TrainingSetConfig, seed: int
     return texts[: random.Random(derive_seed(seed, row["prompt_id"], 0, -3)).randint(smallest, largest)]
 
 
+def tokenizer_of(engine: EngineConfig) -> str:
+    """Folder of the tokenizer of the model to be trained. Raises ConfigError for a scripted engine without one."""
+    tokenizer = engine.tokenizer if engine.type == "scripted" else resolve_model(engine.model)
+    if tokenizer is None:
+        raise ConfigError("training_set needs the tokenizer of the model to be trained; engine.tokenizer is not set")
+    return tokenizer
+
+
 class TrainingSetWorker(RowWorker):
     """Makes the examples of a row."""
 
     def __init__(self, config: TrainingSetConfig, engine: EngineConfig, templates: TemplatesConfig, seed: int) -> None:
-        tokenizer = engine.tokenizer if engine.type == "scripted" else resolve_model(engine.model)
-        if tokenizer is None:
-            raise ConfigError(
-                "training_set needs the tokenizer of the model to be trained; engine.tokenizer is not set"
-            )
         self.config, self.templates, self.seed = config, templates, seed
-        self.format = ChatFormat.load(tokenizer, InContextPrompt.load(templates.in_context))
+        self.format = ChatFormat.load(tokenizer_of(engine), InContextPrompt.load(templates.in_context))
         self.template = AggregatorTemplate.load(templates.aggregator)
 
     async def process(self, row: dict[str, Any]) -> Processed:

@@ -18,11 +18,12 @@ from rich.text import Text
 from aft_ray.config import Config
 from aft_ray.data import proposals as proposals_room
 from aft_ray.data.prompts import read_prompts
+from aft_ray.data.proposals import data_stages
+from aft_ray.data.training_set import tokenizer_of
 from aft_ray.records import fingerprint
 from aft_ray.runs import Manifest, Run, read_manifest
 from aft_ray.storage import Folder
 
-DATA_STEPS = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
 MARKS = ("«", "»")
 """Around the trained tokens, where the output has no colour."""
 
@@ -51,7 +52,10 @@ def _folder_of(config: Config) -> str:
 
 def show(run: Run) -> None:
     """Print every prompt of a previewed run with its proposals, its target and its examples."""
+    from transformers import AutoTokenizer
+
     console = Console(highlight=False, soft_wrap=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_of(run.config.engine))
     examples: dict[str, list[Mapping[str, Any]]] = {}
     for example in run.folder.child("training_set").rows():
         examples.setdefault(example["prompt_id"], []).append(example)
@@ -70,23 +74,16 @@ def show(run: Run) -> None:
         console.print(Text(row["target"]["text"]))
         for made in examples.get(row["prompt_id"], []):
             console.print(Text(f"\nexample {made['example_id']}", style="bold cyan"))
-            console.print(marked(run.config, made, console.is_terminal))
-    for name in ("prompts", *(part.name for part in proposals_room.stages(run)), *DATA_STEPS[2:]):
+            console.print(marked(tokenizer, made, console.is_terminal))
+    for name in data_stages(run.config):
         manifest = run.manifest(name)
         if manifest and (manifest.failed or manifest.filtered):
             console.print(f"{name}: left out {dict(manifest.filtered)}, failed {dict(manifest.failed)}")
             console.print(f"  reasons by row: {run.folder.path}/{name}/failed") if manifest.failed else None
 
 
-def marked(config: Config, example: Mapping[str, Any], colour: bool) -> Text:
+def marked(tokenizer: Any, example: Mapping[str, Any], colour: bool) -> Text:
     """The decoded ids of an example, trained tokens in green or between « and »."""
-    from transformers import AutoTokenizer
-
-    from aft_ray.models import resolve_model
-
-    engine = config.engine
-    reference = engine.tokenizer if engine.type == "scripted" else resolve_model(engine.model)
-    tokenizer: Any = AutoTokenizer.from_pretrained(reference)
     text = Text()
     for trained, ids in _runs(example["input_ids"], example["labels"]):
         piece = tokenizer.decode(ids)
@@ -145,7 +142,7 @@ def estimates(config: Config, sample: Run, num_prompts: int) -> Iterator[Estimat
     """Every stage's need, as the sample's per row of input times the rows that will come in."""
     num_rows = float(num_prompts)
     placements = {stage.name: stage.placement for stage in proposals_room.stages(sample)}
-    for name in (*placements, *DATA_STEPS[2:]):
+    for name in data_stages(config)[1:]:  # prompts take no engine
         manifest = sample.manifest(name)
         if manifest is None or not manifest.rows_in:
             continue

@@ -100,7 +100,8 @@ def _say(manifest: Manifest) -> None:
     print(f"{manifest.stage:<13} done: {manifest.rows_out} rows", file=sys.stderr)
 
 
-def _run_stage(stage: Stage, run: Run, session: RaySession) -> None:
+def _run_stage(stage: Stage, run: Run, session: RaySession) -> bool:
+    """Run a stage; whether there was anything to do."""
     before = run.manifest(stage.name)
     manifest = run_stage(
         stage,
@@ -110,6 +111,7 @@ def _run_stage(stage: Stage, run: Run, session: RaySession) -> None:
     )
     if before == manifest:
         _say(manifest)
+    return before != manifest
 
 
 def prompts(run: Run, session: RaySession) -> None:
@@ -151,10 +153,11 @@ def targets(run: Run, session: RaySession) -> None:
 def training_set(run: Run, session: RaySession) -> None:
     """Write ids and labels, and the data set's card."""
     from aft_ray.data import training_set as room
-    from aft_ray.data.card import write_card
+    from aft_ray.data.card import CARD, write_card
 
-    _run_stage(room.stage(run), run, session)
-    write_card(run)
+    has_changed = _run_stage(room.stage(run), run, session)
+    if has_changed or not run.folder.child("training_set").exists(CARD):
+        write_card(run)
 
 
 def train(run: Run, session: RaySession) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.data.constraints import parse_all
+from aft_ray.data.proposals import data_stages
 from aft_ray.data.scorers import build_scorer, text_scorer_config
 from aft_ray.evaluation.examples import Check, Example, choose_examples
 from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
@@ -26,7 +27,6 @@ from aft_ray.records import HELD_OUT, TRAIN, metadata_of
 from aft_ray.runs import Manifest, Run, commit, versions
 from aft_ray.training.metrics import read_metrics
 
-DATA_STAGES = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
 REWARDS = {
     "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
     "numeric": "1 when the answer's last number is the reference's, else 0",
@@ -138,7 +138,7 @@ def _num_failed(run: Run, system: str) -> int:
 
 
 def _stages(run: Run) -> tuple[StageSummary, ...]:
-    named = [(name, run.manifest(name)) for name in DATA_STAGES]
+    named = [(name, run.manifest(name)) for name in data_stages(run.config)]
     named += [(f"answers: {s.name}", run.manifest(f"evaluation/{s.name}/answers")) for s in systems_of(run)]
     return tuple(_stage(name, manifest) for name, manifest in named if manifest is not None)
 

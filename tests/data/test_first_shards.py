@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aft_ray.config import Config
-from aft_ray.data.first_shards import HeldOut, JsonLines, make_prompts
+from aft_ray.data.first_shards import HeldOut, JsonLines, kept_rows, make_prompts, survey_source
 from aft_ray.data.prompts import read_prompts
 from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Run, read_manifest
@@ -240,19 +240,14 @@ def test_rows_keep_their_order_over_shards(tmp_path: Path) -> None:
     assert [row["messages"][0]["content"] for row in folder.rows()] == [row["prompt"] for row in rows]
 
 
-def test_a_source_that_changes_between_the_readings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changes_between_the_readings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    source = write_jsonl(path, {"prompt": "a"}, {"prompt": "b"})
-
-    def sift_and_edit(*arguments: Any) -> Any:
-        from aft_ray.data.prompts import sift
-
-        yield from sift(*arguments)
-        write_jsonl(path, {"prompt": "a"}, {"prompt": "c"})
-
-    monkeypatch.setattr("aft_ray.data.first_shards.sift", sift_and_edit)
+    settings = run_of(tmp_path, write_jsonl(path, {"prompt": "a"}, {"prompt": "b"})).config.prompts
+    survey = survey_source(settings, 0, Folder.at(tmp_path / "prompts"))
+    assert len(list(kept_rows(settings, 0, survey))) == 2
+    write_jsonl(path, {"prompt": "a"}, {"prompt": "c"})
     with pytest.raises(InputError, match=r"p\.jsonl: changed while it was read"):
-        make_prompts(run_of(tmp_path, source))
+        list(kept_rows(settings, 0, survey))
 
 
 def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aft_ray.config import Config, TargetFilters
-from aft_ray.data.target_filters import copy_similarity, is_refusal, why_left_out
+from aft_ray.data.target_filters import is_refusal, why_left_out
 from aft_ray.data.targets import ReferenceWorker, TargetWorker
 from aft_ray.data.training_set import TrainingSetWorker, shown_proposals, unusable
 from aft_ray.errors import InputError
@@ -140,10 +140,12 @@ def test_a_refusal_is_told_from_an_answer(text: str, refusal: bool) -> None:
     assert is_refusal(text) is refusal
 
 
-def test_similarity_is_one_for_a_copy_and_small_for_another_text() -> None:
-    assert copy_similarity("a b  c", ["x y z", "a b c"]) == 1.0
-    assert copy_similarity("a b c", ["x y z"]) == 0.0
-    assert 0.5 < copy_similarity("one two three four", ["one two three five"]) < 1.0
+def test_a_near_copy_is_left_out_by_how_much_of_it_is_new() -> None:
+    draft = "Walk by the river in the morning, then rest under the old bridge until noon."
+    edited = draft.replace("noon", "night")
+    for threshold, reason in ((1.0, None), (0.8, "copies a proposal")):
+        assert why_left_out(target(edited), ["Rhine", draft], [], TargetFilters(max_copy=threshold)) == reason
+    assert why_left_out(target(draft.upper()), [draft], [], TargetFilters(max_copy=1.0)) == "copies a proposal"
 
 
 # ── the training set made from them ──────────────────────────────────────────────────────────────────────────────────

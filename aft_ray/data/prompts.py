@@ -66,7 +66,11 @@ def sift(config: PromptsConfig, seed: int) -> Iterator[Sifted]:
         try:
             row, has_own_id = to_prompt(raw, config, place)
             is_repeated = _is_repeated(row["prompt_id"], has_own_id, seen, place, config, seed)
-        except Exception as error:  # a failed row is data: it keeps its place and a reason
+        except (
+            InputError,
+            ValueError,
+            RecursionError,
+        ) as error:  # a failed row is data: it keeps its place and a reason
             if config.on_bad_row == "refuse":
                 raise
             yield Sifted(place=place, error=error)

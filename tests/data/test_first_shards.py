@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from aft_ray.runs import Run, read_manifest
 from aft_ray.stages import shard_sizes
 from aft_ray.storage import Folder
 from tests.data.test_prompts import write_jsonl
+from tests.kills import kill_many_times
 
 
 def run_of(tmp_path: Path, source: str, rate: float = 0.1, name: str = "run", **settings: Any) -> Run:
@@ -255,20 +253,10 @@ def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: 
     write_jsonl(tmp_path / "p.jsonl", *rows)
     settings: dict[str, Any] = {"duplicates": "drop", "near_duplicates": 0.8, "on_bad_row": "fail", "held_out": 10}
     whole = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="whole", **settings)
-    started = time.monotonic()
     make_prompts(whole)
-    seconds = time.monotonic() - started
     killed = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="killed", **settings)
-    draw, num_killed = random.Random(0), 0
-    for _ in range(10):
-        process = multiprocessing.get_context("fork").Process(target=make_prompts, args=(killed,))
-        process.start()
-        process.join(draw.uniform(0, seconds))
-        num_killed += process.is_alive()
-        process.kill()
-        process.join()
+    assert kill_many_times(make_prompts, killed, num_kills=20, seed=0) >= 5
     make_prompts(killed)
-    assert num_killed > 0
     assert set(files_of(whole)) >= {"shard-00000.parquet", "removed.jsonl", "failed/rows.jsonl"}
     assert files_of(killed) == files_of(whole)
     manifests = [read_manifest(run.folder.child("prompts")) for run in (whole, killed)]

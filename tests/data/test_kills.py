@@ -7,9 +7,6 @@ tests/test_stages.py and tests/test_cluster.py kill drivers, actors and nodes.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ from aft_ray.data.first_shards import make_prompts
 from aft_ray.runs import Run, begin, read_manifest
 from aft_ray.stages import Stage, _finish, _todo, make_shard
 from aft_ray.storage import Folder
+from tests.kills import kill_many_times
 
-NUM_KILLS = 25
+NUM_KILLS = 15
 """Per stage."""
 STAGES = ("proposals-part-1", "proposals", "scores", "selection", "targets", "training_set")
 
@@ -75,24 +73,11 @@ def test_killed_many_times_every_stage_holds_what_an_uninterrupted_run_holds(
 ) -> None:
     for name in ("prompts", *STAGES):
         work(tmp_path / "whole", chatml_tokenizer, name)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.data.test_kills", "aft_ray.data.targets", "transformers"])
-    draw = random.Random(7)
-    longest, num_killed = 1.0, 0
-    for name in ("prompts", *STAGES):
-        for _ in range(NUM_KILLS):
-            process = processes.Process(target=work, args=(tmp_path / "killed", chatml_tokenizer, name))
-            process.start()
-            started = time.monotonic()
-            process.join(draw.random() * longest)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                num_killed += 1
-            else:
-                assert process.exitcode == 0
-                longest = 0.9 * (time.monotonic() - started)  # so that most kills come before the end
-        work(tmp_path / "killed", chatml_tokenizer, name)
+    num_killed = 0
+    for number, name in enumerate(("prompts", *STAGES)):
+        arguments = (tmp_path / "killed", chatml_tokenizer, name)
+        num_killed += kill_many_times(work, *arguments, num_kills=NUM_KILLS, seed=number)
+        work(*arguments)
         whole, killed = Folder.at(tmp_path / "whole" / name), Folder.at(tmp_path / "killed" / name)
         assert content(killed) == content(whole), name
         manifests = [read_manifest(folder) for folder in (whole, killed)]

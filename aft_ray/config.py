@@ -559,6 +559,11 @@ class Config(Strict):
             raise ValueError("proposals.proposers has an off_policy one: name the answers' place in prompts.responses")
         if self.scores.scorer == "judge" and self.scores.judge is None:
             raise ValueError("scores.scorer is judge: name the judge's engine in scores.judge.engine")
+        if self.targets.filters.worse_than_best and self.scores.scorer in {"judge", "likelihood"}:
+            raise ValueError(
+                f"targets.filters.worse_than_best: scores of the {self.scores.scorer} cannot be compared between a "
+                "target and the proposals it was written from; use a verifier or a reward model, or switch it off"
+            )
         varied = self.training_set.vary_num_proposals
         if varied and not 1 <= varied[0] <= varied[1] <= self.selection.num_proposals:
             raise ValueError(

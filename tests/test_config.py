@@ -40,6 +40,10 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         ({"evaluation": {"plan": {"subset_size": 9}}}, ["evaluation.plan", "subset_size 9 > num_proposals 5"]),
         ({"evaluation": {"plan": {"num_proposal": 9}}}, ["evaluation.plan", "'num_proposals'"]),
         ({"proposals": {"placement": {"min_actors": 3}}}, ["proposals.placement", "max_actors 1 < min_actors 3"]),
+        (
+            {"scores": {"scorer": "likelihood"}, "targets": {"filters": {"worse_than_best": True}}},
+            ["worse_than_best", "likelihood cannot be compared", "reward model"],
+        ),
         ({"engine": {"type": "openai", "model": "m", "base_url": "u"}}, ["cannot be trained", "targets.engine"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aft_ray.config import Config
+from aft_ray.config import Config, ScoresConfig
 from aft_ray.data.proposals import aggregator_hash, processed, sample_all
-from aft_ray.data.scorers import Scores, build_scorer, verify
+from aft_ray.data.scorers import Scores, build_scorer, text_scorer_config, verify
 from aft_ray.data.scores import scorer_settings
 from aft_ray.data.selection import selected_texts
 from aft_ray.data.target_filters import why_left_out
@@ -46,6 +46,12 @@ def best_candidate(samples: Sequence[Sample], verified: Sequence[bool | None], s
     return max(range(len(samples)), key=rank)
 
 
+def target_scorer(config: Config) -> ScoresConfig:
+    """What scores targets. A judge compares the candidates of one prompt, so it is asked where there is a choice."""
+    has_choice = config.targets.num_candidates > 1 and config.targets.keep == "best"
+    return config.scores if config.scores.scorer == "judge" and has_choice else text_scorer_config(config.scores)
+
+
 class TargetWorker(RowWorker):
     """Asks the teacher, and keeps what the policy says."""
 
@@ -55,9 +61,7 @@ class TargetWorker(RowWorker):
         self.engine = build_engine(self.engine_config)
         self.format = load_format(self.engine.info.tokenizer, config.templates.in_context)
         self.template = AggregatorTemplate.load(config.templates.aggregator)
-        self.scorer = build_scorer(
-            config.scores, config.engine, seed=config.run.seed, in_context=config.templates.in_context
-        )
+        self.scorer = build_scorer(target_scorer(config), seed=config.run.seed)
         self.room = self.engine.info.max_model_len - self.config.sampling.max_tokens
 
     async def process(self, row: dict[str, Any]) -> Processed:

@@ -70,6 +70,16 @@ def test_without_an_accepted_candidate_the_row_is_kept_but_not_learned_from() ->
     assert target_of(config({"keep": "best"}, [BAD, BAD]), row())["target_filter"] is None
 
 
+@pytest.mark.parametrize("keep", ["best", "first"])
+def test_a_judge_is_asked_where_there_is_a_choice_for_it_and_the_verifier_otherwise(keep: str) -> None:
+    scores = {"scorer": "judge", "judge": {"engine": {"type": "scripted", "answers": ["B"]}}}
+    judged = target_of(config({"keep": keep}, [BAD, GOOD], scores=scores), row())
+    alone = target_of(config({"keep": keep}, [GOOD], scores=scores), row())
+    # the scripted judge prefers whatever stands second, so that in both orders together nobody wins
+    assert judged["target"]["score"] == (0.5 if keep == "best" else 1.0)
+    assert alone["target"]["score"] == 1.0
+
+
 def test_a_policy_of_the_verifier_needs_one() -> None:
     with pytest.raises(InputError, match="needs a verifier"):
         target_of(config({"keep": "first"}, [GOOD]), row(task=None))

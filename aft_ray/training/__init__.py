@@ -3,12 +3,15 @@
     run          `train_adapter`, `train_adapters`: the driver's side, from a training set to finished adapters
     task         what one adapter is trained from, its fingerprint, `TrainProgress` and `TrainSummary`
     examples     rows of the training set: reading, checking, the order of batches
+    packing      several examples in one row without cross-talk
     target_head  the language-model head on target positions only
-    trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, frozen-weight sums
-    metrics      metrics.jsonl, written step by step
+    loading      the model as training sees it: dtype, attention, 4-bit weights, LoRA
+    trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, sums of weights
+    held_out     loss and answers on held-out examples while the training goes on
+    metrics      metrics.jsonl and held_out.jsonl, written as training goes
     progress     what the driver reports while the workers train
-    proof        what must hold before an adapter counts as trained
-    adapter      the output folder: adapter, tokenizer, model card, summary; complete or absent
+    proof        what must hold before an adapter or model counts as trained
+    adapter      the output folder: weights, tokenizer, model card, summary; complete or absent
     worker       what runs in each Ray Train worker
     deepspeed/   the ZeRO presets
 

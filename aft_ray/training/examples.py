@@ -20,6 +20,7 @@ from aft_ray.templates import IGNORE, ChatFormat, check_mask
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.dataset as pads
 
 MAX_CHECKED_ROWS = 512
 """Rows whose mask is checked before any worker starts. The data room checked every row when it wrote it."""
@@ -40,9 +41,32 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_examples(training_set: Path, variant: str) -> pa.Table:
-    """The rows of one variant's training split, in shard order: example_id, input_ids, labels."""
+def read_examples(training_set: Path, variant: str, split: str = TRAIN) -> pa.Table:
+    """The rows of one variant and split, in shard order: example_id, input_ids, labels.
+
+    Raises InputError where there is no row to train on; a held-out split may be empty.
+    """
     import pyarrow.compute as pc
+
+    rows = _shards(training_set)
+    wanted = (pc.field("variant") == variant) & (pc.field("split") == split)
+    table = rows.to_table(columns=["example_id", "input_ids", "labels"], filter=wanted)
+    if not table.num_rows and split == TRAIN:
+        found = all_variants(training_set)
+        filtered = getattr(read_manifest(Folder.at(training_set)), "filtered", {})
+        raise InputError(
+            f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}; "
+            f"rows left out when it was made: {dict(filtered)}"
+        )
+    return table
+
+
+def all_variants(training_set: Path) -> list[str]:
+    """The variants that a training set has rows of."""
+    return sorted(set(_shards(training_set).to_table(columns=["variant"])["variant"].to_pylist()))
+
+
+def _shards(training_set: Path) -> pads.Dataset:
     import pyarrow.dataset as pads
 
     files = [str(training_set / name) for name in sorted(file.name for file in training_set.glob("*.parquet"))]
@@ -50,16 +74,20 @@ def read_examples(training_set: Path, variant: str) -> pa.Table:
     missing = {"example_id", "variant", "split", "input_ids", "labels"} - set(rows.schema.names)
     if missing:
         raise InputError(f"{files[0]}: no column {', '.join(sorted(missing))}; expected {TRAINING_SET.names}")
-    wanted = (pc.field("variant") == variant) & (pc.field("split") == TRAIN)
-    table = rows.to_table(columns=["example_id", "input_ids", "labels"], filter=wanted)
-    if not table.num_rows:
-        found = sorted(set(rows.to_table(columns=["variant"])["variant"].to_pylist()))
-        filtered = getattr(read_manifest(Folder.at(training_set)), "filtered", {})
-        raise InputError(
-            f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}; "
-            f"rows left out when it was made: {dict(filtered)}"
-        )
-    return table
+    return rows
+
+
+def rows_to_train(training_set: Path, task_variant: str, pack_length: int | None, name: str = "rows") -> Any:
+    """The variant's rows as the `datasets.Dataset` that TRL wants: ids and labels, packed where that is asked for."""
+    from datasets import Dataset, table
+
+    rows = read_examples(training_set, task_variant).select(["input_ids", "labels"])
+    dataset = Dataset(table.InMemoryTable(rows), fingerprint=name[:16])
+    if pack_length is None:
+        return dataset
+    from aft_ray.training.packing import pack
+
+    return pack(dataset, pack_length)
 
 
 def check_examples(table: pa.Table, model: str) -> None:
@@ -93,11 +121,15 @@ def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: 
 
 
 def check_batch(batch: Any) -> None:
-    """The invariants of a padded batch: padding outside attention and loss, labels equal to the ids they stand at."""
-    ids, labels, attention = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    """The invariants of a batch: padding outside attention and loss, labels equal to the ids they stand at; in packed
+    rows, the first token of every example outside the loss.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
     inside = labels != IGNORE
-    if bool((inside & (attention == 0)).any()):
+    if "attention_mask" in batch and bool((inside & (batch["attention_mask"] == 0)).any()):
         raise InputError("the first batch has padding inside the loss")
+    if "position_ids" in batch and bool((inside & (batch["position_ids"] == 0)).any()):
+        raise InputError("the first batch has an example that begins inside the loss")
     if bool((labels[inside] != ids[inside]).any()):
         raise InputError("the first batch has labels that differ from the input ids")
     if not bool(inside.any(dim=1).all()):

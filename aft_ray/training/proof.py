@@ -7,17 +7,47 @@ under ZeRO-3, weights that were never handed to the optimizer. So the work is ch
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aft_ray.config import TrainingConfig
 from aft_ray.errors import TrainingFailed
+from aft_ray.training.loading import dtype_name, load_trained
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 """Relative difference allowed between the loss in training and after reloading, by dtype of the base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How the training left the model, taken before it was saved."""
+
+    num_steps: int
+    """Optimizer steps taken."""
+    moved: list[str]
+    """Frozen weights that changed."""
+    stood_still: bool
+    """None of the trained weights changed."""
+    batch: dict[str, torch.Tensor]
+    loss: float
+    """On `batch`."""
+
+
+def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]]) -> None:
+    """The planned steps with finite losses, frozen weights where they were, trained ones not."""
+    check_steps(task, ending.num_steps, metrics)
+    if ending.moved:
+        raise TrainingFailed(f"variant {task.variant}: frozen weights moved: {', '.join(ending.moved)}")
+    if ending.stood_still:
+        raise TrainingFailed(
+            f"variant {task.variant}: no trained weight changed in {ending.num_steps} steps; "
+            "is training.learning_rate too small for the weights' dtype?"
+        )
 
 
 def check_steps(task: TrainTask, num_steps: int, metrics: list[dict[str, Any]]) -> None:
@@ -57,12 +87,6 @@ def _unchanged(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
     return torch.equal(tensor, before.to(tensor.dtype))
 
 
-def check_frozen(task: TrainTask, moved: list[str]) -> None:
-    """No frozen weight changed. Raises TrainingFailed with their names."""
-    if moved:
-        raise TrainingFailed(f"variant {task.variant}: frozen weights moved: {', '.join(moved)}")
-
-
 def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | None = None) -> float:
     """Mean loss over the batch's target tokens, without dropout and without gradients."""
     training = model.training
@@ -73,17 +97,14 @@ def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | No
     return loss.item()
 
 
-def check_reload(task: TrainTask, model: str, adapter: Path, batch: dict[str, torch.Tensor], expected: float) -> None:
-    """A fresh base model with the saved adapter gives the loss that the trained model gave."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if task.settings["training"]["bf16"] else torch.float32
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    base = base.to(batch["input_ids"].device)
-    found = batch_loss(PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False), batch)
-    if not abs(found - expected) <= TOLERANCE[dtype] * max(abs(expected), 1e-2):
+def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Path, ending: Ending) -> None:
+    """What was saved, loaded anew, gives the loss that the trained model gave."""
+    trained = load_trained(config, model, folder)
+    if not config.gpus_per_worker:
+        trained = trained.to(ending.batch["input_ids"].device)
+    found = batch_loss(trained, ending.batch)
+    if not abs(found - ending.loss) <= TOLERANCE[dtype_name(config)] * max(abs(ending.loss), 1e-2):
         raise TrainingFailed(
-            f"variant {task.variant}: the saved adapter, reloaded, has loss {found:.5f} on a batch where the trained "
-            f"model had {expected:.5f}"
+            f"variant {task.variant}: what was saved, reloaded, has loss {found:.5f} on a batch where the trained "
+            f"model had {ending.loss:.5f}"
         )

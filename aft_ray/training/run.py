@@ -24,7 +24,7 @@ from aft_ray.errors import AftError, ConfigError, TrainingFailed
 from aft_ray.runs import begin, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.training.adapter import finished_summary
-from aft_ray.training.examples import check_examples, read_examples, shard_files
+from aft_ray.training.examples import check_examples, read_examples, rows_to_train, shard_files
 from aft_ray.training.progress import watch
 from aft_ray.training.task import TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
@@ -114,7 +114,7 @@ def _open_task(
         checkpoints=checkpoints,
         settings=settings,
         num_rows=table.num_rows,
-        num_steps=planned_steps(table.num_rows, config),
+        num_steps=planned_steps(_num_training_rows(training_set, variant, table.num_rows, config), config),
     )
     folder = Folder.at(task.folder)
     manifest = begin(folder, f"training/{variant}", settings)
@@ -123,6 +123,13 @@ def _open_task(
         check_examples(table, model)
         write_manifest(folder, manifest)
     return task, finished
+
+
+def _num_training_rows(training_set: Path, variant: str, num_examples: int, config: TrainingConfig) -> int:
+    """Rows of the batches: examples, or packs of them."""
+    if config.pack_length is None:
+        return num_examples
+    return len(rows_to_train(training_set, variant, config.pack_length))
 
 
 def _run(plan: WorkerPlan, checkpoints: Path, report: Report | None) -> dict[str, TrainSummary]:
@@ -244,6 +251,11 @@ def _reason(error: Exception, config: TrainingConfig) -> str:
         return (
             f"training ran out of memory: lower training.batch_size_per_worker (now {config.batch_size_per_worker}) "
             "and raise gradient_accumulation_steps, or set gradient_checkpointing: true or a higher ZeRO stage"
+        )
+    if "No space left on device" in text or "Errno 28" in text or "Disk quota exceeded" in text:
+        return (
+            "the disk is full: checkpoints go to <run.dir>/checkpoints (two are kept) and, while they are written, to "
+            "the temporary folder; free space or choose another run.dir or TMPDIR, and run again to go on"
         )
     if "ActorDiedError" in text or "died unexpectedly" in text:
         return (

@@ -52,10 +52,12 @@ def predicting(labels: torch.Tensor) -> torch.Tensor:
 
 
 def target_loss_sum(model: Any, head: TargetHead, inputs: dict[str, Any]) -> torch.Tensor:
-    """Summed cross entropy over the batch's target tokens; `inputs` holds input_ids, attention_mask and labels."""
+    """Summed cross entropy over the batch's target tokens.
+
+    `inputs` holds input_ids and labels, and attention_mask (padded) or position_ids (packed).
+    """
     labels = inputs["labels"]
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     with head.on(labels):
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False
-        ).logits
+        logits = model(**given, use_cache=False).logits
     return functional.cross_entropy(logits[0].float(), labels[:, 1:][labels[:, 1:] != IGNORE], reduction="sum")

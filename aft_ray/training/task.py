@@ -20,7 +20,7 @@ from aft_ray.records import fingerprint
 Phase = Literal["starting", "training", "checking"]
 """`starting`: workers start and load the model. `checking`: the steps are done, the adapter is saved and proved."""
 
-PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures"}
+PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,10 @@ class TrainTask:
     @property
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def held_out_file(self) -> Path:
+        return self.folder / "held_out.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ class TrainSummary:
     world_size: int
     resumed_from_step: int
     """Step of the checkpoint the last attempt began from; 0 for a training that was never interrupted."""
+    held_out_perplexity: Mapping[str, float] | None = None
+    """By variant of the held-out examples, after the last step; None without `training.eval_steps`."""
 
 
 def task_settings(

@@ -6,7 +6,6 @@ Everything else (LoRA, DeepSpeed, optimizer, schedule, checkpoints) is TRL's and
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -21,12 +20,12 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from aft_ray.training.examples import batch_order
-from aft_ray.training.metrics import read_metrics
+from aft_ray.training.metrics import append_metrics, forget_after
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
-NUM_FROZEN_SUMS = 8
-"""Frozen tensors whose checksum is taken, spread over the model."""
+NUM_WEIGHT_SUMS = 8
+"""Tensors whose checksum is taken, spread over the model."""
 
 
 class BatchOrder(Sampler[int]):
@@ -72,8 +71,9 @@ class TargetTrainer(SFTTrainer):
 
     def _count(self, inputs: dict[str, Any]) -> None:
         if self.model is not None and self.model.training:
-            seen, trained = inputs["attention_mask"].sum(), predicting(inputs["labels"]).sum()
-            self._tokens += torch.stack([seen, trained]).to(self._tokens.device)
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            trained = predicting(inputs["labels"]).sum()
+            self._tokens += torch.tensor([int(seen), int(trained)], device=self._tokens.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's token counts over all workers."""
@@ -108,10 +108,7 @@ class EpochOrder(TrainerCallback):
 
 
 class StepLog(TrainerCallback):
-    """Writes metrics.jsonl, one line per optimizer step; stops the training at the first loss that is not a number.
-
-    A resumed training drops the lines of steps that it is about to do again, so the file always reads as one run.
-    """
+    """Writes metrics.jsonl, one line per optimizer step; stops the training at the first loss that is not a number."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -121,10 +118,7 @@ class StepLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at, self._last, self.first_step = time.time(), time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]
-            partial = self.file.with_name(self.file.name + ".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.file)
+            forget_after(self.file, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -135,8 +129,7 @@ class StepLog(TrainerCallback):
         row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
         row["seconds"], self._last = round(now - self._last, 4), now
         if state.is_world_process_zero:
-            with self.file.open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            append_metrics(self.file, row)
         if not math.isfinite(logs["loss"]):
             control.should_training_stop = True
 
@@ -172,26 +165,31 @@ def last_checkpoint(task: TrainTask) -> Any | None:
     return max(own, key=lambda reported: reported.metrics["step"]).checkpoint if own else None
 
 
-class FrozenSums(TrainerCallback):
-    """Checksums of frozen weights at the first step, to compare with at the end."""
+class WeightSums(TrainerCallback):
+    """Checksums of a few weights when the training began: the frozen ones must keep them, trained ones must not."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, str] = {}
+        self.frozen: dict[str, str] = {}
+        self.trained: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sums = frozen_sums(kwargs["model"])
+        self.frozen, self.trained = weight_sums(kwargs["model"], False), weight_sums(kwargs["model"], True)
 
     def moved(self, model: Any) -> list[str]:
         """Names of the frozen weights that are no longer what they were."""
-        now = frozen_sums(model)
-        return [name for name, value in self.sums.items() if now.get(name) != value]
+        now = weight_sums(model, False)
+        return [name for name, value in self.frozen.items() if now.get(name) != value]
+
+    def all_stood_still(self, model: Any) -> bool:
+        """Whether none of the trained weights changed."""
+        return self.trained == weight_sums(model, True)
 
 
-def frozen_sums(model: Any) -> dict[str, str]:
-    """sha256 by name of a few frozen weights; under ZeRO-3, of this worker's part of them."""
-    frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
-    every = max(1, len(frozen) // NUM_FROZEN_SUMS)
-    return {name: _sum(getattr(weight, "ds_tensor", weight)) for name, weight in frozen[::every]}
+def weight_sums(model: Any, trained: bool) -> dict[str, str]:
+    """sha256 by name of a few trained or frozen weights; under ZeRO-3, of this worker's part of them."""
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad == trained]
+    every = max(1, len(weights) // NUM_WEIGHT_SUMS)
+    return {name: _sum(getattr(weight, "ds_tensor", weight)) for name, weight in weights[::every]}
 
 
 def _sum(weight: torch.Tensor) -> str:

@@ -12,18 +12,24 @@ from __future__ import annotations
 import gc
 import importlib.resources
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import AftError
 from aft_ray.training.adapter import clear_partial, finish_folder, finished_summary
-from aft_ray.training.examples import check_batch, read_examples
+from aft_ray.training.examples import check_batch, rows_to_train
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.task import TrainSummary, TrainTask
+
+if TYPE_CHECKING:
+    from aft_ray.training.proof import Ending
+
+MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +80,12 @@ def set_up_process(config: TrainingConfig) -> None:
 
 def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
     """Train one adapter. Every worker raises the same AftError, or returns the same summary."""
-    from aft_ray.training.trainer import FrozenSums, StepLog, last_checkpoint
+    from aft_ray.training.trainer import StepLog, WeightSums, last_checkpoint
 
-    frozen, steps = FrozenSums(), StepLog(task.metrics_file)
+    sums, steps = WeightSums(), StepLog(task.metrics_file)
     checkpoint = last_checkpoint(task)
     with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
-        trainer = build_trainer(plan, task, scratch, [frozen, steps])
+        trainer = build_trainer(plan, task, scratch, [sums, steps])
         check_batch(next(iter(trainer.get_train_dataloader())))
         if checkpoint is None:
             trainer.train()
@@ -87,7 +93,7 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
             with checkpoint.as_directory() as folder:
                 trainer.train(resume_from_checkpoint=folder)
         summary = summarize(task, trainer.args.world_size, since, steps)
-        finish(plan, task, trainer, frozen, summary)
+        finish(plan, task, trainer, sums, steps.first_step, summary)
     return summary
 
 
@@ -96,30 +102,46 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: li
     from transformers import AutoTokenizer, PrinterCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    from aft_ray.training.held_out import HeldOutLog
+    from aft_ray.training.loading import load_base, with_lora
+    from aft_ray.training.packing import PackingCheck, fullest_row
+    from aft_ray.training.target_head import TargetHead
     from aft_ray.training.trainer import EpochOrder, RayCheckpoints, TargetTrainer
 
-    args = sft_arguments(plan.config, scratch, plan.seed)
+    config = plan.config
+    args = sft_arguments(plan, task, scratch)
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model, lora = base_and_lora(plan.config, plan.model)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    padded = DataCollatorForLanguageModeling(pad_token_id=pad_id)
+    packed = DataCollatorForLanguageModeling(pad_token_id=pad_id, padding_free=True)
+    model, lora = with_lora(config, load_base(config, plan.model))
+    held_out = [HeldOutLog(task, config, plan.training_set, tokenizer, padded)] if config.eval_steps else []
     trainer = TargetTrainer(
         model=model,
         args=args,
-        train_dataset=dataset_of(plan.training_set, task),
+        train_dataset=rows_to_train(plan.training_set, task.variant, config.pack_length, task.fingerprint),
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=pad or 0),
+        data_collator=padded if config.pack_length is None else packed,
         peft_config=lora,
-        callbacks=[EpochOrder(), RayCheckpoints(task), *callbacks],
+        callbacks=[EpochOrder(), RayCheckpoints(task), *held_out, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in held_out:
+        callback.attach(trainer)
+    if config.pack_length is not None:
+        row = collated(trainer, [fullest_row(trainer.train_dataset)])
+        trainer.add_callback(PackingCheck(row, trainer._head or TargetHead(trainer.model)))
     return trainer
 
 
-def sft_arguments(config: TrainingConfig, scratch: str, seed: int) -> Any:
+def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
     """The settings as TRL's `SFTConfig`."""
     from trl import SFTConfig
 
+    config = plan.config
     on_cpu = config.gpus_per_worker == 0
+    if "tensorboard" in config.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.folder / "tensorboard")
     return SFTConfig(
         output_dir=scratch,
         per_device_train_batch_size=config.batch_size_per_worker,
@@ -134,14 +156,15 @@ def sft_arguments(config: TrainingConfig, scratch: str, seed: int) -> Any:
         deepspeed=preset(config.deepspeed),
         use_cpu=on_cpu,
         ddp_backend=backend_of(config),
-        seed=seed % 2**32,
-        model_init_kwargs=None if config.init_adapter else {"dtype": dtype_name(config)},
+        seed=plan.seed % 2**32,
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows hold ids and labels already
+        remove_unused_columns=False,  # packed rows carry the lengths of their examples
         max_length=None,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a nan must show, not become the average of the steps before it
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
+        run_name=task.variant,
         log_level="error",
         save_total_limit=1,
         dataloader_pin_memory=not on_cpu,
@@ -160,40 +183,9 @@ def backend_of(config: TrainingConfig) -> str:
     return "nccl" if config.gpus_per_worker else "gloo"
 
 
-def dtype_name(config: TrainingConfig) -> str:
-    """The dtype the frozen weights are loaded in."""
-    return "bfloat16" if config.bf16 else "float32"
-
-
-def base_and_lora(config: TrainingConfig, model: str) -> tuple[Any, Any]:
-    """The model's name and a fresh LoRA; or the model with the adapter to start from, and no fresh one."""
-    from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForCausalLM
-
-    if config.init_adapter:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype_name(config))
-        return PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
-    lora, targets = config.lora, config.lora.target_modules
-    return model, LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def dataset_of(training_set: Path, task: TrainTask) -> Any:
-    """The variant's rows as the `datasets.Dataset` that TRL wants, with nothing but ids and labels."""
-    from datasets import Dataset, table
-
-    rows = read_examples(training_set, task.variant).select(["input_ids", "labels"])
-    return Dataset(table.InMemoryTable(rows), fingerprint=task.fingerprint[:16])
-
-
 def summarize(task: TrainTask, world_size: int, since: float, steps: Any) -> TrainSummary:
     """The numbers of a finished training, from its metrics file, which covers every attempt."""
-    rows = read_metrics(task.metrics_file)
+    rows, held_out = read_metrics(task.metrics_file), read_metrics(task.held_out_file)
     seconds = sum(row["seconds"] for row in rows)
     num_tokens = sum(row["tokens"] for row in rows)
     return TrainSummary(
@@ -210,20 +202,26 @@ def summarize(task: TrainTask, world_size: int, since: float, steps: Any) -> Tra
         adapter_path=str(task.output),
         world_size=world_size,
         resumed_from_step=steps.first_step,
+        held_out_perplexity=held_out[-1]["perplexity"] if held_out else None,
     )
 
 
-def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, frozen: Any, summary: TrainSummary) -> None:
-    """Save the adapter, prove it, and give the folder its name. All workers end with the same verdict."""
+def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_step: int, summary: TrainSummary) -> None:
+    """Save what was trained, prove it, and give the folder its name. All workers end with the same verdict."""
     import torch.distributed as dist
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from aft_ray.training.proof import batch_loss
+    from aft_ray.training.proof import Ending, batch_loss
 
     first = trainer.is_world_process_zero()
-    moved, steps_taken = frozen.moved(trainer.model), trainer.state.global_step
-    batch = smallest_batch(trainer)
-    expected = batch_loss(trainer.model, batch, trainer._head)
+    batch = collated(trainer, shortest_rows(trainer))
+    ending = Ending(
+        num_steps=trainer.state.global_step,
+        moved=sums.moved(trainer.model),
+        stood_still=first_step < task.num_steps and sums.all_stood_still(trainer.model),
+        batch=batch,
+        loss=batch_loss(trainer.model, batch, trainer._head),
+    )
     folder = clear_partial(task) if first else Path(trainer.args.output_dir)
     dist.barrier()
     trainer.save_model(str(folder))
@@ -233,35 +231,33 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, frozen: Any, summary
     unset_hf_deepspeed_config()  # so that ZeRO-3 does not split the model that is loaded for the proof
     verdict: list[AftError | None] = [None]
     if first:
-        verdict = [_verdict(plan, task, folder, moved, steps_taken, batch, expected, summary)]
+        verdict = [_verdict(plan, task, folder, ending, summary)]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
         raise verdict[0]
 
 
-def smallest_batch(trainer: Any) -> dict[str, Any]:
-    """The two shortest examples, on the trainer's device: enough to compare two losses on."""
-    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))[:2]
-    return {name: tensor.to(trainer.args.device) for name, tensor in trainer.data_collator(rows).items()}
+def shortest_rows(trainer: Any) -> list[dict[str, Any]]:
+    """Two rows: enough to compare two losses on, and the same on every worker."""
+    rows: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return [rows[place] for place in sorted(range(len(lengths)), key=lengths.__getitem__)[:2]]
 
 
-def _verdict(
-    plan: WorkerPlan,
-    task: TrainTask,
-    folder: Path,
-    moved: list[str],
-    steps_taken: int,
-    batch: dict[str, Any],
-    expected: float,
-    summary: TrainSummary,
-) -> AftError | None:
+def collated(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as the trainer's batches are, on its device."""
+    batch = trainer.data_collator(rows)
+    return {name: batch[name].to(trainer.args.device) for name in MODEL_INPUTS if name in batch}
+
+
+def _verdict(plan: WorkerPlan, task: TrainTask, folder: Path, ending: Ending, summary: TrainSummary) -> AftError | None:
     from aft_ray.training import proof
 
     try:
-        proof.check_steps(task, steps_taken, read_metrics(task.metrics_file))
-        proof.check_frozen(task, moved)
-        proof.check_adapter(task, folder, Path(plan.config.init_adapter) if plan.config.init_adapter else None)
-        proof.check_reload(task, plan.model, folder, batch, expected)
+        proof.check_ending(task, ending, read_metrics(task.metrics_file))
+        if plan.config.method == "lora":
+            proof.check_adapter(task, folder, Path(plan.config.init_adapter) if plan.config.init_adapter else None)
+        proof.check_reload(task, plan.config, plan.model, folder, ending)
         finish_folder(task, plan.model, summary)
     except AftError as error:
         return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from aft_ray.errors import TrainingFailed
 from aft_ray.training import proof
 from aft_ray.training.run import _reason
 from aft_ray.training.task import TrainTask
-from aft_ray.training.trainer import FrozenSums
+from aft_ray.training.trainer import WeightSums
 
 
 @pytest.fixture
@@ -43,6 +44,13 @@ def batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_token_id=2)(examples[:2])
+
+
+FP32 = TrainingConfig(bf16=False)
+
+
+def ending(batch: dict[str, torch.Tensor], loss: float) -> proof.Ending:
+    return proof.Ending(num_steps=2, moved=[], stood_still=False, batch=batch, loss=loss)
 
 
 def rows(*losses: float) -> list[dict[str, Any]]:
@@ -75,7 +83,7 @@ def test_a_saved_adapter_passes_and_gives_its_loss_again(
 ) -> None:
     lora.save_pretrained(tmp_path / "a")
     proof.check_adapter(task, tmp_path / "a", None)
-    proof.check_reload(task, str(tiny_model), tmp_path / "a", batch, proof.batch_loss(lora, batch))
+    proof.check_reload(task, FP32, str(tiny_model), tmp_path / "a", ending(batch, proof.batch_loss(lora, batch)))
 
 
 def test_an_adapter_that_changed_between_training_and_disk_fails(
@@ -87,7 +95,7 @@ def test_an_adapter_that_changed_between_training_and_disk_fails(
             weight.data.mul_(0.9)
     lora.save_pretrained(tmp_path / "a")
     with pytest.raises(TrainingFailed, match="reloaded, has loss"):
-        proof.check_reload(task, str(tiny_model), tmp_path / "a", batch, expected)
+        proof.check_reload(task, FP32, str(tiny_model), tmp_path / "a", ending(batch, expected))
 
 
 def test_an_untrained_lora_fails(task: TrainTask, tiny_model: Path, tmp_path: Path) -> None:
@@ -117,16 +125,31 @@ def test_an_empty_or_broken_adapter_fails(tensors: dict[str, torch.Tensor], task
         proof.check_adapter(task, tmp_path, None)
 
 
-def test_a_frozen_weight_that_moves_is_named(task: TrainTask, lora: Any) -> None:
-    frozen = FrozenSums()
-    frozen.on_train_begin(None, None, None, model=lora)
-    assert len(frozen.sums) >= 8
-    assert frozen.moved(lora) == []
-    name = next(iter(frozen.sums))
+def test_a_frozen_weight_that_moves_is_named_and_trained_ones_must_move(task: TrainTask, lora: Any) -> None:
+    sums = WeightSums()
+    sums.on_train_begin(None, None, None, model=lora)
+    assert len(sums.frozen) >= 8
+    assert sums.moved(lora) == []
+    assert sums.all_stood_still(lora)
+    name = next(iter(sums.frozen))
     lora.get_parameter(name).data.view(-1)[0] += 1e-3
-    assert frozen.moved(lora) == [name]
-    with pytest.raises(TrainingFailed, match="frozen weights moved"):
-        proof.check_frozen(task, [name])
+    lora.get_parameter(next(iter(sums.trained))).data.view(-1)[0] += 1e-3
+    assert sums.moved(lora) == [name]
+    assert not sums.all_stood_still(lora)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moved": ["embed"]}, "frozen weights moved: embed"),
+        ({"stood_still": True}, "no trained weight changed in 2 steps"),
+        ({"num_steps": 1}, "1 optimizer steps taken"),
+    ],
+)
+def test_a_training_that_left_the_model_wrong_fails(task: TrainTask, change: dict[str, Any], message: str) -> None:
+    proof.check_ending(task, ending({}, 1.0), rows(3.0, 2.0))
+    with pytest.raises(TrainingFailed, match=message):
+        proof.check_ending(task, dataclasses.replace(ending({}, 1.0), **change), rows(3.0, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +158,7 @@ def test_a_frozen_weight_that_moves_is_named(task: TrainTask, lora: Any) -> None
         ("worker 1: torch.OutOfMemoryError: CUDA out of memory", "out of memory: lower training.batch_size_per_worker"),
         ("DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly", "died more than training.max_failures 2 times"),
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("ValueError: odd", "training stopped: ValueError: odd"),
     ],
 )

@@ -1,0 +1,113 @@
+"""The held-out examples during training: their loss with and without proposals, and a few answers to read.
+
+Every `training.eval_steps` steps, and after the last one, held_out.jsonl gets a line:
+
+    {"step": 100, "loss": {"sft": 1.91, "aft": 1.07}, "perplexity": {"sft": 6.75, "aft": 2.92},
+     "answers": [{"example_id": "p-4f..-aft", "target": "...", "answer": "..."}]}
+
+`sft` are the held-out prompts alone, `aft` the same ones with their proposals (and so for every variant in the training
+set): the two curves of the paper's Figure 6, for the weights as they are at that step. Losses are means over target
+tokens. Answers are greedy, for the held-out examples of the variant that is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from aft_ray.config import TrainingConfig
+from aft_ray.records import HELD_OUT
+from aft_ray.templates import IGNORE
+from aft_ray.training.examples import all_variants, read_examples
+from aft_ray.training.metrics import append_metrics, forget_after
+from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
+from aft_ray.training.task import TrainTask
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class HeldOutLog(TrainerCallback):
+    """Evaluates on all workers, writes on the first."""
+
+    def __init__(self, task: TrainTask, config: TrainingConfig, training_set: Path, tokenizer: Any, pad: Collate):
+        self.task, self.config, self.tokenizer, self.pad = task, config, tokenizer, pad
+        self.head: Any = None
+        self.accelerator: Any = None
+        self.examples = {
+            variant: rows.slice(0, config.num_eval_examples).to_pylist()
+            for variant in all_variants(training_set)
+            if (rows := read_examples(training_set, variant, HELD_OUT)).num_rows
+        }
+
+    def attach(self, trainer: Any) -> None:
+        """What the trainer has and callbacks are not given."""
+        self.accelerator = trainer.accelerator
+        self.head = trainer._head or TargetHead(trainer.model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            forget_after(self.task.held_out_file, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.config.eval_steps is not None
+        if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
+            return
+        model = kwargs["model"]
+        model.eval()
+        with torch.no_grad():
+            losses = {variant: self._loss(model, rows) for variant, rows in self.examples.items()}
+            answers = [self._answer(model, row) for row in self._answered()]
+        model.train()
+        if state.is_world_process_zero:
+            perplexity = {variant: math.exp(min(loss, 700)) for variant, loss in losses.items()}
+            row = {"step": state.global_step, "loss": losses, "perplexity": perplexity, "answers": answers}
+            append_metrics(self.task.held_out_file, row)
+
+    def _loss(self, model: Any, rows: Sequence[dict[str, Any]]) -> float:
+        """Mean over target tokens. Every worker makes the same number of forward passes, as ZeRO-3 needs."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        size = self.config.batch_size_per_worker
+        batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        sums = torch.zeros(2, dtype=torch.double)
+        for turn in range(math.ceil(len(batches) / world)):
+            place = turn * world + rank
+            batch = self._batch(batches[min(place, len(batches) - 1)])
+            found = target_loss_sum(model, self.head, batch).item(), predicting(batch["labels"]).sum().item()
+            if place < len(batches):  # else a pass that only keeps the workers together
+                sums += torch.tensor(found, dtype=torch.double)
+        total, count = self.accelerator.reduce(sums.float().to(self.accelerator.device), reduction="sum").tolist()
+        return total / max(count, 1)
+
+    def _batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.pad([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def _answered(self) -> list[dict[str, Any]]:
+        return self.examples.get(self.task.variant, [])[: self.config.num_eval_answers]
+
+    def _answer(self, model: Any, row: dict[str, Any]) -> dict[str, str]:
+        """All workers write the same answer: under ZeRO-3 each holds a part of the weights."""
+        target = [label for label in row["labels"] if label != IGNORE]
+        prompt = torch.tensor([row["input_ids"][: len(row["input_ids"]) - len(target)]])
+        made = model.generate(
+            input_ids=prompt.to(self.accelerator.device),
+            attention_mask=torch.ones_like(prompt).to(self.accelerator.device),
+            max_new_tokens=2 * len(target) + 16,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            eos_token_id=[target[-1]],
+            synced_gpus=is_deepspeed_zero3_enabled() and self.accelerator.num_processes > 1,
+        )
+        text = self.tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True)
+        return {
+            "example_id": row["example_id"],
+            "target": self.tokenizer.decode(target, skip_special_tokens=True),
+            "answer": text,
+        }

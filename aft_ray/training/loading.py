@@ -1,0 +1,100 @@
+"""The model as training sees it: dtype, attention, 4-bit weights and LoRA by the settings, in one place.
+
+Training and the proof afterwards load through here, so that what is compared was loaded alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aft_ray.config import TrainingConfig
+from aft_ray.errors import ConfigError
+
+
+def load_base(config: TrainingConfig, model: str, device_map: Any = None) -> Any:
+    """The base model. `device_map`: None leaves placing it to the trainer; "auto" spreads it over what there is."""
+    from transformers import AutoModelForCausalLM
+
+    quantization = quantization_of(config)
+    if quantization is not None and device_map is None:
+        device_map = {"": torch.cuda.current_device()}  # 4-bit weights are made on the GPU that keeps them
+    return AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=getattr(torch, dtype_name(config)),
+        attn_implementation=attention_of(config),
+        quantization_config=quantization,
+        device_map=device_map,
+    )
+
+
+def with_lora(config: TrainingConfig, base: Any) -> tuple[Any, Any]:
+    """The model to train, and the LoRA that TRL should add to it: none where it starts from an adapter, or is trained
+    whole.
+    """
+    from peft import LoraConfig, PeftModel
+
+    if config.method == "full":
+        return base, None
+    if config.init_adapter:
+        return PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
+    lora, targets = config.lora, config.lora.target_modules
+    return base, LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_trained(config: TrainingConfig, model: str, folder: Path) -> Any:
+    """What a finished training saved, loaded anew: the whole model, or the base with the adapter."""
+    from peft import PeftModel
+
+    device_map = "auto" if config.gpus_per_worker else None
+    if config.method == "full":
+        return load_base(config, str(folder), device_map)
+    base = load_base(config, model, device_map)
+    return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+
+
+def dtype_name(config: TrainingConfig) -> str:
+    """The dtype that weights are loaded in.
+
+    Weights that are trained need 32 bits for small updates: a LoRA has them of its own, DeepSpeed keeps a copy, and
+    plain data parallelism trains on what is loaded.
+    """
+    needs_own_precision = config.method == "full" and config.deepspeed == "none"
+    return "bfloat16" if config.bf16 and not needs_own_precision else "float32"
+
+
+def attention_of(config: TrainingConfig) -> str:
+    """`auto`: flash-attn where it is installed and can run, else PyTorch's own."""
+    if config.attention != "auto":
+        return config.attention
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash and config.gpus_per_worker and config.bf16 else "sdpa"
+
+
+def quantization_of(config: TrainingConfig) -> Any | None:
+    """4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314), or None."""
+    if config.quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "training.quantization nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+    )

@@ -1,0 +1,246 @@
+"""Every way to train gives the losses of a plain PyTorch loop: ZeRO stages, packing, full fine-tuning, a second round.
+
+All of them are real trainings by two Ray Train workers with DeepSpeed; they share one group of workers, because
+starting one takes longer than a training of this size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from aft_ray.config import LoraSettings, TrainingConfig
+from aft_ray.errors import TrainingFailed
+from aft_ray.training import TrainSummary
+from aft_ray.training.examples import batch_order, rows_to_train, shard_files
+from aft_ray.training.metrics import read_metrics
+from aft_ray.training.packing import check_packing, fullest_row
+from aft_ray.training.run import _open_task, _worker_environment
+from aft_ray.training.target_head import TargetHead
+from aft_ray.training.task import task_settings
+from aft_ray.training.worker import WorkerPlan, run_worker
+
+SEED = 7
+NUM_EPOCHS = 4
+PACK_LENGTH = 128
+BASE = TrainingConfig(
+    num_workers=2,
+    batch_size_per_worker=4,
+    num_epochs=NUM_EPOCHS,
+    learning_rate=5e-3,
+    bf16=False,
+    lora=LoraSettings(rank=4),
+)
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {"deepspeed": "none"},
+    "zero0": {"deepspeed": "zero0"},
+    "zero1": {"deepspeed": "zero1"},
+    "zero2-accumulated": {"deepspeed": "zero2", "batch_size_per_worker": 2, "gradient_accumulation_steps": 2},
+    "zero3": {"deepspeed": "zero3", "eval_steps": 5},
+    "packed": {"pack_length": PACK_LENGTH, "batch_size_per_worker": 1, "eval_steps": 5},
+    "checkpointed": {"gradient_checkpointing": True},
+    "full": {"method": "full", "deepspeed": "none", "learning_rate": 2e-3},
+    "full-zero3": {"method": "full", "deepspeed": "zero3", "learning_rate": 2e-3},
+    "rslora": {"lora": LoraSettings(rank=4, rslora=True)},
+    "dora": {"lora": LoraSettings(rank=4, dora=True)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One finished training."""
+
+    config: TrainingConfig
+    summary: TrainSummary
+    folder: Path
+    """Its part of the checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def modes(
+    ray_cluster: None, tiny_model: Path, training_set: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Mode]:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = tmp_path_factory.mktemp("modes")
+    plans, tasks = {}, {}
+    for name, changes in MODES.items():
+        config = TrainingConfig.model_validate({**BASE.model_dump(), **changes})
+        settings = task_settings(config, str(tiny_model), shard_files(training_set), "aft", SEED, {"aggregator": "h"})
+        place = folder / name
+        tasks[name], _ = _open_task(
+            config, str(tiny_model), training_set, place / "model", place / "checkpoints", settings
+        )
+        plans[name] = WorkerPlan(
+            config=config,
+            model=str(tiny_model),
+            training_set=training_set,
+            seed=SEED,
+            tasks=(tasks[name],),
+            called_at=time.time(),
+        )
+
+    def train_all(loop: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {name: run_worker({"plan": plan}) for name, plan in loop["plans"].items()}
+
+    trainer = TorchTrainer(
+        train_all,  # type: ignore[arg-type]
+        train_loop_config={"plans": plans},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(
+            storage_path=str(folder), name="all", worker_runtime_env={"env_vars": _worker_environment(BASE)}
+        ),
+    )
+    results: Any = trainer.fit().return_value
+    for name, result in results.items():
+        assert result["error"] is None, f"{name}: {result['error']}"
+    return {name: Mode(plans[name].config, results[name]["summaries"]["aft"], tasks[name].folder) for name in MODES}
+
+
+def batches_of(config: TrainingConfig, training_set: Path) -> list[list[dict[str, Any]]]:
+    """The examples of every optimizer step, taken apart again where they are packed."""
+    rows: Any = rows_to_train(training_set, "aft", config.pack_length)
+    size = config.batch_size_per_worker * config.num_workers * config.gradient_accumulation_steps
+    order = [
+        index
+        for epoch in range(NUM_EPOCHS)
+        for index in batch_order([len(ids) for ids in rows["input_ids"]], size, SEED, epoch)
+    ]
+    return [
+        [example for index in order[start : start + size] for example in unpacked(rows[index])]
+        for start in range(0, len(order), size)
+    ]
+
+
+def unpacked(row: dict[str, Any]) -> list[dict[str, Any]]:
+    lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+    return [
+        {name: row[name][end - length : end] for name in ("input_ids", "labels")}
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def plain_curve(config: TrainingConfig, model: Path, batches: list[list[dict[str, Any]]]) -> list[float]:
+    """One process, whole head, padded batches, mean over the step's target tokens, AdamW, clipping, linear decay."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    set_seed(SEED)
+    trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if config.method == "lora":
+        settings = config.lora
+        lora = LoraConfig(
+            r=4, lora_alpha=16, target_modules="all-linear", use_rslora=settings.rslora, use_dora=settings.dora
+        )
+        trained = get_peft_model(trained, lora)
+    weights = [weight for weight in trained.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0)
+    num_warmup = math.ceil(len(batches) * config.warmup_ratio)
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup, len(batches))
+    curve = []
+    for rows in batches:
+        batch = DataCollatorForLanguageModeling(pad_token_id=2)(rows)
+        logits = trained(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return curve
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_losses_are_those_of_a_plain_loop(
+    name: str, modes: dict[str, Mode], tiny_model: Path, training_set: Path
+) -> None:
+    mode = modes[name]
+    batches = batches_of(mode.config, training_set)
+    expected = plain_curve(mode.config, tiny_model, batches)
+    found = [row["loss"] for row in read_metrics(mode.folder / "metrics.jsonl")]
+    assert mode.summary.num_steps == len(batches)
+    assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_packing_makes_fewer_rows_of_the_same_tokens(modes: dict[str, Mode], training_set: Path) -> None:
+    packed, plain = modes["packed"].summary, modes["plain"].summary
+    rows: Any = rows_to_train(training_set, "aft", PACK_LENGTH)
+    assert len(rows) < plain.num_rows / 1.5
+    assert max(map(len, rows["input_ids"])) <= PACK_LENGTH
+    assert packed.num_tokens == pytest.approx(plain.num_tokens, rel=0.1)  # the last batch is filled up
+    assert packed.num_rows == plain.num_rows
+
+
+@pytest.mark.parametrize("name", ["zero3", "packed"])
+def test_held_out_losses_and_answers_are_logged_at_the_set_steps(
+    name: str, modes: dict[str, Mode], tiny_model: Path, examples: list[dict[str, Any]]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    mode = modes[name]
+    rows = read_metrics(mode.folder / "held_out.jsonl")
+    steps = mode.summary.num_steps
+    assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, mode.summary.adapter_path)
+    for variant in ("sft", "aft"):
+        held_out = [row for row in examples if row["variant"] == variant and row["split"] == "held_out"]
+        losses, count = 0.0, 0
+        for row in held_out:
+            logits = adapted(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            losses += functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+        assert rows[-1]["loss"][variant] == pytest.approx(losses / count, rel=1e-3)
+        assert rows[-1]["perplexity"][variant] == pytest.approx(math.exp(losses / count), rel=1e-2)
+    assert [answer["target"] for answer in rows[-1]["answers"]] == ["aaaa", "aaaa"]
+    assert mode.summary.held_out_perplexity == rows[-1]["perplexity"]
+
+
+def test_a_fully_trained_model_is_a_whole_model(modes: dict[str, Mode]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("full", "full-zero3"):
+        folder = Path(modes[name].summary.adapter_path)
+        assert not (folder / "adapter_config.json").exists()
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert json.loads((folder / "summary.json").read_text())["settings"]["training"]["method"] == "full"
+        assert "model" in (folder / "model_card.md").read_text()
+
+
+def test_attention_that_ignores_positions_is_found_before_the_first_step(tiny_model: Path, training_set: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows: Any = rows_to_train(training_set, "aft", PACK_LENGTH)
+    row = DataCollatorForLanguageModeling(pad_token_id=2, padding_free=True)([fullest_row(rows)])
+    for attention in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=attention)
+        head = TargetHead(model)
+        check_packing(model, head, row)
+
+    def blind(**inputs: Any) -> Any:
+        return model(**{name: value for name, value in inputs.items() if name != "position_ids"})
+
+    blind.eval = model.eval  # type: ignore[attr-defined]
+    blind.train = model.train  # type: ignore[attr-defined]
+    blind.training = False  # type: ignore[attr-defined]
+    blind.parameters = model.parameters  # type: ignore[attr-defined]
+    with pytest.raises(TrainingFailed, match="lets them see each other"):
+        check_packing(blind, head, row)

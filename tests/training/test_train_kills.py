@@ -1,0 +1,133 @@
+"""The driver and all below it, or a node, killed in the middle of an epoch: the training ends as if nothing had been.
+
+Dropout is on, so the order of batches, the optimizer, the schedule and the random state must all be picked up again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from aft_ray.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+NUM_STEPS = 60
+SAVE_STEPS = 7  # of three steps per epoch: a checkpoint in the middle of one
+
+DRIVER = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from aft_ray.config import LoraSettings, TrainingConfig
+from aft_ray.training import train_adapter
+from aft_ray.training.metrics import read_metrics
+
+folder, model, training_set, what, *names = sys.argv[1:]
+config = TrainingConfig(num_workers=2, batch_size_per_worker=4, num_epochs=20, learning_rate=5e-3, save_steps=7,
+                        bf16=False, deepspeed="zero2", lora=LoraSettings(rank=4, dropout=0.2))
+
+def train(name):
+    place = Path(folder) / name
+    summary = train_adapter(config=config, model=model, training_set=Path(training_set), variant="aft",
+                            output=place / "model", checkpoints=place / "checkpoints", seed=7,
+                            template_hashes={"aggregator": "h"})
+    (place / "resumed_from").write_text(str(summary.resumed_from_step))
+
+if what == "lose a node":
+    small = dict(num_cpus=1, object_store_memory=80_000_000)
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+    nodes = [cluster.add_node(**small) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+
+    def lose():
+        while len(read_metrics(Path(folder) / names[0] / "checkpoints/aft/metrics.jsonl")) < 25:
+            time.sleep(0.005)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        cluster.add_node(**small)
+
+    threading.Thread(target=lose, daemon=True).start()
+else:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+for name in names:
+    train(name)
+ray.shutdown()
+if what == "lose a node":
+    cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills")
+    (folder / "driver.py").write_text(DRIVER)
+    return folder
+
+
+def start(folder: Path, model: Path, training_set: Path, what: str, *names: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_health_check_period_ms": "500"}
+    environment |= {"RAY_health_check_failure_threshold": "3", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "driver.py"), str(folder), str(model), str(training_set), what, *names]
+    log = (folder / f"{what}.log").open("ab")
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path, what: str) -> None:
+    assert process.wait(timeout=400) == 0, (folder / f"{what}.log").read_text()[-3000:]
+
+
+def curve_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return read_metrics(folder / name / "checkpoints" / "aft" / "metrics.jsonl")
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """The driver first, so that it cannot notice; then raylet, workers and all the rest of its Ray."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for victim in [psutil.Process(process.pid), *below]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_the_driver_and_its_ray_killed_the_same_call_goes_on(
+    folder: Path, tiny_model: Path, training_set: Path
+) -> None:
+    process = start(folder, tiny_model, training_set, "kill", "killed")
+    while len(curve_of(folder, "killed")) < 25:
+        assert process.poll() is None, (folder / "kill.log").read_text()[-3000:]
+        time.sleep(0.005)
+    kill_all(process)
+    assert not (folder / "killed" / "model").exists()
+    finish(start(folder, tiny_model, training_set, "whole", "killed", "whole"), folder, "whole")
+    check_equal_to_whole(folder, "killed")
+
+
+def test_a_lost_node_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    folder: Path, tiny_model: Path, training_set: Path
+) -> None:
+    finish(start(folder, tiny_model, training_set, "lose a node", "lost"), folder, "lose a node")
+    check_equal_to_whole(folder, "lost")
+
+
+def check_equal_to_whole(folder: Path, name: str) -> None:
+    resumed_from = int((folder / name / "resumed_from").read_text())
+    assert 0 < resumed_from < NUM_STEPS
+    assert resumed_from % SAVE_STEPS == 0
+    whole, other = curve_of(folder, "whole"), curve_of(folder, name)
+    assert [row["step"] for row in other] == list(range(1, NUM_STEPS + 1))
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in whole], rel=1e-4, abs=1e-5)
+    adapters = [load_file(folder / one / "model" / "adapter_model.safetensors") for one in ("whole", name)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, tensor in adapters[0].items():
+        assert (tensor - adapters[1][key]).abs().max() < 1e-5, key

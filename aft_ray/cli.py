@@ -7,6 +7,7 @@ Heavy imports come after parsing, so `--help` and a wrong key answer in under a 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,27 @@ def evaluate(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode =
 def report(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Write the report again from what the run folder holds."""
     _steps(("report",), config, overrides, "must")
+
+
+@app.command()
+def export(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not be there yet.")],
+    overrides: Overrides = [],  # noqa: B006
+    variant: Annotated[str | None, typer.Option(help="Which one, where several are trained.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model's weights.")] = False,
+) -> None:
+    """Copy a trained adapter, or the whole model with it merged in, to a folder that stands alone."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.training.export import export_model, find_trained
+
+    settings = [part for override in overrides for part in ("--set", override)]
+    command = shlex.join(["aft-ray", "run", "--config", str(config), *settings, "--until", "train"])
+    trained = find_trained(loaded, variant, command)
+    is_new = export_model(trained, output, merged)
+    print(f"{output}: {trained.variant}{'' if is_new else ' is there already, from this very training'}")
 
 
 @app.command()

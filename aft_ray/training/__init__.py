@@ -12,6 +12,7 @@
     progress     what the driver reports while the workers train
     proof        what must hold before an adapter or model counts as trained
     adapter      the output folder: weights, tokenizer, model card, summary; complete or absent
+    export       a finished training as a folder that stands alone: the adapter, or merged into the base model
     worker       what runs in each Ray Train worker
     deepspeed/   the ZeRO presets
 

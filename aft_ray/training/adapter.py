@@ -23,6 +23,7 @@ from aft_ray.runs import difference, versions
 from aft_ray.training.task import TrainSummary, TrainTask
 
 SUMMARY = "summary.json"
+CARD = "model_card.md"
 
 
 def partial_folder(output: Path) -> Path:
@@ -58,8 +59,14 @@ def finish_folder(task: TrainTask, model: str, summary: TrainSummary) -> None:
     for stray in ("training_args.bin", "README.md"):
         (folder / stray).unlink(missing_ok=True)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    (folder / "model_card.md").write_text(model_card(task, model, summary))
-    stored = {"fingerprint": task.fingerprint, "summary": dataclasses.asdict(summary), "settings": task.settings}
+    trained_with = versions()
+    (folder / CARD).write_text(model_card(task.settings, model, summary, trained_with))
+    stored = {
+        "fingerprint": task.fingerprint,
+        "summary": dataclasses.asdict(summary),
+        "settings": task.settings,
+        "versions": trained_with,
+    }
     (folder / SUMMARY).write_text(json.dumps(stored, indent=1))
     folder.rename(task.output)
 
@@ -72,17 +79,28 @@ def clear_partial(task: TrainTask) -> Path:
     return folder
 
 
-def model_card(task: TrainTask, model: str, summary: TrainSummary) -> str:
-    """The card as Markdown."""
-    settings = task.settings
+def model_card(
+    settings: Mapping[str, Any],
+    model: str,
+    summary: TrainSummary,
+    trained_with: Mapping[str, str],
+    merging: Mapping[str, Any] | None = None,
+) -> str:
+    """The card as Markdown. `settings`: the task's. `trained_with`: versions of the libraries.
+
+    `merging`: how the adapter became part of the base model's weights (export.py); None for what training saves.
+    """
+    variant = settings["variant"]
+    is_whole = settings["training"].get("method") == "full"
+    held_out = summary.held_out_perplexity or {}
     parts = {
         "Made from": {
             "base model": model,
-            "variant": task.variant,
+            "variant": variant,
             "training rows": summary.num_rows,
             "data fingerprint": fingerprint(settings["training_set"]),
             "seed": settings["seed"],
-            "task fingerprint": task.fingerprint,
+            "task fingerprint": fingerprint(settings),
         },
         "Templates": settings["templates"],
         "Training": {
@@ -92,16 +110,23 @@ def model_card(task: TrainTask, model: str, summary: TrainSummary) -> str:
             "trained tokens": summary.num_trained_tokens,
             "first loss": round(summary.first_loss, 4),
             "last loss": round(summary.last_loss, 4),
+            **{f"held-out perplexity, {name}": round(value, 3) for name, value in held_out.items()},
             "seconds": round(summary.seconds, 1),
             "tokens per second": round(summary.tokens_per_second, 1),
             "resumed from step": summary.resumed_from_step,
         },
         "Settings": _flat(settings["training"]),
-        "Versions": versions(),
+        "Versions": trained_with,
+        "Merging": merging or {},
     }
     sections = [f"## {title}\n\n{_table(rows)}" for title, rows in parts.items() if rows]
-    intro = f"LoRA adapter `{task.variant}` for `{model}`, trained by Aggregation Fine-Tuning (arXiv 2501.11877).\n"
-    return "\n".join([f"# {task.variant} adapter\n", intro, *sections])
+    kind, what = "adapter", f"LoRA adapter `{variant}` for `{model}`"
+    if merging:
+        kind, what = "merged model", f"`{model}` with the LoRA adapter `{variant}` merged into its weights"
+    elif is_whole:
+        kind, what = "model", f"`{model}` with every weight fine-tuned as `{variant}`"
+    intro = f"{what}, trained by Aggregation Fine-Tuning (arXiv 2501.11877).\n"
+    return "\n".join([f"# {variant} {kind}\n", intro, *sections])
 
 
 def _table(rows: Mapping[str, Any]) -> str:

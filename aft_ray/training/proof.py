@@ -97,13 +97,18 @@ def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | No
     return loss.item()
 
 
+def same_loss(found: float, expected: float, dtype: str) -> bool:
+    """Whether two losses of one batch are equal within what the weights' dtype allows; nan is equal to nothing."""
+    return abs(found - expected) <= TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(abs(expected), 1e-2)
+
+
 def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Path, ending: Ending) -> None:
     """What was saved, loaded anew, gives the loss that the trained model gave."""
     trained = load_trained(config, model, folder)
     if not config.gpus_per_worker:
         trained = trained.to(ending.batch["input_ids"].device)
     found = batch_loss(trained, ending.batch)
-    if not abs(found - ending.loss) <= TOLERANCE[dtype_name(config)] * max(abs(ending.loss), 1e-2):
+    if not same_loss(found, ending.loss, dtype_name(config)):
         raise TrainingFailed(
             f"variant {task.variant}: what was saved, reloaded, has loss {found:.5f} on a batch where the trained "
             f"model had {ending.loss:.5f}"

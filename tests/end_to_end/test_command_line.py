@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     done = aft_ray("--help")
     assert done.returncode == 0
-    for command in ("run", "train", "evaluate", "report", "serve", "ask", "plan", "submit", "doctor"):
+    for command in ("run", "train", "evaluate", "report", "export", "serve", "ask", "plan", "submit", "doctor"):
         assert command in done.stdout
 
 

@@ -27,3 +27,41 @@ def write_training_set(folder: Path, rows: list[dict[str, Any]]) -> Path:
     for number, part in enumerate((rows[:middle], rows[middle:])):
         pq.write_table(pa.Table.from_pylist(part, schema=TRAINING_SET), folder / f"shard-{number:05d}.parquet")
     return folder
+
+
+def write_model(folder: Path, *, eos: str = "<|im_end|>", hidden_size: int = 32) -> Path:
+    """A two-layer Llama with four heads and random float32 weights; turns end with <|im_end|>, whatever `eos` is."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    names = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "over", "Zebra", *WORDS]
+    names += [] if eos in names else [eos]
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token=eos,
+        pad_token=eos,
+        additional_special_tokens=["<|im_start|>", *(["<|im_end|>"] if eos != "<|im_end|>" else [])],
+        chat_template=TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(names),
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -57,6 +58,28 @@ def resolve_model(reference: str) -> str:
             f"model {reference}: not a folder here and not a hub id (owner/name). Packaged models: {sorted(PACKAGED)}"
         )
     return reference
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+def tokenizer_hash(model: str) -> str:
+    """What ids and chat template come from: sha256 of a folder's tokenizer files, or of a hub id.
+
+    `tokenizer_config.json` is left out: libraries write it anew with their version in it. A chat template that stands
+    there, as older ones do, is counted.
+    """
+    digest = hashlib.sha256()
+    folder = Path(model)
+    if not folder.is_dir():
+        return hashlib.sha256(model.encode()).hexdigest()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    digest.update(json.dumps(template).encode())
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:

@@ -20,7 +20,7 @@ from aft_ray.config import EngineConfig, TemplatesConfig, TrainingSetConfig, Var
 from aft_ray.data.proposals import aggregator_hash
 from aft_ray.data.selection import selected_texts
 from aft_ray.errors import ConfigError, InputError, PromptTooLong
-from aft_ray.models import resolve_model
+from aft_ray.models import resolve_model, tokenizer_hash
 from aft_ray.records import TRAINING_SET, derive_seed
 from aft_ray.runs import Run
 from aft_ray.stages import Processed, RowWorker, Stage
@@ -175,6 +175,7 @@ def stage(run: Run) -> Stage:
         settings={
             "training_set": config.training_set.model_dump(mode="json", exclude={"placement"}),
             "model": getattr(config.engine, "model", None),
+            "tokenizer": tokenizer_hash(tokenizer_of(config.engine)),
             "template": aggregator_hash(config.templates),
             "length_policy": config.templates.length_policy,
             "seed": config.run.seed if config.training_set.vary_num_proposals else None,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.errors import InputError
+from aft_ray.models import tokenizer_hash
 from aft_ray.records import TRAIN, TRAINING_SET
 from aft_ray.runs import read_manifest
 from aft_ray.storage import Folder
@@ -88,6 +89,23 @@ def rows_to_train(training_set: Path, task_variant: str, pack_length: int | None
     from aft_ray.training.packing import pack
 
     return pack(dataset, pack_length)
+
+
+def check_made_for(training_set: Path, model: str, template_hashes: Mapping[str, str]) -> None:
+    """The set was made with this model's tokenizer and this run's template, as its manifest tells.
+
+    Raises InputError with both hashes. A set without a manifest, made elsewhere, has only its rows to be checked by.
+    """
+    manifest = read_manifest(Folder.at(training_set))
+    made_with = manifest.settings if manifest else {}
+    now = {"tokenizer": tokenizer_hash(model), "template": template_hashes.get("aggregator")}
+    for what, hash_now in now.items():
+        before = made_with.get(what)
+        if before is not None and hash_now is not None and before != hash_now:
+            raise InputError(
+                f"{training_set}: made with another {what}: sha256 {before[:16]} then, {hash_now[:16]} now. "
+                "Train the model the set was made for, or make the set again in another run.dir"
+            )
 
 
 def check_examples(table: pa.Table, model: str) -> None:

@@ -24,7 +24,7 @@ from aft_ray.errors import AftError, ConfigError, TrainingFailed
 from aft_ray.runs import begin, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.training.adapter import finished_summary
-from aft_ray.training.examples import check_examples, read_examples, rows_to_train, shard_files
+from aft_ray.training.examples import check_examples, check_made_for, read_examples, rows_to_train, shard_files
 from aft_ray.training.progress import watch
 from aft_ray.training.task import TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
@@ -81,6 +81,7 @@ def train_adapters(
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     training_set, checkpoints = training_set.absolute(), checkpoints.absolute()
     files = shard_files(training_set)
+    check_made_for(training_set, model, template_hashes)
     tasks, summaries = [], {}
     for variant, output in outputs.items():
         settings = task_settings(config, model, files, variant, seed, template_hashes)

@@ -228,6 +228,13 @@ def test_a_source_that_cannot_be_read_is_refused(
         list(read_prompts(PromptsConfig(source=source)))
 
 
+def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", {"question": "What is 2+2?", "answer": "4"})
+    config = PromptsConfig(source=f"hub:{tmp_path}:train", reference_column="answer", task="numeric")
+    (row,) = read_prompts(config)
+    assert (row["messages"][0]["content"], row["reference"]) == ("What is 2+2?", "4")
+
+
 def test_a_hub_data_set_out_of_reach_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"hub:nobody/nothing:test: cannot be loaded: .*or give a local \.jsonl"):
         list(read_prompts(PromptsConfig(source="hub:nobody/nothing:test")))

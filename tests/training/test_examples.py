@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from tiny import NUM_ROWS, write_training_set
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import InputError, ResumeRefused
+from aft_ray.models import tokenizer_hash
+from aft_ray.runs import Manifest, write_manifest
+from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE
 from aft_ray.training import train_adapter
-from aft_ray.training.examples import batch_order, check_batch, read_examples
+from aft_ray.training.examples import batch_order, check_batch, check_made_for, read_examples
 from aft_ray.training.task import planned_steps
 
 
@@ -139,3 +143,31 @@ def test_steps_are_planned_as_the_trainer_takes_them(
         num_epochs=epochs,
     )
     assert planned_steps(rows, config) == steps
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "template"])
+def test_a_set_made_with_another_tokenizer_or_template_is_refused_with_both_hashes(
+    what: str, tiny_model: Path, examples: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = write_training_set(tmp_path, examples)
+    hashes = {"tokenizer": tokenizer_hash(str(tiny_model)), "template": "a" * 64}
+
+    def write(settings: dict[str, str]) -> None:
+        manifest = Manifest(stage="training_set", status="done", fingerprint="", settings=settings)
+        write_manifest(Folder.at(folder), manifest)
+
+    check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})  # made elsewhere: no manifest
+    write(hashes)
+    check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
+    write({**hashes, what: "b" * 64})
+    now = hashes[what][:16]
+    with pytest.raises(InputError, match=f"another {what}: sha256 {'b' * 16} then, {now} now"):
+        check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
+
+
+def test_the_tokenizers_identity_is_its_files_and_its_chat_template(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "same")
+    assert tokenizer_hash(str(tmp_path / "same")) == tokenizer_hash(str(tiny_model))
+    (tmp_path / "same" / "chat_template.jinja").write_text("another one")
+    assert tokenizer_hash(str(tmp_path / "same")) != tokenizer_hash(str(tiny_model))
+    assert tokenizer_hash("a/b") != tokenizer_hash("a/c")

@@ -66,8 +66,20 @@ def run(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
+def train(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    resume: ResumeMode = "auto",
+    show_batch: Annotated[
+        bool, typer.Option("--show-batch", help="Print the first batch, trained tokens marked, and train nothing.")
+    ] = False,
+) -> None:
     """Train the adapters of a run whose training set is there."""
+    if show_batch:
+        from aft_ray.config import load_config
+        from aft_ray.pipeline.preview import show_first_batch
+
+        return show_first_batch(load_config(config, overrides))
     _steps(("train",), config, overrides, resume)
 
 

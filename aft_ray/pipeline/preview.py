@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from aft_ray.data import proposals as proposals_room
 from aft_ray.data.prompts import read_prompts
 from aft_ray.data.proposals import data_stages
 from aft_ray.data.training_set import tokenizer_of
+from aft_ray.errors import InputError
 from aft_ray.records import fingerprint
 from aft_ray.runs import Manifest, Run, read_manifest
 from aft_ray.storage import Folder
@@ -80,6 +82,31 @@ def show(run: Run) -> None:
         if manifest and (manifest.failed or manifest.filtered):
             console.print(f"{name}: left out {dict(manifest.filtered)}, failed {dict(manifest.failed)}")
             console.print(f"  reasons by row: {run.folder.path}/{name}/failed") if manifest.failed else None
+
+
+def show_first_batch(config: Config) -> None:
+    """Print the rows of every variant's first optimizer step as they will be trained on, checked as training does."""
+    from transformers import AutoTokenizer
+
+    from aft_ray.training.examples import batch_order, check_examples, check_made_for, read_examples, rows_to_train
+    from aft_ray.training.task import step_size
+
+    console = Console(highlight=False, soft_wrap=True)
+    model = tokenizer_of(config.engine)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    training_set = Path(Folder.at(config.run.dir).child("training_set").path)
+    if not training_set.is_dir():
+        raise InputError(f"{training_set}: not made yet. Run: aft-ray run --until training_set")
+    check_made_for(training_set, model, {"aggregator": proposals_room.aggregator_hash(config.templates)})
+    for variant in config.training_set.variants:
+        check_examples(read_examples(training_set, variant), model)
+        rows = rows_to_train(training_set, variant, config.training.pack_length)
+        size, lengths = step_size(config.training), [len(ids) for ids in rows["input_ids"]]
+        console.rule(f"{variant}: first step, {min(size, len(rows))} rows")
+        for place in batch_order(lengths, size, config.run.seed % 2**32, epoch=0)[:size]:
+            trained = sum(label >= 0 for label in rows[place]["labels"])
+            console.print(Text(f"\n{lengths[place]} tokens, {trained} of them trained", style="bold cyan"))
+            console.print(marked(tokenizer, rows[place], console.is_terminal))
 
 
 def marked(tokenizer: Any, example: Mapping[str, Any], colour: bool) -> Text:

@@ -129,6 +129,11 @@ def model_identity(model: str) -> dict[str, Any]:
     }
 
 
+def step_size(config: TrainingConfig) -> int:
+    """Rows of one optimizer step, over all workers."""
+    return config.batch_size_per_worker * config.num_workers * config.gradient_accumulation_steps
+
+
 def planned_steps(num_rows: int, config: TrainingConfig) -> int:
     """Optimizer steps of a run: the last batch of an epoch is filled up, so it counts whole."""
     batches = math.ceil(num_rows / (config.batch_size_per_worker * config.num_workers))

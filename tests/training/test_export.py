@@ -16,6 +16,7 @@ from tiny import ANSWER, TEMPLATE, write_model, write_training_set
 from aft_ray.cli import app, guarded
 from aft_ray.config import TrainingConfig, VllmEngineConfig, load_config
 from aft_ray.errors import TrainingFailed
+from aft_ray.pipeline.preview import show_first_batch
 from aft_ray.templates import ChatFormat
 from aft_ray.training.adapter import clear_partial, finish_folder
 from aft_ray.training.examples import read_examples, shard_files
@@ -95,6 +96,15 @@ def run(examples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     run = FinishedRun(tmp_path_factory.mktemp("run"), model, examples)
     run.finish(with_adapter(model, run.training_set, 40))
     return run
+
+
+def test_the_first_batch_is_shown_with_its_trained_tokens_marked(
+    run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_first_batch(load_config(run.file, ["training_set.variants=[aft]"]))
+    shown = capsys.readouterr().out
+    assert "aft: first step, 4 rows" in shown
+    assert shown.count("«" + ANSWER.replace(" ", "") + "<|im_end|>»") == 4
 
 
 @pytest.fixture(scope="module")

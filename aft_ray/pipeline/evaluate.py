@@ -25,6 +25,7 @@ PERPLEXITY = "perplexity.json"
 def evaluate(run: Run, session: RaySession) -> None:
     """Answers of every system, then perplexities; both skip what is there.
 
+    Adapters are served beside the base model; a fully trained model has an endpoint of its own, one after the other.
     Perplexities need log-probabilities, which no HTTP endpoint gives: they are asked of the engine behind the run's
     own endpoint, and left out where `evaluation.base_url` names another one.
     """
@@ -34,11 +35,26 @@ def evaluate(run: Run, session: RaySession) -> None:
     if not missing and not unscored:
         return
     session.connect()
-    with endpoint(run) as base_url:
-        for system in missing:
-            _answer(run, system, base_url)
-        if unscored:
-            _perplexity(run)
+    whole = models_of(run) if served_here else {}
+    scores: list[TargetScore] = []
+    for served in (None, *whole):
+        asked = [
+            system for system in missing if (_model_name(system) if _model_name(system) in whole else None) == served
+        ]
+        if not asked and not unscored:
+            continue
+        with endpoint(run, served) as base_url:
+            for system in asked:
+                _answer(run, system, base_url)
+            if unscored:
+                scores += asyncio.run(_scores(run, served))
+    if unscored:
+        content = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
+        run.folder.child("evaluation").write_bytes(PERPLEXITY, content.encode())
+
+
+def _model_name(system: SystemConfig) -> str:
+    return system.model.partition("@")[0]
 
 
 def adapters_of(run: Run) -> dict[str, str]:
@@ -51,15 +67,35 @@ def adapters_of(run: Run) -> dict[str, str]:
     }
 
 
-def serving_of(run: Run) -> ServingConfig:
-    """The run's serving section with the run's own engine, adapters and templates where it names none."""
+def models_of(run: Run) -> dict[str, str]:
+    """The run's fully trained models by variant, as absolute paths."""
+    folder = Path(run.folder.path) / "model"
+    if run.config.training.method != "full":
+        return {}
+    return {
+        variant: str(folder / variant)
+        for variant in run.config.training_set.variants
+        if (folder / variant / "config.json").is_file()
+    }
+
+
+def serving_of(run: Run, whole: str | None = None) -> ServingConfig:
+    """The run's serving section with the run's own engine, adapters and templates where it names none.
+
+    `whole`: instead of the base model, serve this variant's fully trained model.
+    """
     serving = run.config.serving
     adapters = serving.adapters if serving.adapters is not None else adapters_of(run)
+    engine: Any = serving.engine or run.config.engine
+    base_name = serving.base_name
+    if whole is not None:
+        engine, adapters, base_name = engine.model_copy(update={"model": models_of(run)[whole]}), {}, whole
     return serving.model_copy(
         update={
-            "engine": serving.engine or run.config.engine,
+            "engine": engine,
             "adapters": adapters,
-            "default_model": serving.default_model or (list(adapters)[-1] if adapters else serving.base_name),
+            "base_name": base_name,
+            "default_model": serving.default_model or (list(adapters)[-1] if adapters else base_name),
             "templates": run.config.templates,
         }
     )
@@ -70,12 +106,12 @@ def systems_of(run: Run) -> tuple[SystemConfig, ...]:
     if run.config.evaluation.systems is not None:
         return run.config.evaluation.systems
     serving = serving_of(run)
-    names = [serving.base_name, *(serving.adapters or {})]
+    names = [serving.base_name, *(serving.adapters or {}), *models_of(run)]
     return tuple(SystemConfig(name=name, model=name) for name in names)
 
 
 @contextlib.contextmanager
-def endpoint(run: Run) -> Iterator[str]:
+def endpoint(run: Run, whole: str | None = None) -> Iterator[str]:
     """The endpoint to ask: the one that is named, else the run's own, served for the time of the block."""
     if run.config.evaluation.base_url is not None:
         yield run.config.evaluation.base_url
@@ -83,7 +119,7 @@ def endpoint(run: Run) -> Iterator[str]:
     from aft_ray.serving import serve_app, stop
 
     with Progress("serve", total=1, unit="endpoint") as progress:
-        base_url = serve_app(serving_of(run).model_copy(update={"port": 0}))
+        base_url = serve_app(serving_of(run, whole).model_copy(update={"port": 0}))
         progress.update(done=1, note=base_url)
     try:
         yield base_url
@@ -113,8 +149,9 @@ def _answer(run: Run, system: SystemConfig, base_url: str) -> None:
 
 
 def _weights_of(run: Run, model: str) -> str:
-    """What stands for a model's weights: its adapter's config and summary, or the base model's name."""
-    adapter = (serving_of(run).adapters or {}).get(model.partition("@")[0])
+    """What stands for a model's weights: the summary of its training, or the base model's name."""
+    name = model.partition("@")[0]
+    adapter = (serving_of(run).adapters or {}).get(name, models_of(run).get(name))
     if adapter is None:
         return fingerprint(run.config.engine.model_dump(mode="json"))
     summary = Path(adapter, "summary.json")
@@ -124,23 +161,21 @@ def _weights_of(run: Run, model: str) -> str:
 # ── perplexity ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _perplexity(run: Run) -> None:
-    """Score the held-out targets under every condition, on the engine that has just answered."""
-    rows = [row for row in run.folder.child("targets").rows() if row["split"] == HELD_OUT and row["target"]["text"]]
-    scores = asyncio.run(_scores(run, rows))
-    content = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
-    run.folder.child("evaluation").write_bytes(PERPLEXITY, content.encode())
-
-
-async def _scores(run: Run, rows: list[dict[str, Any]]) -> list[TargetScore]:
-    """Every target under prompt only and prompt + proposals, before and after training (paper, Figure 6)."""
+async def _scores(run: Run, whole: str | None) -> list[TargetScore]:
+    """The held-out targets under prompt only and prompt + proposals, on the engine that has just answered: before and
+    after training (paper, Figure 6).
+    """
     from aft_ray.serving import served_engine
     from aft_ray.templates.loading import load_format
 
     config = run.config
-    engine = await served_engine(serving_of(run))
+    rows = [row for row in run.folder.child("targets").rows() if row["split"] == HELD_OUT and row["target"]["text"]]
+    engine = await served_engine(serving_of(run, whole))
     prompt_format = load_format(engine.info.tokenizer, config.templates.in_context)
-    conditions = conditions_of(prompt_format, config.templates, config.training_set.max_length, rows, adapters_of(run))
+    trained: dict[str, str | None] = {whole: None} if whole else {**adapters_of(run)}
+    conditions = conditions_of(
+        prompt_format, config.templates, config.training_set.max_length, rows, trained, with_base=whole is None
+    )
     with Progress("perplexity", total=len(rows) * len(conditions), unit="targets") as progress:
         return await score_targets(engine, conditions, on_progress=lambda done, _: progress.update(done=done))
 
@@ -150,9 +185,13 @@ def conditions_of(
     templates: TemplatesConfig,
     max_length: int,
     rows: list[dict[str, Any]],
-    adapters: Mapping[str, str],
+    trained: Mapping[str, str | None],
+    with_base: bool = True,
 ) -> list[ScoredCondition]:
-    """The conditions of Figure 6 that this run can show; row i is the same target in each."""
+    """The conditions of Figure 6 that an engine can show; row i is the same target in each.
+
+    `trained`: adapter by variant; None where the variant is the engine's own model, which then is no base model.
+    """
     from aft_ray.data.selection import selected_texts
     from aft_ray.templates import AggregatorTemplate, fit_aggregation
 
@@ -167,12 +206,12 @@ def conditions_of(
         )
         alone.append((prompt_format.prompt_ids(row["messages"]), target_ids))
         with_proposals.append((fitted.prompt_ids, target_ids))
-    conditions = [
-        ScoredCondition(name="base, prompt only", adapter=None, rows=alone),
-        ScoredCondition(name="base, prompt + proposals", adapter=None, rows=with_proposals),
-    ]
-    if "sft" in adapters:
-        conditions.append(ScoredCondition(name="SFT, prompt only", adapter=adapters["sft"], rows=alone))
-    if "aft" in adapters:
-        conditions.append(ScoredCondition(name="AFT, prompt + proposals", adapter=adapters["aft"], rows=with_proposals))
+    conditions = []
+    if with_base:
+        conditions.append(ScoredCondition(name="base, prompt only", adapter=None, rows=alone))
+        conditions.append(ScoredCondition(name="base, prompt + proposals", adapter=None, rows=with_proposals))
+    if "sft" in trained:
+        conditions.append(ScoredCondition(name="SFT, prompt only", adapter=trained["sft"], rows=alone))
+    if "aft" in trained:
+        conditions.append(ScoredCondition(name="AFT, prompt + proposals", adapter=trained["aft"], rows=with_proposals))
     return conditions

@@ -507,9 +507,6 @@ class TrainingConfig(Strict):
             "init_adapter starts from a LoRA: with method full start from a merged model (aft-ray export --merged)": (
                 self.init_adapter is not None and self.method == "full"
             ),
-            "lora.dora with deepspeed zero3: DoRA reads whole weights, which ZeRO-3 splits; use zero2": (
-                self.lora.dora and self.deepspeed.startswith("zero3")
-            ),
         }
         for reason, holds in refused.items():
             if holds:

@@ -48,7 +48,6 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "deepspeed": "zero3"}}, ["ZeRO-3", "use zero2"]),
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "method": "full"}}, ["method: lora"]),
         ({"training": {"lora": {"target_modules": ["q_proj", "lm_head"]}}}, ["lm_head", "never be trained"]),
-        ({"training": {"lora": {"dora": True}, "deepspeed": "zero3"}}, ["DoRA", "use zero2"]),
         ({"training": {"method": "full", "init_adapter": "a"}}, ["init_adapter", "export --merged"]),
         ({"training": {"attention": "flash_attention_2"}}, ["flash_attention_2 needs a GPU and bf16"]),
         ({"training": {"pack_length": 64}}, ["pack_length 64 < training_set.max_length", "Raise pack_length"]),

@@ -31,7 +31,7 @@ SQUARES = NUMBERS.append(pa.field("square", pa.int64()))
 class Squarer:
     """Squares `number`; refuses those in `bad`; takes `seconds` per row; dies (its engine did) when `broken`.
 
-    `slow` rows take five seconds; `pid_file` gets the process it runs in.
+    `slow_until`: row 0 takes until a folder has so many shards; `pid_file` gets the process it runs in.
     """
 
     def __init__(
@@ -39,15 +39,20 @@ class Squarer:
         bad: tuple[int, ...] = (),
         seconds: float = 0.0,
         broken: bool = False,
-        slow: tuple[int, ...] = (),
+        slow_until: tuple[Path, int] | None = None,
         pid_file: Path | None = None,
     ) -> None:
-        self.bad, self.seconds, self.broken, self.slow = bad, seconds, broken, slow
+        self.bad, self.seconds, self.broken, self.slow_until = bad, seconds, broken, slow_until
         if pid_file is not None:
             pid_file.write_text(str(os.getpid()))
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        await asyncio.sleep(5.0 if row["number"] in self.slow else self.seconds)
+        await asyncio.sleep(self.seconds)
+        if self.slow_until is not None and row["number"] == 0:
+            folder, num_files = self.slow_until
+            async with asyncio.timeout(60):
+                while len(list(folder.glob("*.parquet"))) < num_files:  # noqa: ASYNC110 (files have no event)
+                    await asyncio.sleep(0.05)
         if row["number"] in self.bad or self.broken:
             raise InputError(f"{row['number']} cannot be squared here")
         return Processed(rows=[{**row, "square": row["number"] ** 2}], completion_tokens=1)
@@ -184,11 +189,9 @@ def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None,
 
 def test_a_slow_row_delays_its_own_shard_and_no_other(ray_cluster: None, tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=60)
-    stage = squares(tmp_path, slow=(0,))
-    run_stage(stage, max_failure_rate=0)
-    times = {name: (tmp_path / "squares" / name).stat().st_mtime for name in stage.output.names(".parquet")}
-    slow = times.pop("shard-00000.parquet")
-    assert all(slow > time for time in times.values())
+    stage = squares(tmp_path, slow_until=(tmp_path / "squares", 19))
+    manifest = run_stage(stage, max_failure_rate=0)
+    assert (manifest.rows_out, manifest.failed) == (60, {}), "row 0 waited for the 19 other shards, and they came"
 
 
 def test_a_worker_killed_in_mid_stage_is_replaced_and_no_row_is_lost(ray_cluster: None, tmp_path: Path) -> None:

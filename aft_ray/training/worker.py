@@ -218,7 +218,9 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_ste
     ending = Ending(
         num_steps=trainer.state.global_step,
         moved=sums.moved(trainer.model),
-        stood_still=first_step < task.num_steps and sums.all_stood_still(trainer.model),
+        stood_still=plan.config.method == "full"  # a LoRA is checked tensor by tensor (check_adapter)
+        and first_step < task.num_steps
+        and sums.all_stood_still(trainer.model),
         batch=batch,
         loss=batch_loss(trainer.model, batch, trainer._head),
     )

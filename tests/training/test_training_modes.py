@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "deepspeed": "none", "learning_rate": 2e-3},
     "full-zero3": {"method": "full", "deepspeed": "zero3", "learning_rate": 2e-3},
     "rslora": {"lora": LoraSettings(rank=4, rslora=True)},
-    "dora": {"lora": LoraSettings(rank=4, dora=True)},
+    "dora-zero3": {"lora": LoraSettings(rank=4, dora=True), "deepspeed": "zero3"},
 }
+DIVERGING = {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def modes(
 
     folder = tmp_path_factory.mktemp("modes")
     plans, tasks = {}, {}
-    for name, changes in MODES.items():
+    for name, changes in {**MODES, "diverging": DIVERGING}.items():
         config = TrainingConfig.model_validate({**BASE.model_dump(), **changes})
         settings = task_settings(config, str(tiny_model), shard_files(training_set), "aft", SEED, {"aggregator": "h"})
         place = folder / name
@@ -102,6 +104,10 @@ def modes(
         ),
     )
     results: Any = trainer.fit().return_value
+    diverged = results.pop("diverging")["error"]
+    assert isinstance(diverged, TrainingFailed)
+    assert re.match(r"variant aft: the loss is (nan|inf) at step \d+; lower training.learning_rate", str(diverged))
+    assert not (folder / "diverging" / "model").exists()
     for name, result in results.items():
         assert result["error"] is None, f"{name}: {result['error']}"
     return {name: Mode(plans[name].config, results[name]["summaries"]["aft"], tasks[name].folder) for name in MODES}

@@ -1,0 +1,78 @@
+"""One small strict model per room; a run is one YAML file.
+
+    config = load_config(Path("configs/quickstart.yaml"), overrides=["proposals.num_per_prompt=8"])
+
+Unknown keys are refused with the nearest known name. A YAML may start from another one with `base: other.yaml` and
+then holds only its differences. Every room receives its own part and nothing else.
+
+    strict.py      the base of every model            engines.py    engines and their placement
+    data.py        prompts to training set            training.py   fine-tuning
+    serving.py     the endpoint, evaluation           templates.py  the words around the data
+    run.py         `Config`, the whole                loading.py    YAML and --set -> `Config`
+"""
+
+from aft_ray.config.data import (
+    ULTRAFEEDBACK,
+    JudgeConfig,
+    LikelihoodConfig,
+    PromptsConfig,
+    ProposalsConfig,
+    ProposerConfig,
+    ResponsesConfig,
+    ScoresConfig,
+    SelectionConfig,
+    TargetFilters,
+    TargetsConfig,
+    TrainingSetConfig,
+    Variant,
+)
+from aft_ray.config.engines import (
+    EngineConfig,
+    OpenAIEngineConfig,
+    PlacementConfig,
+    PricesConfig,
+    ScriptedEngineConfig,
+    TransformersEngineConfig,
+    VllmEngineConfig,
+)
+from aft_ray.config.loading import load_config, merge, validate
+from aft_ray.config.run import Config, RunSection
+from aft_ray.config.serving import EvaluationConfig, ReplicaConfig, ServingConfig, SystemConfig
+from aft_ray.config.templates import TemplatesConfig
+from aft_ray.config.training import DeepSpeedPreset, LoraSettings, TrainingConfig
+
+__all__ = [
+    "ULTRAFEEDBACK",
+    "Config",
+    "DeepSpeedPreset",
+    "EngineConfig",
+    "EvaluationConfig",
+    "JudgeConfig",
+    "LikelihoodConfig",
+    "LoraSettings",
+    "OpenAIEngineConfig",
+    "PlacementConfig",
+    "PricesConfig",
+    "PromptsConfig",
+    "ProposalsConfig",
+    "ProposerConfig",
+    "ReplicaConfig",
+    "ResponsesConfig",
+    "RunSection",
+    "ScoresConfig",
+    "ScriptedEngineConfig",
+    "SelectionConfig",
+    "ServingConfig",
+    "SystemConfig",
+    "TargetFilters",
+    "TargetsConfig",
+    "TemplatesConfig",
+    "TrainingConfig",
+    "TrainingSetConfig",
+    "TransformersEngineConfig",
+    "Variant",
+    "VllmEngineConfig",
+    "load_config",
+    "merge",
+    "validate",
+]

@@ -1,0 +1,45 @@
+"""The base of every config model: frozen, and unknown keys are refused with the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+from aft_ray.engines.base import Sampling
+from aft_ray.inference.plan import Plan
+
+
+def _refuse_unknown(value: Any, known: Iterable[str]) -> Any:
+    if isinstance(value, Mapping):
+        names = list(known)
+        for key in value:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(names))}"
+                raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": str(key), "hint": hint})
+    return value
+
+
+def _known_fields(record: type) -> Callable[[Any], Any]:
+    names = [field.name for field in dataclasses.fields(record)]
+    return lambda value: _refuse_unknown(value, names)
+
+
+SamplingField = Annotated[Sampling, BeforeValidator(_known_fields(Sampling))]
+PlanField = Annotated[Plan, BeforeValidator(_known_fields(Plan))]
+
+
+class Strict(BaseModel):
+    """Base of every config model: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        return _refuse_unknown(value, cls.model_fields)

@@ -128,7 +128,7 @@ def results(data: ReportData) -> dict[str, Any]:
 
 def render(data: ReportData) -> str:
     """The page as HTML."""
-    template = _environment().get_template(TEMPLATE.name)
+    template = environment().get_template(TEMPLATE.name)
     charts = {"rewards": _rewards_chart(data), "perplexity": _perplexity_chart(data), "loss": _loss_chart(data)}
     html = template.render(data=data, limits=limits(data), charts=charts, max_seconds=_max_seconds(data))
     return UNSHOWABLE.sub("\ufffd", html)
@@ -237,12 +237,13 @@ def _point(row: str, series: str, value: Estimate) -> Point:
     return Point(row=row, series=series, mean=value.mean, low=value.low, high=value.high)
 
 
-def _environment() -> Environment:
+def environment(*folders: Path) -> Environment:
+    """What renders our pages: autoescaping, our filters, and the templates of this folder beside those of `folders`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
+        loader=FileSystemLoader([*folders, TEMPLATE.parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

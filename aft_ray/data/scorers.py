@@ -30,9 +30,9 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from aft_ray.config import EngineConfig, ScoresConfig
-from aft_ray.data.answers import final_number, short_answer
 from aft_ray.data.constraints import check_all
 from aft_ray.errors import ConfigError, InputError
+from aft_ray.inference.answers import final_number, short_answer
 from aft_ray.records import metadata_of
 
 logger = logging.getLogger(__name__)

@@ -50,6 +50,7 @@ LAYER_USAGE = pa.struct(
         ("num_failed", pa.int64()),
         ("num_cancelled", pa.int64()),
         ("seconds", pa.float64()),
+        ("decided_by", pa.string()),
     ]
 )
 ANSWERS = pa.schema(

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aft_ray.engines.base import GenerateRequest, Sampling
 from aft_ray.errors import ConfigError, PromptTooLong
-from aft_ray.inference.events import Answer
+from aft_ray.inference.events import Answer, LayerUsage
 from aft_ray.inference.layer import Call, Slot
 from aft_ray.inference.plan import Plan
 from aft_ray.inference.role import Role
@@ -37,6 +37,13 @@ class Run:
     template: AggregatorTemplate
     run_seed: int
     request_id: str
+    account: Callable[[LayerUsage], None] | None = None
+    """Told what each layer cost."""
+
+    def tell_cost(self, usage: LayerUsage) -> None:
+        """A layer is over, however it ended."""
+        if self.account is not None:
+            self.account(usage)
 
     def role_of(self, layer: int) -> Role:
         """Who answers in a layer."""
@@ -140,7 +147,8 @@ def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
             f"layer {layer}: engine {role.engine.info.model} takes token ids, but its prompt format makes none. "
             "Give the role a format with the model's tokenizer, such as ChatFormat"
         )
-    is_cancellable = plan.draft_deadline_s is not None or plan.deadline_s is not None  # deltas show what it had cost
+    # deltas show what an answer had cost that is never finished
+    is_cancellable = not (plan.draft_deadline_s is plan.deadline_s is plan.hedge_s is run.account is None)
     request = GenerateRequest(
         request_id=f"{run.request_id}/{layer}/{number}",
         prompt_ids=prompt.prompt_ids,

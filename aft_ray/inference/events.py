@@ -6,6 +6,7 @@ ProposalDone*  LayerDone  ProposalDone*  LayerDone  ...  AnswerDelta*  Finished
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from aft_ray.records import Message
 
@@ -25,8 +26,10 @@ class LayerUsage:
     num_failed: int = 0
     """Failed or empty answers."""
     num_cancelled: int = 0
-    """Stragglers cancelled by the draft deadline."""
+    """Stragglers cancelled by the draft deadline, and second copies (`hedge_s`) that came too late."""
     seconds: float = 0.0
+    decided_by: Literal["model", "vote", "agreement"] = "model"
+    """`vote`: the last layer counted the answers below. `agreement`: they were all equal, so nothing was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class Answer:
     seed: int | None = None
     error: str | None = None
     inputs: tuple[int, ...] = ()
-    """Indices of the answers of the layer below that it was shown, in the order shown."""
+    """Indices of the answers of the layer below that it was shown, in the order shown. Of a final answer that was not
+    written but voted or agreed on: those of the last layer written that gave it."""
     length_action: str | None = None
     """What the length policy did to its inputs, such as `drop_longest: dropped 2`; None when everything fitted."""
 
@@ -64,7 +68,7 @@ class LayerDone:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerDelta:
-    """A piece of the final answer, as it is made."""
+    """A piece of the final answer, as it is made. One that was voted or agreed on is a single piece of 0 new tokens."""
 
     text: str
     num_tokens: int
@@ -76,11 +80,11 @@ class Finished:
 
     answer: Answer
     layers: tuple[tuple[Answer, ...], ...]
-    """All usable answers by layer; the last layer holds `answer` alone."""
+    """All usable answers by layer; the last layer holds `answer` alone, one skipped by agreement nothing."""
     usage: tuple[LayerUsage, ...]
     """One entry per layer, 0 .. L."""
     messages: tuple[Message, ...]
-    """The conversation the final answer was written from (aggregator prompt included)."""
+    """The conversation the final answer was written from (aggregator prompt included, where it was written)."""
 
 
 Event = ProposalDone | LayerDone | AnswerDelta | Finished

@@ -6,6 +6,9 @@ Layers are counted with the last one included. L = `num_layers`, K = `num_propos
     L=1   K proposals -> final answer
     L=2   K proposals -> K aggregations -> final answer
     answers sampled per prompt: K * L + 1 for L >= 1      (paper: K=5, L=2, so 11)
+
+A plan may make do with less: `aggregator: vote` counts instead of writing layer L, `early_stop` skips what agreement
+makes needless.
 """
 
 from __future__ import annotations
@@ -57,6 +60,15 @@ class Plan:
     """Seconds a layer waits for all K; after that, q answers are enough and the stragglers are cancelled."""
     deadline_s: Annotated[float, Gt(0)] | None = None
     """Seconds for the whole run; after that, DeadlineExceeded."""
+    hedge_s: Annotated[float, Gt(0)] | None = None
+    """Seconds after which a layer below the last asks a second time for what is still unwritten, with the same seeds;
+    whichever copy ends first is kept, and both are paid for. None: never."""
+    early_stop: Literal["exact", "answer"] | None = None
+    """Skip the layers above one whose usable answers (two at least) all agree: `exact`, in their whole text; `answer`,
+    in the short answer they come down to (`answers.short_answer`). None: never."""
+    aggregator: Literal["model", "vote"] = "model"
+    """Who makes layer L. `vote`: the short answer that most of layer L-1 gave, a tie going to what the model finds
+    likelier. For multiple choice and bare numbers, which hold too little to aggregate (arXiv 2501.11877, 5.2)."""
     length_policy: LengthPolicy = "drop_longest"
 
     def __post_init__(self) -> None:
@@ -74,8 +86,8 @@ class Plan:
 
     @property
     def num_answers(self) -> int:
-        """Answers sampled per prompt: the cost of the plan in model calls."""
-        return self.num_proposals * self.num_layers + 1
+        """Answers sampled per prompt: the cost of the plan in model calls. A vote samples none of its own."""
+        return self.num_proposals * self.num_layers + (not self.num_layers or self.aggregator == "model")
 
     @property
     def quorum_needed(self) -> int:

@@ -6,20 +6,23 @@
 
 Each run is its own coroutine: its layer l+1 starts when *its* layer l is over, whatever other runs do beside it, so an
 engine that serves many of them always has a full batch. `all_layers` is the loop; what a layer asks is in `calls.py`,
-how it is run and counted in `layer.py`.
+how it is run and counted in `layer.py`, what needs no asking in `agreement.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
 from aft_ray.engines.base import TokenDelta
 from aft_ray.errors import DeadlineExceeded, EngineError, QuorumNotMet
+from aft_ray.inference.agreement import all_agree, break_tie, leading
 from aft_ray.inference.calls import Call, Run, layer_calls
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
 from aft_ray.inference.fan_in import Tell, fan_in
@@ -40,12 +43,14 @@ async def propose_and_aggregate(
     template: AggregatorTemplate,
     run_seed: int = 0,
     request_id: str | None = None,
+    account: Callable[[LayerUsage], None] | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Answer one prompt by the plan, telling each event as it happens; the last one is `Finished`.
 
     `run_seed` and `prompt_id` fix every sample and every draw. `request_id` names the engine requests and must not be
     in use twice at a time; None makes one up. Closing the generator, or cancelling its consumer, aborts every request
-    at once.
+    at once. `account` is told what each layer cost when it is over, also one that failed, was cut by a deadline or was
+    cancelled: by the time the generator is closed, every token has been told.
 
     Raises QuorumNotMet (too few usable answers in a layer below the last), EngineError (no final answer),
     DeadlineExceeded, PromptTooLong. A layer below the last that is cut short still tells its `LayerDone` first.
@@ -59,6 +64,7 @@ async def propose_and_aggregate(
         template=template,
         run_seed=run_seed,
         request_id=request_id or f"{prompt_id}-{uuid.uuid4().hex[:12]}",
+        account=account,
     )
     async with aclosing(fan_in([partial(within_deadline, run)])) as events:
         async for event in events:
@@ -127,14 +133,25 @@ async def all_layers(run: Run, done: list[Layer], tell: Tell[Event]) -> None:
         calls = layer_calls(run, layer, below, num_slots=plan.num_proposals)
         done.append(await draft(run, layer, calls, tell))
         below = done[-1].answers
+        if all_agree(below, plan.early_stop):
+            settled = LayerUsage(layer=plan.num_layers, num_answers=1, decided_by="agreement")
+            settle(run, done, below, settled, tell)
+            return
+    if plan.num_layers and plan.aggregator == "vote":
+        await vote(run, done, below, tell)
+        return
     [call] = layer_calls(run, plan.num_layers, below, num_slots=1)
     done.append(await finish(run, call, tell))
+    tell_finished(run, done, call.request.messages, tell)
+
+
+def tell_finished(run: Run, done: Sequence[Layer], messages: Sequence[Message], tell: Tell[Event]) -> None:
     tell(
         Finished(
             answer=done[-1].answers[0],
             layers=tuple(layer.answers for layer in done),
             usage=tuple(layer.usage for layer in done),
-            messages=call.request.messages,
+            messages=tuple(messages),
         )
     )
 
@@ -149,9 +166,10 @@ async def draft(run: Run, layer: int, calls: Sequence[Call], tell: Tell[Event]) 
 
     engine = run.role_of(layer).engine
     try:
-        await run_layer(engine, calls, ledger, plan.quorum_needed, plan.draft_deadline_s, watch)
+        await run_layer(engine, calls, ledger, plan.quorum_needed, plan.draft_deadline_s, watch, plan.hedge_s)
     finally:  # also when the run's deadline cuts the layer short: what it cost is told
         usage = ledger.usage()
+        run.tell_cost(usage)
         tell(LayerDone(usage=usage))
     if len(ledger.usable) < plan.quorum_needed:
         raise QuorumNotMet(
@@ -170,7 +188,45 @@ async def finish(run: Run, call: Call, tell: Tell[Event]) -> Layer:
         if isinstance(piece, TokenDelta):
             tell(AnswerDelta(text=piece.text, num_tokens=piece.num_tokens))
 
-    await run_layer(run.role_of(layer).engine, [call], ledger, quorum=1, draft_deadline_s=None, watch=watch)
+    try:
+        await run_layer(run.role_of(layer).engine, [call], ledger, quorum=1, draft_deadline_s=None, watch=watch)
+    finally:
+        usage = ledger.usage()
+        run.tell_cost(usage)
     if not ledger.usable:
         raise EngineError(f"prompt {run.prompt_id}, layer {layer} (the last): {ledger.failed[0].error}")
-    return Layer(ledger.answers, ledger.usage())
+    return Layer(ledger.answers, usage)
+
+
+async def vote(run: Run, done: list[Layer], below: Sequence[Answer], tell: Tell[Event]) -> None:
+    """The last layer by counting: most of the answers below, a tie to the likelier ones."""
+    started = time.monotonic()
+    first, *tied = leading(below)
+    voters, num_tokens = await break_tie(run, [first, *tied]) if tied else (first, 0)
+    usage = LayerUsage(
+        layer=run.plan.num_layers,
+        prompt_tokens=num_tokens,
+        num_answers=1,
+        seconds=time.monotonic() - started,
+        decided_by="vote",
+    )
+    run.tell_cost(usage)
+    settle(run, done, voters, usage, tell)
+
+
+def settle(run: Run, done: list[Layer], voters: Sequence[Answer], usage: LayerUsage, tell: Tell[Event]) -> None:
+    """The answer of the first voter is the final one."""
+    answer = dataclasses.replace(
+        voters[0],
+        layer=run.plan.num_layers,
+        index=0,
+        num_prompt_tokens=0,
+        num_cached_tokens=0,
+        inputs=tuple(sorted(voter.index for voter in voters)),
+        length_action=None,
+    )
+    for layer in range(len(done), run.plan.num_layers):
+        done.append(Layer((), LayerUsage(layer=layer, decided_by="agreement")))
+    done.append(Layer((answer,), usage))
+    tell(AnswerDelta(text=answer.text, num_tokens=0))
+    tell_finished(run, done, run.messages, tell)

@@ -68,8 +68,8 @@ class Drafts:
 
     def objects(self) -> list[list[dict[str, Any]]]:
         return [
-            [draft_object(answer) for answer in sorted(answers, key=lambda a: a.index)]
-            for _, answers in sorted(self.layers.items())
+            [draft_object(answer) for answer in sorted(self.layers.get(layer, []), key=lambda a: a.index)]
+            for layer in range(max(self.layers, default=-1) + 1)  # one that agreement skipped is empty
         ]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from aft_ray.config import ScoresConfig
-from aft_ray.data.answers import final_number, short_answer
 from aft_ray.data.scorers import PerText, Score, Scorer, build_scorer, text_scorer_config, verify
 from aft_ray.errors import ConfigError
+from aft_ray.inference.answers import final_number, short_answer
 
 
 def row(task: str | None = None, reference: str | None = None, **metadata: Any) -> dict[str, Any]:

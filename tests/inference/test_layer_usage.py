@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from contextlib import aclosing
+from typing import Any
+
 import pytest
 from scripted_runs import (
     CachingEngine,
@@ -9,13 +14,17 @@ from scripted_runs import (
     StallingEngine,
     finished,
     layers_done,
+    run,
     run_plan,
     run_until_error,
     scripted,
+    start,
 )
 
 from aft_ray.config import ScriptedEngineConfig
-from aft_ray.inference import Plan
+from aft_ray.errors import DeadlineExceeded, QuorumNotMet
+from aft_ray.inference import AnswerDelta, LayerUsage, Plan, ProposalDone, Role
+from aft_ray.templates import ChatFormat
 
 
 @pytest.mark.parametrize(
@@ -72,3 +81,34 @@ def test_each_layer_reports_its_own_seconds_and_the_same_usage_when_done_and_at_
     assert [usage.layer for usage in end.usage] == [0, 1, 2]
     assert all(0.04 <= usage.seconds < 5 for usage in end.usage)
     assert [done.usage for done in layers_done(events)] == list(end.usage[:-1])
+
+
+@pytest.mark.parametrize(
+    "end_it", ["deadline", "closed in layer 0", "closed in the last layer", "failed", "answered"], ids=str
+)
+def test_every_token_is_accounted_for_however_the_run_ends(end_it: str, chatml_tokenizer: str) -> None:
+    """What `account` has been told equals the engine's own bill, without any event after the end."""
+    prompts = ChatFormat.load(chatml_tokenizer)
+    plan = Plan(num_proposals=3, deadline_s=0.4 if end_it == "deadline" else None)
+    stalls = end_it in {"deadline", "closed in layer 0"}
+    knobs: dict[str, Any] = {"tokenizer": chatml_tokenizer, "num_tokens": 4}
+    proposer = StallingEngine({1} if stalls else set(), fail_on=(0, 1, 2) * (end_it == "failed"), **knobs)
+    aggregator = StallingEngine({0} if end_it == "closed in the last layer" else set(), **knobs)
+    told: list[LayerUsage] = []
+
+    async def read() -> None:
+        roles = [Role(engine=engine, format=prompts) for engine in (proposer, aggregator)]
+        events = start(plan, *roles, account=told.append)
+        with contextlib.suppress(DeadlineExceeded, QuorumNotMet):
+            async with aclosing(events):
+                async for event in events:
+                    if end_it == "closed in layer 0" and isinstance(event, ProposalDone):
+                        await asyncio.sleep(0.05)  # the stalling sample has written its tokens
+                        return
+                    if end_it == "closed in the last layer" and isinstance(event, AnswerDelta):
+                        await asyncio.sleep(0.05)
+                        return
+
+    run(read())
+    assert sum(usage.completion_tokens for usage in told) == proposer.num_tokens + aggregator.num_tokens
+    assert sum(usage.prompt_tokens for usage in told) == proposer.num_prompt_tokens + aggregator.num_prompt_tokens > 0

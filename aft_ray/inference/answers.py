@@ -57,7 +57,8 @@ def normalised(answer: str) -> str:
     if number:
         return f"{_decimal(number).normalize():f}"
     words = re.findall(r"[\w.+\-/]+", answer.casefold())
-    return " ".join(word for word in words if word not in {"a", "an", "the"})
+    # a lone "A" is a choice, not an article
+    return " ".join([word for word in words if word not in {"a", "an", "the"}] or words)
 
 
 def _decimal(found: re.Match[str]) -> Decimal:

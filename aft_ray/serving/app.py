@@ -60,7 +60,7 @@ def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: Servi
     from aft_ray.serving.replica import EngineReplica
 
     adapters: Mapping[str, str] = (config.adapters or {}) if _may_use_adapters(name, config) else {}
-    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(engine, adapters)
+    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(engine, adapters, name)
 
 
 def _may_use_adapters(name: str, config: ServingConfig) -> bool:

@@ -41,6 +41,23 @@ class HttpError(AftError):
 
 def as_http_error(error: Exception, request_id: str) -> HttpError:
     """The error object of anything a request may raise. Unexpected errors are logged here, without any prompt."""
+    expected = _of_expected(error)
+    if expected is not None:
+        return expected
+    # An exception's text may quote a prompt: the log gets its class and where it came from.
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %s: unexpected %s\n%s", request_id, type(error).__name__, frames)
+    message = f"The server could not answer this request. Its log has the details of request {request_id}."
+    return HttpError(500, message, code="internal_error", type="internal_error")
+
+
+def code_of(error: Exception) -> str:
+    """The word for what went wrong: the error object's code, `invalid_request_error` where it has none."""
+    expected = _of_expected(error)
+    return "internal_error" if expected is None else str(expected.body["error"]["code"] or INVALID)
+
+
+def _of_expected(error: Exception) -> HttpError | None:
     match error:
         case HttpError():
             return error
@@ -58,11 +75,7 @@ def as_http_error(error: Exception, request_id: str) -> HttpError:
             return HttpError(503, str(error), code="quorum_not_met", type="quorum_not_met")
         case EngineError():
             return HttpError(502, str(error), code="engine_error", type="engine_error")
-    # An exception's text may quote a prompt: the log gets its class and where it came from.
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("request %s: unexpected %s\n%s", request_id, type(error).__name__, frames)
-    message = f"The server could not answer this request. Its log has the details of request {request_id}."
-    return HttpError(500, message, code="internal_error", type="internal_error")
+    return None
 
 
 def _of_validation(error: RequestValidationError) -> HttpError:

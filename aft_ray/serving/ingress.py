@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -29,8 +30,9 @@ from aft_ray.inference import Role, propose_and_aggregate
 from aft_ray.inference.events import AnswerDelta, Event, Finished
 from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.handle_engine import HandleEngine
-from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.http_errors import HttpError, as_http_error, code_of
 from aft_ray.serving.keys import is_accepted, refuse_open_server
+from aft_ray.serving.metrics import METRICS
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S, Call, ChatBody, CompletionBody, call_of, model_names
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
@@ -58,7 +60,10 @@ class Service:
     key_digests: Sequence[str]
 
     def run(self, call: Call, run_id: str) -> AsyncGenerator[Event, None]:
-        """The events of one call."""
+        """The events of one call, counted."""
+        return METRICS.watch(self._events(call, run_id), call)
+
+    def _events(self, call: Call, run_id: str) -> AsyncGenerator[Event, None]:
         return propose_and_aggregate(
             prompt_id=prompt_id_of(call.messages),
             messages=call.messages,
@@ -199,6 +204,8 @@ class OpenAIRoute(APIRoute):
             try:
                 return await handler(request)
             except Exception as error:  # process boundary: as_http_error logs what is unexpected
+                if isinstance(error, (HttpError, RequestValidationError)):  # a run raises neither
+                    METRICS.rejected(code_of(error))
                 return error_response(as_http_error(error, request_id_of(request)))
 
         return answer

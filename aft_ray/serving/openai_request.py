@@ -170,6 +170,8 @@ class Call:
 
     model: str
     """As asked for; the response repeats it."""
+    name: str
+    """Which of the endpoint's models that is, without the alias."""
     adapter: str | None
     """Adapter folder of the aggregator (and of the proposer, unless the server fixes another)."""
     plan: Plan
@@ -202,6 +204,7 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     check_limits(plan, config)
     return Call(
         model=model,
+        name=name,
         adapter=(config.adapters or {}).get(name),
         plan=plan,
         messages=body.conversation(),
@@ -228,6 +231,11 @@ def split_alias(model: str, config: ServingConfig) -> tuple[str, dict[str, Any]]
         "each also as <model>@k5-l2 (5 proposals, 2 layers) and <model>@single"
     )
     raise HttpError(404, message, param="model", code="model_not_found")
+
+
+def plan_name(plan: Plan) -> str:
+    """`k5-l2` or `single`: what an alias would say to ask for this width and depth."""
+    return f"k{plan.num_proposals}-l{plan.num_layers}" if plan.num_layers else "single"
 
 
 def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:

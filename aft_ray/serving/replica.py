@@ -15,6 +15,7 @@ from pathlib import Path
 from aft_ray.config import EngineConfig
 from aft_ray.engines import EngineEvent, EngineInfo, GenerateRequest, build_engine
 from aft_ray.errors import ConfigError
+from aft_ray.serving.metrics import engine_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +41,28 @@ def check_adapters(adapters: Mapping[str, str]) -> None:
 class EngineReplica:
     """Serve deployment class. `generate` is called with `handle.options(stream=True)`, the rest plainly."""
 
-    def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
+    def __init__(self, config: EngineConfig, adapters: Mapping[str, str], pool: str) -> None:
         if config.type in {"vllm", "transformers"}:
             check_adapters(adapters)
         self.engine = build_engine(config)
+        self._pool = pool
         self._num_requests = 0
         self._num_samples = 0
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         """The engine's events, as they come. Cancelling the call closes the engine's generator."""
-        self._num_requests += 1
-        self._num_samples += len(request.seeds)
+        self._count(1, len(request.seeds))
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
                     yield event
         finally:
-            self._num_requests -= 1
-            self._num_samples -= len(request.seeds)
+            self._count(-1, -len(request.seeds))
+
+    def _count(self, num_requests: int, num_samples: int) -> None:
+        self._num_requests += num_requests
+        self._num_samples += num_samples
+        engine_samples(self._pool, self._num_samples)
 
     async def score(
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None

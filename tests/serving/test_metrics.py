@@ -1,0 +1,131 @@
+"""What Prometheus gets, read from Ray's own export of a running application; and the dashboard drawn from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from aft_ray.serving.metrics import DEFINITIONS
+
+DASHBOARD = Path(__file__).parents[2] / "serve_configs" / "grafana_dashboard.json"
+USER: Any = [{"role": "user", "content": "Name three rivers."}]
+
+
+def exported() -> str:
+    """All that this node's Ray agent hands to Prometheus."""
+    import ray
+
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=30).text
+
+
+def value(page: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    lines = [line for line in page.splitlines() if line.startswith(f"ray_{name}{{")]
+    wanted = [line for line in lines if all(f'{label}="{text}"' in line for label, text in labels.items())]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in wanted)
+
+
+def eventually(condition: Callable[[str], bool], timeout_s: float = 90) -> str:
+    """The export once it says so: workers report every few seconds."""
+    end = time.monotonic() + timeout_s
+    while not condition(page := exported()):
+        assert time.monotonic() < end, "\n".join(line for line in page.splitlines() if line.startswith("ray_aft_"))
+        time.sleep(0.5)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(base_url: str) -> str:
+    """The export after: two answers at K=1 L=2 (asked for here alone), one with a failed draft, a missed quorum, a
+    refusal."""
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0) as client:
+        for model in ("aft@k1-l2", "aft@k1-l2", "aft@k4-l1"):
+            client.chat.completions.create(model=model, messages=USER)
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="aft@k4-l2", messages=USER, extra_body={"aft": {"quorum": 4}})
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="gpt-4o", messages=USER)
+    return eventually(
+        lambda page: (
+            value(page, "aft_requests_total", outcome="quorum_not_met", plan="k4-l2") >= 1
+            and value(page, "aft_rejections_total", reason="model_not_found") >= 1
+            and value(page, "aft_answers_total", outcome="failed", layer="0") >= 2
+        )
+    )
+
+
+def test_requests_are_counted_and_timed_by_model_plan_and_outcome(page: str) -> None:
+    labels = {"model": "aft", "plan": "k1-l2"}
+    assert value(page, "aft_requests_total", outcome="ok", **labels) == 2
+    assert value(page, "aft_request_seconds_count", outcome="ok", **labels) == 2
+    # three layers of eight tokens, 10 ms each
+    assert value(page, "aft_request_seconds_bucket", le="0.1", **labels) == 0
+    assert value(page, "aft_time_to_first_token_seconds_bucket", le="+Inf", **labels) == 2
+    assert value(page, "aft_time_to_first_token_seconds_bucket", le="0.05", **labels) == 0
+
+
+def test_tokens_and_answers_are_counted_by_layer(page: str) -> None:
+    assert value(page, "aft_tokens_total", kind="completion", layer="0") >= 2 * 8
+    assert value(page, "aft_tokens_total", kind="prompt", layer="1") > 0
+    assert value(page, "aft_answers_total", outcome="ok", layer="1") >= 3
+    assert value(page, "aft_answers_total", outcome="failed", layer="0") >= 2
+    assert value(page, "aft_layer_seconds_count", layer="0") >= 4
+
+
+def test_every_metric_appears_under_its_documented_name(page: str) -> None:
+    for name, definition in DEFINITIONS.items():
+        exported_name = f"{name}_bucket" if definition.kind == "histogram" else name
+        assert f"ray_{exported_name}{{" in page, name
+
+
+def test_nothing_is_in_flight_once_the_answers_are_out(page: str) -> None:
+    eventually(lambda page: value(page, "aft_requests_in_flight") == value(page, "aft_engine_samples") == 0)
+
+
+def test_a_metrics_labels_are_known_names_and_never_a_clients_words(page: str) -> None:
+    ours = [line for line in page.splitlines() if line.startswith("ray_aft_")]
+    assert not any("gpt-4o" in line or "rivers" in line for line in ours)
+    assert set(re.findall(r'model="([^"]*)"', "\n".join(ours))) <= {"base", "sft", "aft"}
+
+
+def queries(dashboard: dict[str, Any]) -> list[str]:
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return [*panels, *(v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query")]
+
+
+def test_the_dashboard_asks_for_metrics_that_exist_and_leaves_none_out() -> None:
+    asked = set(re.findall(r"ray_(aft_\w+)", " ".join(queries(json.loads(DASHBOARD.read_text())))))
+    histograms = {name for name, definition in DEFINITIONS.items() if definition.kind == "histogram"}
+    known = set(DEFINITIONS) | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}
+    assert asked <= known - histograms
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} == set(DEFINITIONS)
+
+
+def test_the_dashboard_groups_by_labels_that_its_metrics_have() -> None:
+    for query in queries(json.loads(DASHBOARD.read_text())):
+        names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"ray_(aft_\w+)", query)}
+        labels = {label for name in names for label in DEFINITIONS[name].labels} | {"le"}
+        grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")}
+        selected = set(re.findall(r"[{,](\w+)(?:=~|!=|=)\"", query))
+        assert grouped | selected <= labels, query
+
+
+def test_the_dashboard_has_what_grafana_needs_to_load_it() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert {"uid", "title", "schemaVersion", "panels", "templating", "time"} <= set(dashboard)
+    assert [panel["id"] for panel in dashboard["panels"]] == list(range(1, len(dashboard["panels"]) + 1))
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+    for panel in dashboard["panels"]:
+        assert {"type", "title", "gridPos", "datasource", "fieldConfig", "targets"} <= set(panel)
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+        assert all({"expr", "refId", "legendFormat"} <= set(target) for target in panel["targets"])

@@ -37,6 +37,16 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """One token of an answer and its natural-log probability."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens at its place, with theirs, as many as were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
     """n samples of one prompt, n = len(seeds)."""
 
@@ -52,6 +62,10 @@ class GenerateRequest:
     """Path of a LoRA adapter to answer with, or None for the base model."""
     stream: bool = False
     """Ask for `TokenDelta`s as tokens are made."""
+    top_logprobs: int | None = None
+    """Tell each token's log-probability, and those of this many likeliest ones (`EngineInfo.gives_logprobs`)."""
+    json_schema: str | None = None
+    """The answer is JSON that this schema, itself JSON, allows (`EngineInfo.follows_json_schema`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +75,7 @@ class TokenDelta:
     index: int
     text: str
     num_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +94,7 @@ class Sample:
     seed: int | None = None
     """The seed used, or None where the engine could not use the one asked for."""
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 EngineEvent = TokenDelta | Sample
@@ -95,6 +111,8 @@ class EngineInfo:
     max_model_len: int
     """Window in tokens: prompt + answer."""
     takes_messages: bool = False
+    gives_logprobs: bool = False
+    follows_json_schema: bool = False
 
 
 class Engine(Protocol):
@@ -106,7 +124,8 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         """Yield each sample as it finishes (deltas before it, when asked). Closing the generator aborts the rest.
 
-        Raises EngineError when the request as a whole could not be answered.
+        Raises EngineError when the request as a whole could not be answered, InputError when no engine could answer it
+        (a JSON schema that is none).
         """
         ...
 

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Sequence
 
 from aft_ray.config import ScriptedEngineConfig
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.errors import EngineError
 
 
@@ -39,6 +39,7 @@ class ScriptedEngine:
             tokenizer=self.config.tokenizer,
             max_model_len=self.config.max_model_len,
             takes_messages=self.config.tokenizer is None,
+            gives_logprobs=True,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
@@ -66,17 +67,20 @@ class ScriptedEngine:
             words = self._words(request, index)
             if index in config.fail_on:
                 words = []
-            for number, word in enumerate(words):
+            pieces = [word if number == 0 else f" {word}" for number, word in enumerate(words)]
+            logprobs = _logprobs(pieces, request.top_logprobs)
+            for number, piece in enumerate(pieces):
                 slow = config.slow_factor if index in config.slow_on else 1
                 await asyncio.sleep(config.seconds_per_token * slow)
                 self.num_tokens += 1
                 if request.stream:
-                    events.put_nowait(TokenDelta(index=index, text=word if number == 0 else f" {word}", num_tokens=1))
+                    delta = TokenDelta(index=index, text=piece, num_tokens=1, logprobs=logprobs[number : number + 1])
+                    events.put_nowait(delta)
             failed = index in config.fail_on
             events.put_nowait(
                 Sample(
                     index=index,
-                    text=" ".join(words),
+                    text="".join(pieces),
                     token_ids=tuple(range(len(words))),
                     finish_reason="error"
                     if failed
@@ -87,6 +91,7 @@ class ScriptedEngine:
                     num_tokens=len(words),
                     seed=request.seeds[index],
                     error="scripted failure of one sample" if failed else None,
+                    logprobs=logprobs,
                 )
             )
         finally:
@@ -116,3 +121,11 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         return None
+
+
+def _logprobs(pieces: Sequence[str], top: int | None) -> tuple[TokenLogprob, ...]:
+    """Log-probability -1 for every word, as `score` says; the next likely ones are made up."""
+    if top is None:
+        return ()
+    others = tuple((f"other-{rank}", -1.0 - rank) for rank in range(1, top))
+    return tuple(TokenLogprob(token=p, logprob=-1.0, top=((p, -1.0), *others) if top else ()) for p in pieces)

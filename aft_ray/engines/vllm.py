@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config import VllmEngineConfig
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.engines.watchdog import children, watch_over
-from aft_ray.errors import EngineError
+from aft_ray.errors import EngineError, InputError
 from aft_ray.models import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,13 @@ class VllmEngine:
     @property
     def info(self) -> EngineInfo:
         max_model_len = self._engine.model_config.max_model_len
-        return EngineInfo(model=self.config.model, tokenizer=self.model, max_model_len=max_model_len)
+        return EngineInfo(
+            model=self.config.model,
+            tokenizer=self.model,
+            max_model_len=max_model_len,
+            gives_logprobs=True,
+            follows_json_schema=True,
+        )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         events: asyncio.Queue[EngineEvent | BaseException] = asyncio.Queue()
@@ -67,6 +73,8 @@ class VllmEngine:
             num_left = len(writers)
             while num_left:
                 event = await events.get()
+                if isinstance(event, ValueError):  # vLLM's word for a request that it does not accept
+                    raise InputError(f"the model does not accept this request: {event}") from event
                 if isinstance(event, BaseException):
                     raise EngineError(f"vLLM could not answer {request.request_id}: {event}") from event
                 num_left -= isinstance(event, Sample)
@@ -80,9 +88,9 @@ class VllmEngine:
         self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent | BaseException]
     ) -> None:
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-        sampling = request.sampling
+        sampling, schema = request.sampling, request.json_schema
         seed = request.seeds[index] if self.config.seeds and sampling.temperature > 0 else None
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -92,10 +100,13 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
             seed=seed,
+            logprobs=request.top_logprobs,
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
             output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
         )
         pieces: list[str] = []
         ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
         num_cached = 0
         finish_reason = "abort"
         try:
@@ -112,8 +123,11 @@ class VllmEngine:
                     ids.extend(part.token_ids)
                     num_cached = max(num_cached, output.num_cached_tokens or 0)
                     finish_reason = part.finish_reason or finish_reason
+                    new = _logprobs(part, request.top_logprobs)
+                    logprobs.extend(new)
                     if request.stream and part.token_ids:
-                        events.put_nowait(TokenDelta(index=index, text=part.text, num_tokens=len(part.token_ids)))
+                        delta = TokenDelta(index=index, text=part.text, num_tokens=len(part.token_ids), logprobs=new)
+                        events.put_nowait(delta)
         except Exception as error:  # process boundary: the engine lives in another process; the reader raises it
             events.put_nowait(error)
             return
@@ -127,6 +141,7 @@ class VllmEngine:
                 num_tokens=len(ids),
                 num_cached_tokens=num_cached,
                 seed=seed,
+                logprobs=tuple(logprobs),
             )
         )
 
@@ -183,6 +198,23 @@ class VllmEngine:
         self._engine.shutdown()
         self._watchdog.terminate()
         self._watchdog.wait()
+
+
+def _logprobs(part: Any, top: int | None) -> tuple[TokenLogprob, ...]:
+    """Of the new tokens of one vLLM output. Its tables hold the sampled token too, whatever its rank."""
+    if top is None or not part.logprobs:
+        return ()
+    told = []
+    for token_id, table in zip(part.token_ids, part.logprobs, strict=True):
+        ranked = sorted(table.values(), key=lambda entry: entry.rank)[:top]
+        told.append(
+            TokenLogprob(
+                token=table[token_id].decoded_token or "",
+                logprob=table[token_id].logprob,
+                top=tuple((entry.decoded_token or "", entry.logprob) for entry in ranked),
+            )
+        )
+    return tuple(told)
 
 
 def _bind_cpu_threads(kv_cache_gib: float) -> None:

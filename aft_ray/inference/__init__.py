@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
-from aft_ray.inference.plan import LengthPolicy, Plan
+from aft_ray.inference.plan import FinalLayer, LengthPolicy, Plan
 from aft_ray.inference.role import Role
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "Answer",
     "AnswerDelta",
     "Event",
+    "FinalLayer",
     "Finished",
     "LayerDone",
     "LayerUsage",

@@ -19,7 +19,7 @@ from aft_ray.engines.base import GenerateRequest, Sampling
 from aft_ray.errors import ConfigError, PromptTooLong
 from aft_ray.inference.events import Answer, LayerUsage
 from aft_ray.inference.layer import Call, Slot
-from aft_ray.inference.plan import Plan
+from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
 from aft_ray.records import Message, derive_seed
 from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
@@ -39,6 +39,7 @@ class Run:
     request_id: str
     account: Callable[[LayerUsage], None] | None = None
     """Told what each layer cost."""
+    final: FinalLayer = ONE_ANSWER
 
     def tell_cost(self, usage: LayerUsage) -> None:
         """A layer is over, however it ended."""
@@ -157,5 +158,7 @@ def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
         seeds=tuple(derive_seed(run.run_seed, run.prompt_id, layer, slot.index) for slot in prompt.slots),
         adapter=role.adapter,
         stream=layer == plan.num_layers or is_cancellable,
+        top_logprobs=run.final.top_logprobs if layer == plan.num_layers else None,
+        json_schema=run.final.json_schema if layer == plan.num_layers else None,
     )
     return Call(request=request, slots=prompt.slots)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from aft_ray.engines.base import TokenLogprob
 from aft_ray.records import Message
 
 
@@ -50,6 +51,8 @@ class Answer:
     written but voted or agreed on: those of the last layer written that gave it."""
     length_action: str | None = None
     """What the length policy did to its inputs, such as `drop_longest: dropped 2`; None when everything fitted."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of a final answer's tokens, where asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,9 @@ class AnswerDelta:
 
     text: str
     num_tokens: int
+    index: int = 0
+    """Which of the final answers it belongs to."""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,8 @@ class Finished:
 
     answer: Answer
     layers: tuple[tuple[Answer, ...], ...]
-    """All usable answers by layer; the last layer holds `answer` alone, one skipped by agreement nothing."""
+    """All usable answers by layer; the last layer holds the final ones (`answer` is the first), one skipped by
+    agreement nothing."""
     usage: tuple[LayerUsage, ...]
     """One entry per layer, 0 .. L."""
     messages: tuple[Message, ...]

@@ -146,6 +146,7 @@ class Ledger:
             ),
             num_cached_tokens=sample.num_cached_tokens,
             seed=sample.seed,
+            logprobs=sample.logprobs,
             error=sample.error if sample.error is not None or sample.text.strip() else EMPTY_ANSWER,
             inputs=slot.inputs,
             length_action=slot.length_action,
@@ -174,7 +175,7 @@ async def run_layer(
     watch: Callable[[TokenDelta | Answer], None],
     hedge_s: float | None = None,
 ) -> None:
-    """Fill the ledger. `watch` is told each piece of text as it is made and each answer as it ends."""
+    """Fill the ledger. `watch` is told each piece of text as it is made (of which slot) and each answer as it ends."""
     writers: list[Writer[Any]] = [partial(_answer_call, engine, call) for call in calls]
     if draft_deadline_s is not None:
         writers.append(partial(_ring, draft_deadline_s))
@@ -188,7 +189,7 @@ async def run_layer(
             else:
                 call, event = item
                 if isinstance(event, TokenDelta):
-                    watch(event)
+                    watch(dataclasses.replace(event, index=call.slots[event.index].index))
                 for answer in ledger.take(call, event):
                     watch(answer)
             if not ledger.unfinished or (is_late and len(ledger.usable) >= quorum):

@@ -32,6 +32,21 @@ LengthPolicy = Literal["drop_longest", "truncate_each", "fewer", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinalLayer:
+    """What a request asks of its last layer besides the plan."""
+
+    num_answers: int = 1
+    """Final answers, each with a seed of its own, from the same answers below."""
+    top_logprobs: int | None = None
+    """Tell the log-probability of each token, and of this many likeliest ones."""
+    json_schema: str | None = None
+    """Answer with JSON that this schema, itself JSON, allows."""
+
+
+ONE_ANSWER = FinalLayer()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One propose-and-aggregate run. Defaults are the paper's inference settings at L=1."""
 

@@ -27,7 +27,7 @@ from aft_ray.inference.calls import Call, Run, layer_calls
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
 from aft_ray.inference.fan_in import Tell, fan_in
 from aft_ray.inference.layer import Ledger, run_layer
-from aft_ray.inference.plan import Plan
+from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
 from aft_ray.records import Message
 from aft_ray.templates import AggregatorTemplate
@@ -44,13 +44,15 @@ async def propose_and_aggregate(
     run_seed: int = 0,
     request_id: str | None = None,
     account: Callable[[LayerUsage], None] | None = None,
+    final: FinalLayer = ONE_ANSWER,
 ) -> AsyncGenerator[Event, None]:
     """Answer one prompt by the plan, telling each event as it happens; the last one is `Finished`.
 
     `run_seed` and `prompt_id` fix every sample and every draw. `request_id` names the engine requests and must not be
     in use twice at a time; None makes one up. Closing the generator, or cancelling its consumer, aborts every request
     at once. `account` is told what each layer cost when it is over, also one that failed, was cut by a deadline or was
-    cancelled: by the time the generator is closed, every token has been told.
+    cancelled: by the time the generator is closed, every token has been told. `final` asks for more of the last layer
+    than one answer; a plan that may settle it without writing (`vote`, `early_stop`) gives one answer and no more.
 
     Raises QuorumNotMet (too few usable answers in a layer below the last), EngineError (no final answer),
     DeadlineExceeded, PromptTooLong. A layer below the last that is cut short still tells its `LayerDone` first.
@@ -65,6 +67,7 @@ async def propose_and_aggregate(
         run_seed=run_seed,
         request_id=request_id or f"{prompt_id}-{uuid.uuid4().hex[:12]}",
         account=account,
+        final=final,
     )
     async with aclosing(fan_in([partial(within_deadline, run)])) as events:
         async for event in events:
@@ -140,9 +143,9 @@ async def all_layers(run: Run, done: list[Layer], tell: Tell[Event]) -> None:
     if plan.num_layers and plan.aggregator == "vote":
         await vote(run, done, below, tell)
         return
-    [call] = layer_calls(run, plan.num_layers, below, num_slots=1)
-    done.append(await finish(run, call, tell))
-    tell_finished(run, done, call.request.messages, tell)
+    calls = layer_calls(run, plan.num_layers, below, num_slots=run.final.num_answers)
+    done.append(await finish(run, calls, tell))
+    tell_finished(run, done, calls[0].request.messages, tell)
 
 
 def tell_finished(run: Run, done: Sequence[Layer], messages: Sequence[Message], tell: Tell[Event]) -> None:
@@ -179,21 +182,21 @@ async def draft(run: Run, layer: int, calls: Sequence[Call], tell: Tell[Event]) 
     return Layer(ledger.answers, usage)
 
 
-async def finish(run: Run, call: Call, tell: Tell[Event]) -> Layer:
-    """The last layer: one answer, told as it is made."""
-    layer = run.plan.num_layers
-    ledger = Ledger(layer, [call])
+async def finish(run: Run, calls: Sequence[Call], tell: Tell[Event]) -> Layer:
+    """The last layer: the final answers, told as they are made. One as a rule; of several, all must be usable."""
+    layer, num_answers = run.plan.num_layers, run.final.num_answers
+    ledger = Ledger(layer, calls)
 
     def watch(piece: TokenDelta | Answer) -> None:
         if isinstance(piece, TokenDelta):
-            tell(AnswerDelta(text=piece.text, num_tokens=piece.num_tokens))
+            tell(AnswerDelta(text=piece.text, num_tokens=piece.num_tokens, index=piece.index, logprobs=piece.logprobs))
 
     try:
-        await run_layer(run.role_of(layer).engine, [call], ledger, quorum=1, draft_deadline_s=None, watch=watch)
+        await run_layer(run.role_of(layer).engine, calls, ledger, num_answers, draft_deadline_s=None, watch=watch)
     finally:
         usage = ledger.usage()
         run.tell_cost(usage)
-    if not ledger.usable:
+    if len(ledger.usable) < num_answers:
         raise EngineError(f"prompt {run.prompt_id}, layer {layer} (the last): {ledger.failed[0].error}")
     return Layer(ledger.answers, usage)
 

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Send
 
 from aft_ray.config import ServingConfig
-from aft_ray.engines.base import GenerateRequest, Sampling
+from aft_ray.engines.base import EngineInfo, GenerateRequest, Sampling
 from aft_ray.errors import DeadlineExceeded
 from aft_ray.inference import Role, propose_and_aggregate
 from aft_ray.inference.events import AnswerDelta, Event, Finished
@@ -32,8 +32,16 @@ from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.handle_engine import HandleEngine
 from aft_ray.serving.http_errors import HttpError, as_http_error, code_of
 from aft_ray.serving.keys import is_accepted, refuse_open_server
-from aft_ray.serving.metrics import METRICS
-from aft_ray.serving.openai_request import LONGEST_REQUEST_S, Call, ChatBody, CompletionBody, call_of, model_names
+from aft_ray.serving.metrics import METRICS, count_layer
+from aft_ray.serving.openai_request import (
+    LONGEST_REQUEST_S,
+    Call,
+    ChatBody,
+    CompletionBody,
+    call_of,
+    check_engine,
+    model_names,
+)
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
 
@@ -75,7 +83,13 @@ class Service:
             template=self.template,
             run_seed=call.run_seed,
             request_id=run_id,
+            account=count_layer,
+            final=call.final,
         )
+
+    def last_engine(self, call: Call) -> EngineInfo:
+        """The engine that writes what the client gets."""
+        return (self.aggregator if call.plan.num_layers else self.proposer).engine.info
 
     def _proposer_adapter(self, call: Call) -> str | None:
         config = self.config
@@ -166,7 +180,7 @@ async def streamed_reply(service: Service, reply: Reply, request_id: str) -> Asy
                     case None:
                         yield KEEP_ALIVE
                     case AnswerDelta():
-                        yield data_line(reply.piece(event.text))
+                        yield data_line(reply.piece(event))
                     case Finished():
                         drafts.watch(event)
                         for chunk in reply.closing(event, drafts):
@@ -269,6 +283,7 @@ def model_routes(service: Service) -> APIRouter:
 
     async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
         call = call_of(body, service.config)
+        check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         reply = Reply(kind=kind, call=call, id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()))
         if call.stream:

@@ -3,9 +3,9 @@
     curl -s http://NODE:PORT/metrics | grep ray_aft_      PORT: `ray start --metrics-export-port`, else `ray.nodes()`
     serve_configs/grafana_dashboard.json                  a dashboard over all of them
 
-`METRICS.watch(events, call)` reads a run as it passes by; `METRICS.rejected(reason)` counts a request that never became
-one. Labels are names of models, plans, layers and outcomes: nothing that a client can make up. A histogram's `_sum` is
-Ray's estimate from the buckets: ask for quantiles, not for means.
+`METRICS.watch(events, call)` times a run, `count_layer` is told what each layer cost, `METRICS.rejected(reason)`
+counts a request that never became one. Labels are names of models, plans, layers and outcomes: nothing that a client
+can make up. A histogram's `_sum` is Ray's estimate from the buckets: ask for quantiles, not for means.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerDone, LayerUsage
+from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerUsage
 from aft_ray.serving.http_errors import code_of
 from aft_ray.serving.openai_request import Call, plan_name
 
@@ -77,26 +77,18 @@ class Metrics:
         metric("aft_rejections_total").inc(tags={"reason": reason})
 
     async def watch(self, events: AsyncGenerator[Event, None], call: Call) -> AsyncGenerator[Event, None]:
-        """The events of a run, unchanged; what they tell is counted on the way."""
+        """The events of a run, unchanged; its time and how it ended are counted on the way."""
         labels = {"model": call.name, "plan": plan_name(call.plan)}
         started, is_first, outcome = time.monotonic(), True, "cancelled"
-        counted: set[int] = set()
         self._count_in_flight(1)
         try:
             async with aclosing(events):
                 async for event in events:
-                    match event:
-                        case LayerDone():
-                            count_layer(event.usage)
-                            counted.add(event.usage.layer)
-                        case AnswerDelta() if is_first:
-                            is_first = False
-                            metric("aft_time_to_first_token_seconds").observe(time.monotonic() - started, tags=labels)
-                        case Finished():
-                            for usage in event.usage:
-                                if usage.layer not in counted:
-                                    count_layer(usage)
-                            outcome = "ok"
+                    if isinstance(event, AnswerDelta) and is_first:
+                        is_first = False
+                        metric("aft_time_to_first_token_seconds").observe(time.monotonic() - started, tags=labels)
+                    elif isinstance(event, Finished):
+                        outcome = "ok"
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
             raise
@@ -118,7 +110,7 @@ METRICS = Metrics()
 
 
 def count_layer(usage: LayerUsage) -> None:
-    """One layer that is over: its time, tokens and answers."""
+    """One layer that is over, however it ended: its time, tokens and answers. What a run's `account` calls."""
     layer = str(usage.layer)
     metric("aft_layer_seconds").observe(usage.seconds, tags={"layer": layer})
     tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens, "cached": usage.cached_tokens}

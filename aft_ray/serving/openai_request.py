@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from aft_ray.config import ServingConfig, merge
-from aft_ray.engines.base import Sampling
-from aft_ray.inference.plan import Plan
+from aft_ray.engines.base import EngineInfo, Sampling
+from aft_ray.inference.plan import FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
 
@@ -35,16 +35,12 @@ LARGEST_TEMPERATURE = 2.0
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Parameters that change nothing about an answer: accepted."""
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "tools": (),
     "functions": (),
-    "logprobs": (),
-    "top_logprobs": (),
     "logit_bias": (),
     "frequency_penalty": (),
     "presence_penalty": (),
@@ -93,6 +89,7 @@ class Body(BaseModel):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | list[Stop] | None = Field(default=None, max_length=256)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
     aft: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -143,10 +140,59 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class JsonSchema(BaseModel):
+    """A named JSON schema. Structured outputs are always strict here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class TextFormat(BaseModel):
+    """Plain text: what is written anyway."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(BaseModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(BaseModel):
+    """JSON that a schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class ChatBody(Body):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("invalid_value", "top_logprobs needs logprobs: true", {"param": "top_logprobs"})
+        return self
+
+    def final_layer(self) -> FinalLayer:
+        asked = self.response_format
+        schema = None
+        if isinstance(asked, JsonObjectFormat):
+            schema = '{"type": "object"}'
+        elif isinstance(asked, JsonSchemaFormat):
+            schema = json.dumps(asked.json_schema.schema_)
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return FinalLayer(num_answers=self.n or 1, top_logprobs=top, json_schema=schema)
 
     def conversation(self) -> tuple[Message, ...]:
         return tuple(message.plain() for message in self.messages)
@@ -156,6 +202,9 @@ class CompletionBody(Body):
     """`POST /v1/completions`: the prompt is one user turn."""
 
     prompt: str
+
+    def final_layer(self) -> FinalLayer:
+        return FinalLayer(num_answers=self.n or 1)
 
     def conversation(self) -> tuple[Message, ...]:
         return ({"role": "user", "content": self.prompt},)
@@ -175,6 +224,7 @@ class Call:
     adapter: str | None
     """Adapter folder of the aggregator (and of the proposer, unless the server fixes another)."""
     plan: Plan
+    final: FinalLayer
     messages: tuple[Message, ...]
     run_seed: int
     stream: bool
@@ -202,11 +252,14 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     plan = plan_of({**alias, **body.aft}, config.plan)
     plan = _with_sampling(plan, _sampling_changes(body))
     check_limits(plan, config)
+    final = body.final_layer()
+    check_final(final, plan, config)
     return Call(
         model=model,
         name=name,
         adapter=(config.adapters or {}).get(name),
         plan=plan,
+        final=final,
         messages=body.conversation(),
         run_seed=secrets.randbits(62) if body.seed is None else body.seed,
         stream=body.stream,
@@ -311,3 +364,33 @@ def check_limits(plan: Plan, config: ServingConfig) -> None:
     for param, found, limit in limits:
         if not found <= limit:
             raise HttpError(400, f"{param} {str(found)[:20]}: this server allows at most {limit:g}", param=param)
+
+
+def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
+    """What is asked of the last layer fits the plan and the server's caps, or HttpError 400 naming the parameter."""
+    if final.num_answers > config.max_num_proposals:
+        raise HttpError(400, f"n {final.num_answers}: this server allows at most {config.max_num_proposals}", param="n")
+    is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
+    for param in asked_of_last_layer(final):
+        if not is_written:
+            message = f"{param}: this plan may settle its answer by vote or agreement; leave out {param}, or set "
+            raise HttpError(400, message + "aft.aggregator to model and aft.early_stop to null", param=param)
+
+
+def check_engine(call: Call, engine: EngineInfo) -> None:
+    """The engine of the last layer can do what is asked of it, or HttpError 400 naming the parameter."""
+    honoured = {"n": True, "logprobs": engine.gives_logprobs, "response_format": engine.follows_json_schema}
+    for param in asked_of_last_layer(call.final):
+        if not honoured[param]:
+            message = f"parameter '{param}' is not supported by the engine of this server; leave it out"
+            raise HttpError(400, message, param=param, code="unsupported_parameter")
+
+
+def asked_of_last_layer(final: FinalLayer) -> list[str]:
+    """The parameters that ask for more than one plain answer."""
+    asked = {
+        "n": final.num_answers > 1,
+        "logprobs": final.top_logprobs is not None,
+        "response_format": final.json_schema is not None,
+    }
+    return [param for param, is_asked in asked.items() if is_asked]

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aft_ray.inference.events import Answer, Event, Finished, LayerUsage, ProposalDone
+from aft_ray.engines.base import TokenLogprob
+from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerUsage, ProposalDone
 from aft_ray.serving.openai_request import Call
 
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -54,6 +55,17 @@ def draft_object(answer: Answer) -> dict[str, Any]:
     }
 
 
+def logprob_object(token: TokenLogprob) -> dict[str, Any]:
+    """One token of a choice's `logprobs.content`."""
+    top = [{"token": text, "logprob": logprob, "bytes": list(text.encode())} for text, logprob in token.top]
+    return {
+        "token": token.token,
+        "logprob": token.logprob,
+        "bytes": list(token.token.encode()),
+        "top_logprobs": top,
+    }
+
+
 @dataclass(kw_only=True)
 class Drafts:
     """Every answer of a run by layer, failed ones included (`Finished` holds the usable ones only)."""
@@ -64,7 +76,7 @@ class Drafts:
         if isinstance(event, ProposalDone):
             self.layers.setdefault(event.answer.layer, []).append(event.answer)
         elif isinstance(event, Finished):
-            self.layers[event.answer.layer] = [event.answer]
+            self.layers[event.answer.layer] = list(event.layers[-1])
 
     def objects(self) -> list[list[dict[str, Any]]]:
         return [
@@ -84,28 +96,33 @@ class Reply:
 
     def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
         """`chat.completion` or `text_completion`."""
-        answer = finished.answer
+        body = self._envelope("chat.completion" if self.kind == "chat" else "text_completion")
+        body["choices"] = [self._whole_choice(answer) for answer in finished.layers[-1]]
+        return body | {"usage": usage_object(finished.usage)} | self._aft(drafts)
+
+    def _whole_choice(self, answer: Answer) -> dict[str, Any]:
         content: dict[str, Any] = {"text": answer.text}
         if self.kind == "chat":
             content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        body = self._envelope("chat.completion" if self.kind == "chat" else "text_completion")
-        body["choices"] = [self._choice(content, answer.finish_reason)]
-        return body | {"usage": usage_object(finished.usage)} | self._aft(drafts)
+        return self._choice(content, answer.index, answer.finish_reason, answer.logprobs)
 
     def opening(self) -> dict[str, Any]:
         """The first chunk: who speaks."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""})
+        content = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
+        return self._chunk([self._choice(content, index) for index in range(self.call.final.num_answers)])
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Some more of the answer."""
-        return self._chunk({"delta": {"content": text}} if self.kind == "chat" else {"text": text})
+    def piece(self, delta: AnswerDelta) -> dict[str, Any]:
+        """Some more of an answer."""
+        content = {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
+        return self._chunk([self._choice(content, delta.index, None, delta.logprobs)])
 
     def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
         """The last chunks: why it ended (and the drafts), then usage when asked for."""
         end: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        chunks = [self._chunk(end, finished.answer.finish_reason) | self._aft(drafts)]
+        ends = [self._choice(end, answer.index, answer.finish_reason) for answer in finished.layers[-1]]
+        chunks = [self._chunk(ends) | self._aft(drafts)]
         if self.call.include_usage:
-            chunks.append(self._chunk(None) | {"usage": usage_object(finished.usage)})
+            chunks.append(self._chunk([]) | {"usage": usage_object(finished.usage)})
         return chunks
 
     def _aft(self, drafts: Drafts) -> dict[str, Any]:
@@ -113,13 +130,20 @@ class Reply:
             return {}
         return {"aft": {"plan": dataclasses.asdict(self.call.plan), "layers": drafts.objects()}}
 
-    def _chunk(self, content: dict[str, Any] | None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._envelope("chat.completion.chunk" if self.kind == "chat" else "text_completion")
-        body["choices"] = [] if content is None else [self._choice(content, finish_reason)]
+        body["choices"] = choices
         return body | ({"usage": None} if self.call.include_usage else {})
 
-    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        content: dict[str, Any],
+        index: int,
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> dict[str, Any]:
+        told = {"content": [logprob_object(token) for token in logprobs], "refusal": None} if logprobs else None
+        return {"index": index, **content, "logprobs": told, "finish_reason": finish_reason}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.call.model}

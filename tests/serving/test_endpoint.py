@@ -104,9 +104,9 @@ def test_an_unknown_model_is_the_clients_not_found_error(client: openai.OpenAI) 
 
 
 def test_an_unsupported_parameter_is_the_clients_bad_request_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="'n' is not supported") as caught:
-        ask(client, n=3)
-    assert (caught.value.param, caught.value.type) == ("n", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match="'tool_choice' is not supported") as caught:
+        ask(client, tool_choice="required")
+    assert (caught.value.param, caught.value.type) == ("tool_choice", "invalid_request_error")
 
 
 def test_an_unknown_plan_key_is_refused_with_the_nearest_name(client: openai.OpenAI) -> None:

@@ -174,10 +174,8 @@ def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(model: str) 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
         ("tools", [{"type": "function"}]),
-        ("logprobs", True),
-        ("response_format", {"type": "json_object"}),
+        ("tool_choice", "required"),
         ("frequency_penalty", 0.5),
         ("logit_bias", {"50256": -100}),
     ],

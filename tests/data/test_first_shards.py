@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -263,12 +264,14 @@ def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: 
     assert all(manifests) and manifests[0].files == manifests[1].files  # type: ignore[union-attr]
 
 
-def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("near_duplicates", [None, 0.8])
+def test_memory_does_not_grow_with_the_source(tmp_path: Path, near_duplicates: float | None) -> None:
     def peak(num_rows: int) -> int:
-        source = write_jsonl(tmp_path / f"{num_rows}.jsonl", *({"prompt": f"{n} {'x' * 400}"} for n in range(num_rows)))
-        run = run_of(tmp_path, source, name=str(num_rows), rows_per_shard=64)
+        texts = (hashlib.sha512(str(n).encode()).hexdigest() * 3 for n in range(num_rows))
+        source = write_jsonl(tmp_path / f"{num_rows}.jsonl", *({"prompt": text} for text in texts))
+        run = run_of(tmp_path, source, name=str(num_rows), rows_per_shard=64, near_duplicates=near_duplicates)
         tracemalloc.start()
-        make_prompts(run)
+        assert make_prompts(run).rows_out == num_rows
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used

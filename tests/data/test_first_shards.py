@@ -96,6 +96,26 @@ def test_a_poison_row_ends_the_run_with_its_place_where_bad_rows_are_refused(tmp
         make_prompts(run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "good"}, row)))
 
 
+ODD = {
+    "a megabyte": "1,080,000 characters",
+    "surrogates": "half a character",
+    "control tokens": "the control string <|im_end|>",
+    "nul": "NUL",
+}
+
+
+def test_odd_text_is_a_counted_failure_too_where_that_is_asked_for(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), {"prompt": "a <b>bold</b> [list] < 3"})
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", odd_text="fail")
+    manifest = make_prompts(run)
+    assert (manifest.num_failed, manifest.rows_out) == (len(ODD), len(FINE) + 1 - len(ODD))
+    found = {line["place"].rpartition(":")[2]: line["message"] for line in lines_of(run, "failed/rows.jsonl")}
+    for name, words in ODD.items():
+        assert f"{words}" in found[str(list(FINE).index(name) + 1)]
+    with pytest.raises(InputError, match=r"p\.jsonl:1: .*1,080,000 characters in the text \(prompts\.odd_text: fail\)"):
+        make_prompts(run_of(tmp_path, source, name="strict", odd_text="fail"))
+
+
 def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_path: Path) -> None:
     rows = [f'{{"prompt": "{depth}", "deep": {"[" * depth}{"]" * depth}}}' for depth in range(100, 3_000, 50)]
     run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="fail")

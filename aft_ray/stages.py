@@ -351,9 +351,10 @@ async def make_shard(
         except ConfigError:  # a missing package, a wrong setting: so it is for every row
             raise
         except Exception as error:  # a failed row is data: it keeps its id and a reason
-            logger.warning("%s: %s failed: %s: %s", stage.name, row["prompt_id"], type(error).__name__, error)
+            failure = _failure(error)
+            logger.warning("%s: %s failed: %s: %s", stage.name, row["prompt_id"], *failure.values())
             count(1, 0)
-            return _failure(error)
+            return failure
         count(0, done.completion_tokens)
         return done
 
@@ -385,6 +386,7 @@ async def make_shard(
 
 
 def _failure(error: Exception) -> dict[str, str]:
+    """What is kept of an error, fit to be written: Ray ends a worker whose log line holds half a character."""
     return {"error": type(error).__name__, "message": without_surrogates(str(error))[:2000]}
 
 

@@ -58,9 +58,26 @@ class TrainingSummary:
     num_examples: int
     num_steps: int
     num_workers: int
+    startup_seconds: float
+    """Until the first step; for a variant trained after another one in the same workers, since the end of that."""
     seconds: float
+    """Of the steps."""
+    num_tokens: int
+    """Seen in all steps, padding left out."""
+    num_trained_tokens: int
+    """Of these, the ones in the loss."""
     curve: tuple[tuple[float, float], ...]
     """(step, training loss)"""
+    held_out: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """(step, perplexity) by variant of the held-out examples; empty without `training.eval_steps`."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+    @property
+    def trained_tokens_per_second(self) -> float:
+        return self.num_trained_tokens / max(self.seconds, 1e-9)
 
     @property
     def first_loss(self) -> float | None:
@@ -129,7 +146,12 @@ def results(data: ReportData) -> dict[str, Any]:
 def render(data: ReportData) -> str:
     """The page as HTML."""
     template = environment().get_template(TEMPLATE.name)
-    charts = {"rewards": _rewards_chart(data), "perplexity": _perplexity_chart(data), "loss": _loss_chart(data)}
+    charts = {
+        "rewards": _rewards_chart(data),
+        "perplexity": _perplexity_chart(data),
+        "loss": _loss_chart(data),
+        "held_out": _held_out_charts(data),
+    }
     html = template.render(data=data, limits=limits(data), charts=charts, max_seconds=_max_seconds(data))
     return UNSHOWABLE.sub("\ufffd", html)
 
@@ -137,6 +159,12 @@ def render(data: ReportData) -> str:
 def curve_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
     """(step, loss) from the rows of a training run's metrics.jsonl; rows without a loss are of another kind."""
     return tuple((float(row["step"]), float(row["loss"])) for row in rows if row.get("loss") is not None)
+
+
+def held_out_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[float, float], ...]]:
+    """(step, perplexity) by variant of the held-out examples, from the rows of a training run's held_out.jsonl."""
+    variants = rows[0]["perplexity"] if rows else ()
+    return {variant: tuple((float(row["step"]), row["perplexity"][variant]) for row in rows) for variant in variants}
 
 
 def limits(data: ReportData) -> str:
@@ -230,6 +258,21 @@ def _loss_chart(data: ReportData) -> str | None:
     curves = {run.variant: run.curve for run in data.training if run.curve}
     label = "Training loss by step, one line per adapter; first and last values are in the table beside it"
     return line_chart("loss", label, curves, "step", "training loss") if curves else None
+
+
+def _held_out_charts(data: ReportData) -> list[str]:
+    """One per adapter."""
+    return [
+        line_chart(
+            f"held-out-{run.variant}",
+            f"Perplexity of the held-out targets while {run.variant} is trained, one line per kind of prompt",
+            run.held_out,
+            "step",
+            f"held-out perplexity, {run.variant} in training",
+        )
+        for run in data.training
+        if run.held_out
+    ]
 
 
 def _point(row: str, series: str, value: Estimate) -> Point:

@@ -21,7 +21,7 @@ from aft_ray.data.scorers import build_scorer, text_scorer_config
 from aft_ray.evaluation.examples import Check, Example, choose_examples
 from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
 from aft_ray.evaluation.perplexity import ConditionPerplexity, TargetScore, summarise
-from aft_ray.evaluation.report import ReportData, StageSummary, TrainingSummary, curve_of, write_report
+from aft_ray.evaluation.report import ReportData, StageSummary, TrainingSummary, curve_of, held_out_curves, write_report
 from aft_ray.pipeline.evaluate import PERPLEXITY, serving_of, systems_of
 from aft_ray.records import HELD_OUT, TRAIN, metadata_of
 from aft_ray.runs import Manifest, Run, commit, versions
@@ -172,8 +172,12 @@ def _trained(folder: Path, variant: str) -> TrainingSummary | None:
         num_examples=summary["num_rows"],
         num_steps=summary["num_steps"],
         num_workers=summary["world_size"],
+        startup_seconds=summary["startup_seconds"],
         seconds=summary["seconds"],
+        num_tokens=summary["num_tokens"],
+        num_trained_tokens=summary["num_trained_tokens"],
         curve=curve_of(read_metrics(folder / "checkpoints" / variant / "metrics.jsonl")),
+        held_out=held_out_curves(read_metrics(folder / "checkpoints" / variant / "held_out.jsonl")),
     )
 
 

@@ -20,6 +20,7 @@ from aft_ray.evaluation.report import (
     TrainingSummary,
     curve_of,
     duration,
+    held_out_curves,
     limits,
     number,
     render,
@@ -115,8 +116,12 @@ def report_data(**changes: Any) -> ReportData:
                 num_examples=9,
                 num_steps=20,
                 num_workers=2,
+                startup_seconds=9.0,
                 seconds=61.0,
+                num_tokens=6100,
+                num_trained_tokens=1220,
                 curve=tuple((step, 3.0 - step / 10) for step in range(1, 21)),
+                held_out={"sft": ((10, 6.5), (20, 6.0)), "aft": ((10, 3.5), (20, 2.5))},
             ),
         ),
         perplexities=tuple(
@@ -163,7 +168,7 @@ def test_perplexities_and_their_difference_are_shown(page: Page) -> None:
 
 def test_stages_training_and_run_are_shown(page: Page) -> None:
     assert "proposals 9 8 1 12,345 678 75 s" in page.words
-    assert "aft 9 20 2 2.850 1.050 61 s" in page.words  # means of steps 1-2 and 19-20
+    assert "aft 9 20 2 2.850 1.050 9.0 s 61 s 100.0 20.0" in page.words  # losses: means of steps 1-2 and 19-20
     for words in ("aft-ray run --config configs/small.yaml", "0a1b2c3", "2 CPU cores", "ray 2.60.0", "K = 2, L = 1"):
         assert words in page.words
 
@@ -221,7 +226,7 @@ def test_checks_are_marked_in_words_and_not_by_colour_alone(page: Page) -> None:
 def test_tables_have_headings_with_scope_and_charts_have_words(page: Page) -> None:
     assert all(attrs.get("scope") in {"row", "col"} for tag, attrs in page.tags if tag == "th")
     drawings = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(drawings) == 3
+    assert len(drawings) == 4
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in drawings)
 
 
@@ -293,5 +298,9 @@ def test_numbers_are_written_for_people() -> None:
     assert [duration(0.44), duration(75), duration(754), duration(None)] == ["0.4 s", "75 s", "12 min 34 s", "–"]
 
 
-def test_the_curve_leaves_out_rows_without_a_loss() -> None:
+def test_curves_are_read_from_what_training_wrote() -> None:
+    """Rows without a loss are left out."""
+    rows = [{"step": step, "perplexity": {"sft": 9.0 - step, "aft": 4.0}, "loss": {}} for step in (1, 2)]
+    assert held_out_curves(rows) == {"sft": ((1.0, 8.0), (2.0, 7.0)), "aft": ((1.0, 4.0), (2.0, 4.0))}
+    assert held_out_curves([]) == {}
     assert curve_of([{"step": 1, "loss": 2}, {"step": 2, "eval": 3}, {"step": 3, "loss": None}]) == ((1.0, 2.0),)

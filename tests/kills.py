@@ -1,12 +1,16 @@
-"""SIGKILL at random moments, many times."""
+"""SIGKILL: at random moments, many times, or to a training worker when something has happened."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["aft_ray.data.first_shards", "aft_ray.data.targets", "datasketch", "transformers"])
@@ -32,3 +36,24 @@ def kill_many_times(work: Callable[..., object], *arguments: Any, num_kills: int
             assert process.exitcode == 0
             longest = 0.9 * (time.monotonic() - started)
     return num_killed
+
+
+def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
+    """Waits for the condition, at most 500 s, then acts."""
+    end = time.monotonic() + 500
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    action()
+
+
+def kill_a_train_worker() -> None:
+    """One of the Ray Train workers below this process."""
+    workers = [child for child in psutil.Process().children(recursive=True) if _is_train_worker(child)]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+def _is_train_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in process.name() + " ".join(process.cmdline())
+    except psutil.Error:  # it ended between the listing and the look
+        return False

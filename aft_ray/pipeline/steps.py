@@ -53,6 +53,7 @@ def check_before_start(config: Config) -> None:
     from aft_ray.data.proposals import aggregator_hash
     from aft_ray.models import PACKAGED, resolve_model
     from aft_ray.templates import InContextPrompt
+    from aft_ray.training import check_before_training
 
     aggregator_hash(config.templates)
     InContextPrompt.load(config.templates.in_context)
@@ -60,6 +61,8 @@ def check_before_start(config: Config) -> None:
     for engine in engines:
         if engine is not None and engine.type in {"vllm", "transformers"} and engine.model not in PACKAGED:
             resolve_model(engine.model)  # a folder that is not there is refused now, not after an hour
+    if config.engine.type in {"vllm", "transformers"}:
+        check_before_training(config.training, config.engine.model)
     _check_windows(config)
     if config.training_set.max_length > (
         getattr(config.engine, "max_model_len", None) or config.training_set.max_length

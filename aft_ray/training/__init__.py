@@ -19,7 +19,7 @@
 Importing this loads neither torch, Ray nor transformers.
 """
 
-from aft_ray.training.run import train_adapter, train_adapters
+from aft_ray.training.run import check_before_training, train_adapter, train_adapters
 from aft_ray.training.task import TrainProgress, TrainSummary
 
-__all__ = ["TrainProgress", "TrainSummary", "train_adapter", "train_adapters"]
+__all__ = ["TrainProgress", "TrainSummary", "check_before_training", "train_adapter", "train_adapters"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +110,7 @@ def check_made_for(training_set: Path, model: str, template_hashes: Mapping[str,
 
 def check_examples(table: pa.Table, model: str) -> None:
     """Raises InputError naming the first example whose mask is broken or whose ids the model does not have."""
-    from transformers import AutoConfig
-
-    chat_format = ChatFormat.load(model)
-    vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    chat_format, vocabulary = _rules(model)
     for row in table.slice(0, MAX_CHECKED_ROWS).to_pylist():
         try:
             check_example(row["input_ids"], row["labels"], chat_format, vocabulary)
@@ -121,6 +118,13 @@ def check_examples(table: pa.Table, model: str) -> None:
             raise InputError(
                 f"training example {row['example_id']}: {error}. Was the training set made with this model's tokenizer?"
             ) from error
+
+
+def _rules(model: str) -> tuple[ChatFormat, int]:
+    """What examples are checked by: the model's chat format and the size of its vocabulary."""
+    from transformers import AutoConfig
+
+    return ChatFormat.load(model), AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
 def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: ChatFormat, vocabulary: int) -> None:
@@ -138,20 +142,30 @@ def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: 
         raise InputError(f"the end must be inside the loss: last label {target[-1]}, expected {chat_format.stop_ids}")
 
 
-def check_batch(batch: Any) -> None:
-    """The invariants of a batch: padding outside attention and loss, labels equal to the ids they stand at; in packed
-    rows, the first token of every example outside the loss.
+def check_batch(batch: Any, model: str) -> None:
+    """The mask's invariants in a batch as the model sees it, and padding outside the loss.
+
+    Raises InputError naming the example by its place in the batch.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
-    inside = labels != IGNORE
-    if "attention_mask" in batch and bool((inside & (batch["attention_mask"] == 0)).any()):
+    chat_format, vocabulary = _rules(model)
+    if "attention_mask" in batch and bool(((batch["labels"] != IGNORE) & (batch["attention_mask"] == 0)).any()):
         raise InputError("the first batch has padding inside the loss")
-    if "position_ids" in batch and bool((inside & (batch["position_ids"] == 0)).any()):
-        raise InputError("the first batch has an example that begins inside the loss")
-    if bool((labels[inside] != ids[inside]).any()):
-        raise InputError("the first batch has labels that differ from the input ids")
-    if not bool(inside.any(dim=1).all()):
-        raise InputError("the first batch has an example without a single target token")
+    for place, (input_ids, labels) in enumerate(examples_of(batch)):
+        try:
+            check_example(input_ids, labels, chat_format, vocabulary)
+        except InputError as error:
+            raise InputError(f"the first batch, example {place}: {error}") from error
+
+
+def examples_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of every example, without padding; packed rows are taken apart where positions restart."""
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
+        if "position_ids" in batch:
+            starts = [place for place, position in enumerate(batch["position_ids"][row].tolist()) if position == 0]
+        else:
+            starts, ids = [0], ids[: int(batch["attention_mask"][row].sum())]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            yield ids[start:end], labels[start:end]
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:

@@ -40,7 +40,12 @@ def with_lora(config: TrainingConfig, base: Any) -> tuple[Any, Any]:
     if config.method == "full":
         return base, None
     if config.init_adapter:
-        return PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
+        # ZeRO-3 needs adapter and base in one dtype, as TRL sees to for a fresh LoRA (trl#6089)
+        own_dtype = not config.deepspeed.startswith("zero3")
+        start = PeftModel.from_pretrained(
+            base, config.init_adapter, is_trainable=True, autocast_adapter_dtype=own_dtype
+        )
+        return start, None
     lora, targets = config.lora, config.lora.target_modules
     return base, LoraConfig(
         r=lora.rank,

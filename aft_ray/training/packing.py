@@ -10,12 +10,13 @@ decreasing (TRL's `pack_dataset`); no example is cut.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from aft_ray.errors import InputError, TrainingFailed
+from aft_ray.errors import ConfigError, InputError, TrainingFailed
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-4}
@@ -36,6 +37,25 @@ def pack(rows: Any, length: int) -> Any:
     if longest > length:
         raise InputError(f"training.pack_length {length}: the longest example has {longest} tokens. Raise pack_length")
     return pack_dataset(rows, length, "bfd")
+
+
+def check_can_pack(model: str) -> None:
+    """Raises ConfigError for a model that is known, by its class alone, to carry one example into the next.
+
+    Other models are measured before the first step (`PackingCheck`).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(AutoConfig.from_pretrained(model)), None)
+    if found is None:  # a class of the model's own
+        return
+    reason = ""
+    if "position_ids" not in inspect.signature(found.forward).parameters:
+        reason = "takes no position ids, by which its attention would know where an example begins"
+    elif found._is_stateful:
+        reason = "has a recurrent state that runs on from one example into the next"
+    if reason:
+        raise ConfigError(f"training.pack_length: {found.__name__} {reason}. Set pack_length: null")
 
 
 def fullest_row(rows: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -20,14 +21,20 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def watch(
-    tasks: Sequence[TrainTask], called_at: float, report: Callable[[TrainProgress], None] | None
+    tasks: Sequence[TrainTask],
+    called_at: float,
+    report: Callable[[TrainProgress], None] | None,
+    is_waiting: Callable[[], bool],
 ) -> Iterator[None]:
-    """Inside, `report` is called after every step that is seen, and at least every few seconds."""
+    """Inside, `report` is called after every step that is seen, and at least every few seconds.
+
+    `is_waiting`: whether the cluster is too small for the workers just now.
+    """
     if report is None:
         yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(tasks, called_at, report, stop), daemon=True)
+    thread = threading.Thread(target=_watch, args=(tasks, called_at, report, is_waiting, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -37,13 +44,19 @@ def watch(
 
 
 def _watch(
-    tasks: Sequence[TrainTask], called_at: float, report: Callable[[TrainProgress], None], stop: threading.Event
+    tasks: Sequence[TrainTask],
+    called_at: float,
+    report: Callable[[TrainProgress], None],
+    is_waiting: Callable[[], bool],
+    stop: threading.Event,
 ) -> None:
     told: TrainProgress | None = None
     told_at = 0.0
     while True:
         last = stop.wait(POLL_S)
         progress = current(tasks, called_at)
+        if progress.phase != "checking" and is_waiting():
+            progress = dataclasses.replace(progress, phase="waiting for nodes")
         news = told is None or (progress.variant, progress.phase, progress.step) != (
             told.variant,
             told.phase,

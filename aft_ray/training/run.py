@@ -11,6 +11,8 @@ must be reachable from the driver and from every worker (one machine, or a share
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import signal
 import threading
@@ -21,6 +23,7 @@ from typing import Any
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import AftError, ConfigError, TrainingFailed
+from aft_ray.models import resolve_model
 from aft_ray.runs import begin, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.training.adapter import finished_summary
@@ -31,6 +34,9 @@ from aft_ray.training.worker import WorkerPlan, run_worker
 
 RAY_TRAIN_RUN = "ray_train"
 """Name of the Ray Train run inside `checkpoints`: the same name and place is what makes Ray Train resume."""
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+"""The packages each tracker is found by."""
 
 Report = Callable[[TrainProgress], None]
 
@@ -77,25 +83,83 @@ def train_adapters(
     Raises InputError for an unsound training set, ResumeRefused where a folder holds other work, TrainingFailed when
     training ended without the work it planned.
     """
+    plan, summaries = plan_training(
+        config=config,
+        model=model,
+        training_set=training_set,
+        outputs=outputs,
+        checkpoints=checkpoints,
+        seed=seed,
+        template_hashes=template_hashes,
+    )
+    if plan.tasks:
+        summaries |= _run(plan, checkpoints.absolute(), report)
+    return {variant: summaries[variant] for variant in outputs}
+
+
+def plan_training(
+    *,
+    config: TrainingConfig,
+    model: str,
+    training_set: Path,
+    outputs: Mapping[str, Path],
+    checkpoints: Path,
+    seed: int,
+    template_hashes: Mapping[str, str],
+) -> tuple[WorkerPlan, dict[str, TrainSummary]]:
+    """What is to be done, checked and ready for the workers, and the summaries of what is done already."""
     called_at = time.time()
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     training_set, checkpoints = training_set.absolute(), checkpoints.absolute()
+    check_before_training(config, model)
+    if config.init_adapter:
+        config = config.model_copy(update={"init_adapter": str(Path(config.init_adapter).absolute())})
     files = shard_files(training_set)
     check_made_for(training_set, model, template_hashes)
     tasks, summaries = [], {}
     for variant, output in outputs.items():
         settings = task_settings(config, model, files, variant, seed, template_hashes)
         task, finished = _open_task(config, model, training_set, output.absolute(), checkpoints, settings)
-        tasks.append(task)
-        if finished is not None:
+        if finished is None:
+            tasks.append(task)
+        else:
             summaries[variant] = finished
-    pending = tuple(task for task in tasks if task.variant not in summaries)
-    if pending:
-        plan = WorkerPlan(
-            config=config, model=model, training_set=training_set, seed=seed, tasks=pending, called_at=called_at
-        )
-        summaries |= _run(plan, checkpoints, report)
-    return {variant: summaries[variant] for variant in outputs}
+    plan = WorkerPlan(
+        config=config, model=model, training_set=training_set, seed=seed, tasks=tuple(tasks), called_at=called_at
+    )
+    return plan, summaries
+
+
+def check_before_training(config: TrainingConfig, model: str) -> None:
+    """What can be known to be wrong before any worker starts. Raises ConfigError."""
+    for tracker in config.report_to:
+        if not any(importlib.util.find_spec(package) for package in TRACKERS[tracker]):
+            raise ConfigError(
+                f"training.report_to: {tracker} is not installed here: pip install {tracker}, or leave it out"
+            )
+    if config.init_adapter is not None:
+        _check_init_adapter(config, Path(config.init_adapter))
+    if config.pack_length is not None:
+        from aft_ray.training.packing import check_can_pack
+
+        check_can_pack(resolve_model(model))
+
+
+def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
+    """Its shape is its own, so settings that say otherwise would be ignored."""
+    file = folder / "adapter_config.json"
+    for needed in (file, folder / "adapter_model.safetensors"):
+        if not needed.is_file():
+            raise ConfigError(f"training.init_adapter: no such file: {needed}; expected a peft folder")
+    adapter = json.loads(file.read_text())
+    own = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+    for setting, name in own.items():
+        found, wanted = adapter.get(name, False), getattr(config.lora, setting)
+        if found != wanted:
+            raise ConfigError(
+                f"training.lora.{setting} is {wanted}, and training.init_adapter has {found}: {file}. "
+                "A second round keeps the adapter's shape; set the same value"
+            )
 
 
 def _open_task(
@@ -136,7 +200,11 @@ def _num_training_rows(training_set: Path, variant: str, num_examples: int, conf
 def _run(plan: WorkerPlan, checkpoints: Path, report: Report | None) -> dict[str, TrainSummary]:
     import ray.train
 
-    with _ray(plan.config), _ray_train_environment(), watch(plan.tasks, plan.called_at, report):
+    with (
+        _ray(plan.config),
+        _ray_train_environment(),
+        watch(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(plan.config))),
+    ):
         try:
             result = _fit(_trainer(plan, checkpoints))
         except ray.train.TrainingFailedError as error:
@@ -154,7 +222,6 @@ def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
 
     config = plan.config
     on_gpu = config.gpus_per_worker > 0
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if on_gpu else {})}
     return TorchTrainer(
         run_worker,  # type: ignore[arg-type]  # its return value becomes Result.return_value
         train_loop_config={"plan": plan},
@@ -162,7 +229,7 @@ def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=on_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(config),
             accelerator_type=config.accelerator_type,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see V1's class under this name
@@ -174,6 +241,26 @@ def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
             worker_runtime_env={"env_vars": _worker_environment(config)},
         ),
     )
+
+
+def _resources(config: TrainingConfig) -> dict[str, float]:
+    """What one worker takes, by Ray's names."""
+    gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
+    return {"CPU": config.cpus_per_worker, **gpus}
+
+
+def _missing(config: TrainingConfig) -> str:
+    """What the cluster lacks for the workers, in words; empty where they fit."""
+    import ray
+
+    found = ray.cluster_resources()
+    lacking = [
+        f"training.num_workers {config.num_workers} x {amount:g} {name} = {config.num_workers * amount:g}, found "
+        f"{found.get(name, 0):g}"
+        for name, amount in _resources(config).items()
+        if config.num_workers * amount > found.get(name, 0)
+    ]
+    return "; ".join(lacking)
 
 
 def _worker_environment(config: TrainingConfig) -> dict[str, str]:
@@ -212,12 +299,8 @@ def _ray(config: TrainingConfig) -> Iterator[None]:
         return
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     try:
-        wanted, found = config.num_workers * config.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
-        if wanted > found:
-            raise ConfigError(
-                f"training.num_workers {config.num_workers} x cpus_per_worker {config.cpus_per_worker:g} = {wanted:g} "
-                f"CPUs, and this machine has {found:g}: lower one of them"
-            )
+        if missing := _missing(config):
+            raise ConfigError(f"this machine is too small: {missing}. Lower the workers, or what each of them takes")
         yield
     finally:
         ray.shutdown()

@@ -17,8 +17,9 @@ from aft_ray.config import TrainingConfig
 from aft_ray.errors import InputError
 from aft_ray.records import fingerprint
 
-Phase = Literal["starting", "training", "checking"]
-"""`starting`: workers start and load the model. `checking`: the steps are done, the adapter is saved and proved."""
+Phase = Literal["starting", "training", "checking", "waiting for nodes"]
+"""`starting`: workers start and load the model. `checking`: the steps are done, the adapter is saved and proved.
+`waiting for nodes`: the cluster is too small for the workers, as after the loss of a node; they start once it grows."""
 
 PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures", "report_to"}
 
@@ -105,8 +106,9 @@ def task_settings(
     config: TrainingConfig, model: str, files: Mapping[str, str], variant: str, seed: int, hashes: Mapping[str, str]
 ) -> dict[str, Any]:
     """What an adapter is made from, as plain values that can be compared and printed."""
+    training = config.model_dump(mode="json", exclude=PLACEMENT_ONLY)
     return {
-        "training": config.model_dump(mode="json", exclude=PLACEMENT_ONLY),
+        "training": training | {"init_adapter": adapter_identity(config.init_adapter)},
         "model": model_identity(model),
         "training_set": dict(files),
         "variant": variant,
@@ -127,6 +129,13 @@ def model_identity(model: str) -> dict[str, Any]:
         "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
     }
+
+
+def adapter_identity(folder: str | None) -> str | None:
+    """An adapter to start from is its weights, wherever it lies."""
+    if folder is None:
+        return None
+    return hashlib.sha256(Path(folder, "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def step_size(config: TrainingConfig) -> int:

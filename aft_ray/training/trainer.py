@@ -143,6 +143,12 @@ class RayCheckpoints(TrainerCallback):
 
     def __init__(self, task: TrainTask) -> None:
         self.task = task
+        self.watches_nodes = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"  # set by the driver (run.py)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A node is about to be taken away: save once, and go on until it is gone. All workers agree on the step."""
+        if self.watches_nodes and ray.train.get_preemption_info() is not None:
+            control.should_save, self.watches_nodes = True, False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         local = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")

@@ -86,7 +86,7 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
     checkpoint = last_checkpoint(task)
     with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
         trainer = build_trainer(plan, task, scratch, [sums, steps])
-        check_batch(next(iter(trainer.get_train_dataloader())))
+        check_first_batch(trainer, plan.model)
         if checkpoint is None:
             trainer.train()
         else:
@@ -95,6 +95,21 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
         summary = summarize(task, trainer.args.world_size, since, steps)
         finish(plan, task, trainer, sums, steps.first_step, summary)
     return summary
+
+
+def check_first_batch(trainer: Any, model: str) -> None:
+    """Each worker checks its own; what one of them finds, all raise."""
+    import torch.distributed as dist
+
+    own: AftError | None = None
+    try:
+        check_batch(next(iter(trainer.get_train_dataloader())), model)
+    except AftError as error:
+        own = error
+    found: list[AftError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    if errors := [one for one in found if one is not None]:
+        raise errors[0]
 
 
 def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,18 +86,42 @@ def test_an_output_that_is_no_adapter_is_refused(tiny_model: Path, training_set:
         train(tiny_model, training_set, tmp_path)
 
 
-def test_the_collator_keeps_the_end_in_the_loss_though_it_is_the_padding_token(examples: list[dict[str, Any]]) -> None:
+def test_the_collator_keeps_the_end_in_the_loss_though_it_is_the_padding_token(
+    examples: list[dict[str, Any]], tiny_model: Path
+) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     end = 2
     batch = DataCollatorForLanguageModeling(pad_token_id=end)(examples[:6])
-    check_batch(batch)
+    check_batch(batch, str(tiny_model))
     assert (batch["attention_mask"] == 0).any()
     assert ((batch["labels"] == end).sum(dim=1) == 1).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE).all()
 
 
-def test_a_batch_with_padding_in_the_loss_is_refused() -> None:
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("breaks", [unmask_prompt, drop_end, drop_first_target, foreign_id])
+def test_a_broken_example_is_found_in_the_batch_that_the_model_sees(
+    breaks: Any, padding_free: bool, examples: list[dict[str, Any]], tiny_model: Path
+) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    def batch_of(rows: list[dict[str, Any]]) -> Any:
+        keys = ("input_ids", "labels")
+        if padding_free:
+            lengths = [len(row["input_ids"]) for row in rows]
+            joined = {key: list(itertools.chain.from_iterable(row[key] for row in rows)) for key in keys}
+            rows = [{**joined, "seq_lengths": lengths}]
+        return DataCollatorForLanguageModeling(pad_token_id=2, padding_free=padding_free)(rows)
+
+    check_batch(batch_of(examples[:3]), str(tiny_model))
+    if padding_free and breaks is unmask_prompt:  # the collator itself masks an example's first token
+        return
+    with pytest.raises(InputError, match="the first batch, example 1: "):
+        check_batch(batch_of([examples[0], breaks(examples[1]), examples[2]]), str(tiny_model))
+
+
+def test_a_batch_with_padding_in_the_loss_is_refused(tiny_model: Path) -> None:
     ids = torch.tensor([[5, 6, 2, 2]])
     batch = {
         "input_ids": ids,
@@ -104,7 +129,7 @@ def test_a_batch_with_padding_in_the_loss_is_refused() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 0]]),
     }
     with pytest.raises(InputError, match="padding inside the loss"):
-        check_batch(batch)
+        check_batch(batch, str(tiny_model))
 
 
 LENGTHS = [number * 37 % 101 for number in range(100)]

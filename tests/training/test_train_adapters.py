@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from tiny import NUM_ROWS
@@ -30,6 +26,7 @@ from aft_ray.training import TrainProgress, TrainSummary, train_adapter, train_a
 from aft_ray.training.examples import batch_order
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.proof import batch_loss
+from tests.kills import kill_a_train_worker, when
 
 CONFIG = TrainingConfig(
     num_workers=2,
@@ -73,32 +70,14 @@ def trained(
         "template_hashes": {"aggregator": "h-4711"},
     }
     kept = folder / "checkpoints" / "ray_train" / "checkpoint_manager_snapshot.json"
-    killer = threading.Thread(target=when, args=(lambda: kept.exists() and "aft-" in kept.read_text(), kill_a_worker))
+    killer = threading.Thread(
+        target=when, args=(lambda: kept.exists() and "aft-" in kept.read_text(), kill_a_train_worker)
+    )
     killer.start()
     summaries = train_adapters(**call, report=reports.append)
     killer.join(timeout=5)
     assert not killer.is_alive()
     return Trained(call, summaries, reports)
-
-
-def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
-    end = time.monotonic() + 500
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    action()
-
-
-def kill_a_worker() -> None:
-    os.kill(
-        [child for child in psutil.Process().children(recursive=True) if is_train_worker(child)][-1].pid, signal.SIGKILL
-    )
-
-
-def is_train_worker(process: psutil.Process) -> bool:
-    try:
-        return "RayTrainWorker" in process.name() + " ".join(process.cmdline())
-    except psutil.Error:  # it ended between the listing and the look
-        return False
 
 
 def rows_of(examples: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:

@@ -10,24 +10,25 @@ import dataclasses
 import json
 import math
 import re
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from aft_ray.config import LoraSettings, TrainingConfig
 from aft_ray.errors import TrainingFailed
 from aft_ray.training import TrainSummary
-from aft_ray.training.examples import batch_order, rows_to_train, shard_files
+from aft_ray.training.examples import batch_order, rows_to_train
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.packing import check_packing, fullest_row
-from aft_ray.training.run import _open_task, _worker_environment
+from aft_ray.training.run import _worker_environment, plan_training
 from aft_ray.training.target_head import TargetHead
-from aft_ray.training.task import task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
+from tests.kills import kill_a_train_worker, when
 
 SEED = 7
 NUM_EPOCHS = 4
@@ -52,6 +53,11 @@ MODES: dict[str, dict[str, Any]] = {
     "full-zero3": {"method": "full", "deepspeed": "zero3", "learning_rate": 2e-3},
     "rslora": {"lora": LoraSettings(rank=4, rslora=True)},
     "dora-zero3": {"lora": LoraSettings(rank=4, dora=True), "deepspeed": "zero3"},
+    "second-round": {"init_adapter": "first-round"},
+    "second-round-zero3-bf16": {"init_adapter": "first-round", "deepspeed": "zero3", "bf16": True},
+    "zero2-offload": {"deepspeed": "zero2_offload"},
+    "zero3-offload": {"deepspeed": "zero3_offload"},
+    "zero3-killed": {"deepspeed": "zero3", "save_steps": 2},
 }
 DIVERGING = {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0}
 
@@ -70,25 +76,27 @@ class Mode:
 def modes(
     ray_cluster: None, tiny_model: Path, training_set: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Mode]:
-    from ray.train import RunConfig, ScalingConfig
+    from peft import LoraConfig, get_peft_model
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("modes")
-    plans, tasks = {}, {}
+    first_round = str(folder / "first-round")
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(first_round)
+    plans: dict[str, WorkerPlan] = {}
     for name, changes in {**MODES, "diverging": DIVERGING}.items():
-        config = TrainingConfig.model_validate({**BASE.model_dump(), **changes})
-        settings = task_settings(config, str(tiny_model), shard_files(training_set), "aft", SEED, {"aggregator": "h"})
-        place = folder / name
-        tasks[name], _ = _open_task(
-            config, str(tiny_model), training_set, place / "model", place / "checkpoints", settings
-        )
-        plans[name] = WorkerPlan(
-            config=config,
+        starts = {"init_adapter": first_round} if "init_adapter" in changes else {}
+        plans[name], _ = plan_training(
+            config=TrainingConfig.model_validate({**BASE.model_dump(), **changes, **starts}),
             model=str(tiny_model),
             training_set=training_set,
+            outputs={"aft": folder / name / "model"},
+            checkpoints=folder / name / "checkpoints",
             seed=SEED,
-            tasks=(tasks[name],),
-            called_at=time.time(),
+            template_hashes={"aggregator": "h"},
         )
 
     def train_all(loop: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -100,17 +108,30 @@ def modes(
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
-            storage_path=str(folder), name="all", worker_runtime_env={"env_vars": _worker_environment(BASE)}
+            storage_path=str(folder),
+            name="all",
+            failure_config=FailureConfig(max_failures=1),
+            worker_runtime_env={"env_vars": _worker_environment(BASE)},
         ),
     )
+    kept = folder / "all" / "checkpoint_manager_snapshot.json"
+    killed = plans["zero3-killed"].tasks[0].fingerprint
+    killer = threading.Thread(
+        target=when, args=(lambda: kept.exists() and killed in kept.read_text(), kill_a_train_worker)
+    )
+    killer.start()
     results: Any = trainer.fit().return_value
+    killer.join(timeout=5)
+    assert not killer.is_alive()
     diverged = results.pop("diverging")["error"]
     assert isinstance(diverged, TrainingFailed)
     assert re.match(r"variant aft: the loss is (nan|inf) at step \d+; lower training.learning_rate", str(diverged))
     assert not (folder / "diverging" / "model").exists()
     for name, result in results.items():
         assert result["error"] is None, f"{name}: {result['error']}"
-    return {name: Mode(plans[name].config, results[name]["summaries"]["aft"], tasks[name].folder) for name in MODES}
+    return {
+        name: Mode(plans[name].config, results[name]["summaries"]["aft"], plans[name].tasks[0].folder) for name in MODES
+    }
 
 
 def batches_of(config: TrainingConfig, training_set: Path) -> list[list[dict[str, Any]]]:
@@ -139,13 +160,15 @@ def unpacked(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def plain_curve(config: TrainingConfig, model: Path, batches: list[list[dict[str, Any]]]) -> list[float]:
     """One process, whole head, padded batches, mean over the step's target tokens, AdamW, clipping, linear decay."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     set_seed(SEED)
     trained: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if config.method == "lora":
+    if config.init_adapter:
+        trained = PeftModel.from_pretrained(trained, config.init_adapter, is_trainable=True)
+    elif config.method == "lora":
         settings = config.lora
         lora = LoraConfig(
             r=4, lora_alpha=16, target_modules="all-linear", use_rslora=settings.rslora, use_dora=settings.dora
@@ -178,8 +201,20 @@ def test_the_losses_are_those_of_a_plain_loop(
     expected = plain_curve(mode.config, tiny_model, batches)
     found = [row["loss"] for row in read_metrics(mode.folder / "metrics.jsonl")]
     assert mode.summary.num_steps == len(batches)
-    assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    assert found == pytest.approx(expected, rel=5e-2 if mode.config.bf16 else 2e-3, abs=2e-4)
     assert found[-1] < 0.9 * found[0]
+
+
+def test_a_worker_killed_under_zero3_changes_nothing(modes: dict[str, Mode]) -> None:
+    """The loss curve is that of a plain loop (above); here the adapter, against the one that was never interrupted."""
+    whole, killed = modes["zero3"].summary, modes["zero3-killed"].summary
+    assert whole.resumed_from_step == 0
+    assert 0 < killed.resumed_from_step < killed.num_steps
+    assert killed.resumed_from_step % 2 == 0
+    adapters = [load_file(Path(one.adapter_path) / "adapter_model.safetensors") for one in (whole, killed)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).abs().max() < 1e-5, name
 
 
 def test_packing_makes_fewer_rows_of_the_same_tokens(modes: dict[str, Mode], training_set: Path) -> None:

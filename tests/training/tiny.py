@@ -29,7 +29,7 @@ def write_training_set(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def write_model(folder: Path, *, eos: str = "<|im_end|>", hidden_size: int = 32) -> Path:
+def write_model(folder: Path, *, eos: str = "<|im_end|>", hidden_size: int = 32, window: int = 128) -> Path:
     """A two-layer Llama with four heads and random float32 weights; turns end with <|im_end|>, whatever `eos` is."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -57,7 +57,7 @@ def write_model(folder: Path, *, eos: str = "<|im_end|>", hidden_size: int = 32)
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=window,
         eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id,
         bos_token_id=None,

@@ -1,0 +1,100 @@
+"""Ways to train on the same rows: tokens/s by ZeRO stage, and packed rows over padded ones.
+
+    python benchmarks/training_modes.py [--rows 24] [--rounds 3]
+
+SmolLM2-135M, LoRA r=8, bf16, two Ray Train workers with one CPU each. The ways take turns in one group of workers;
+tokens are counted without padding, the first step of each is left out. Ratios are over the first way (plain data
+parallelism, padded) of the same round. Examples have about 100 to 450 tokens, and batches are of like length, so there
+is little padding to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training_rows import MODEL, write_rows
+
+BASE: dict[str, Any] = {"num_workers": 2, "deepspeed": "none", "batch_size_per_worker": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"pack_length": 1024, "batch_size_per_worker": 1},
+    **{f"zero{stage}": {"deepspeed": f"zero{stage}"} for stage in range(4)},
+}
+
+
+def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, float]]:
+    """Tokens/s of every way, by round."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from aft_ray.config import TrainingConfig
+    from aft_ray.models import resolve_model
+    from aft_ray.training.metrics import read_metrics
+    from aft_ray.training.run import _worker_environment, plan_training
+
+    plans = {}
+    for number in range(num_rounds):
+        for way, changes in WAYS.items():
+            place = folder / f"{number}-{way}"
+            plans[number, way], _ = plan_training(
+                config=TrainingConfig.model_validate({**BASE, **changes}),
+                model=resolve_model(MODEL),
+                training_set=training_set,
+                outputs={"aft": place / "model"},
+                checkpoints=place / "checkpoints",
+                seed=1,
+                template_hashes={},
+            )
+
+    def train_all(loop: dict[str, Any]) -> None:
+        from aft_ray.training.worker import run_worker
+
+        for plan in loop["plans"].values():
+            if (error := run_worker({"plan": plan})["error"]) is not None:
+                raise error
+
+    environment = {"env_vars": _worker_environment(TrainingConfig())}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    TorchTrainer(
+        train_all,
+        train_loop_config={"plans": plans},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(storage_path=str(folder), name="ways", worker_runtime_env=environment),
+    ).fit()
+    ray.shutdown()
+    found: list[dict[str, float]] = [{} for _ in range(num_rounds)]
+    for (number, way), plan in plans.items():
+        steps = read_metrics(plan.tasks[0].metrics_file)[1:]
+        found[number][way] = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        training_set = write_rows(Path(folder) / "rows", arguments.rows, (10, 300))
+        found = rates(training_set, Path(folder), arguments.rounds)
+    print(f"ways to train: {MODEL}, {arguments.rows} rows, two workers, tokens/s and ratio over the first way")
+    print(f"{'way':<8} {'tokens/s by round':<24} {'ratio by round':<20} {'median':>6}")
+    first = next(iter(WAYS))
+    for way in WAYS:
+        speeds = [one[way] for one in found]
+        ratios = [one[way] / one[first] for one in found]
+        print(
+            f"{way:<8} {', '.join(f'{speed:.1f}' for speed in speeds):<24} "
+            f"{', '.join(f'{ratio:.2f}' for ratio in ratios):<20} {statistics.median(ratios):>6.2f}"
+        )
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The training job over plain TRL: tokens/s on the same rows, after start-up; start-up seconds apart.
+
+    python benchmarks/training_speed.py [--rows 32] [--rounds 3]
+
+SmolLM2-135M, LoRA r=8, bf16, batches of 4, one process with two threads on either side. Plain TRL is `SFTTrainer` with
+its defaults in one Python process: random batches, padded, the head on every position. Ours is `train_adapter`: Ray
+Train, batches of like length, the head on target positions. Tokens are counted without padding, between the end of
+the first step and the end of the last. Start-up runs from the start of the process to the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from training_rows import MODEL, write_rows
+
+BATCH_SIZE = 4
+NUM_THREADS = 2
+
+
+def ours(training_set: Path, folder: Path) -> dict[str, float]:
+    from aft_ray.config import TrainingConfig
+    from aft_ray.models import resolve_model
+    from aft_ray.training import train_adapter
+    from aft_ray.training.metrics import read_metrics
+
+    called_at = time.time()
+    summary = train_adapter(
+        config=TrainingConfig(cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=BATCH_SIZE),
+        model=resolve_model(MODEL),
+        training_set=training_set,
+        variant="aft",
+        output=folder / "model",
+        checkpoints=folder / "checkpoints",
+        seed=1,
+        template_hashes={},
+    )
+    steps = read_metrics(folder / "checkpoints" / "aft" / "metrics.jsonl")[1:]
+    tokens, seconds = (sum(step[name] for step in steps) for name in ("tokens", "seconds"))
+    return {"rate": tokens / seconds, "first_step_at": called_at + summary.startup_seconds}
+
+
+def plain(training_set: Path, folder: Path) -> dict[str, float]:
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from aft_ray.models import resolve_model
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.first_step_at = 0.0
+            self.seen: list[tuple[float, float]] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.first_step_at = self.first_step_at or time.time()
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if "loss" in kwargs["logs"]:
+                self.seen.append((time.time(), kwargs["logs"]["num_tokens"]))
+
+    torch.set_num_threads(NUM_THREADS)
+    watch, model = Watch(), resolve_model(MODEL)
+    rows = load_dataset("parquet", data_files=str(training_set / "*.parquet"), split="train")
+    SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        args=SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH_SIZE,
+            num_train_epochs=1,
+            learning_rate=2e-4,
+            bf16=True,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            max_length=None,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=rows.select_columns(["input_ids", "labels"]),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[watch],
+    ).train()
+    (began, before), (ended, after) = watch.seen[0], watch.seen[-1]
+    return {"rate": (after - before) / (ended - began), "first_step_at": watch.first_step_at}
+
+
+def measure(side: str, training_set: Path) -> tuple[float, float]:
+    """(tokens/s, start-up seconds) of one side in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        command = [sys.executable, __file__, "--side", side, str(training_set), folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS), "RAY_USAGE_STATS_ENABLED": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    numbers = [line for line in done.stdout.splitlines() if line.startswith('{"rate"')]
+    if done.returncode or not numbers:
+        raise SystemExit(done.stdout + done.stderr)
+    found = json.loads(numbers[-1])
+    return found["rate"], found["first_step_at"] - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        side, training_set, folder = arguments.side
+        print(json.dumps({"ours": ours, "plain": plain}[side](Path(training_set), Path(folder))))
+        return
+    print(f"training job / plain TRL: {MODEL}, {arguments.rows} rows, batches of {BATCH_SIZE}, tokens/s after start-up")
+    print(f"{'round':>5} {'ours':>7} {'TRL':>7} {'ratio':>6} {'start-up, ours':>15} {'TRL':>7}")
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        training_set = write_rows(Path(folder) / "rows", arguments.rows, (40, 240))
+        for number in range(arguments.rounds):
+            (mine, my_start), (theirs, their_start) = (measure(side, training_set) for side in ("ours", "plain"))
+            ratios.append(mine / theirs)
+            print(
+                f"{number:>5} {mine:>7.1f} {theirs:>7.1f} {ratios[-1]:>6.2f} {my_start:>13.1f} s {their_start:>5.1f} s",
+                flush=True,
+            )
+    print(f"median ratio {statistics.median(ratios):.2f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -86,9 +86,10 @@ def _check_windows(config: Config) -> None:
     plan = config.evaluation.plan
     windows = [
         ("proposals.sampling", config.proposals.engine or config.engine, config.proposals.sampling, 1),
-        ("targets.sampling", teacher, config.targets.sampling, num_words),
         ("evaluation.plan.proposal", config.engine, plan.proposal, 1),
     ]
+    if config.targets.source == "teacher":
+        windows.append(("targets.sampling", teacher, config.targets.sampling, num_words))
     if plan.num_layers:
         windows.append(("evaluation.plan.final", config.engine, plan.final, num_words))
     for key, engine, sampling, num_prompt in windows:

@@ -15,12 +15,12 @@ import torch
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import TrainingFailed
-from aft_ray.training.loading import dtype_name, load_trained
+from aft_ray.training.loading import load_trained
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
-"""Relative difference allowed between the loss in training and after reloading, by dtype of the base model."""
+"""Relative difference allowed between the loss in training and after reloading, by the dtype it was computed in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | No
 
 
 def same_loss(found: float, expected: float, dtype: str) -> bool:
-    """Whether two losses of one batch are equal within what the weights' dtype allows; nan is equal to nothing."""
+    """Whether two losses of one batch are equal within what `dtype` allows; nan is equal to nothing."""
     return abs(found - expected) <= TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(abs(expected), 1e-2)
 
 
@@ -108,7 +108,8 @@ def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Pa
     if not config.gpus_per_worker:
         trained = trained.to(ending.batch["input_ids"].device)
     found = batch_loss(trained, ending.batch)
-    if not same_loss(found, ending.loss, dtype_name(config)):
+    computed_in = "bfloat16" if config.bf16 else "float32"  # whatever the weights are kept in
+    if not same_loss(found, ending.loss, computed_in):
         raise TrainingFailed(
             f"variant {task.variant}: what was saved, reloaded, has loss {found:.5f} on a batch where the trained "
             f"model had {ending.loss:.5f}"

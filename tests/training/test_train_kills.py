@@ -69,8 +69,11 @@ def until(condition):
         time.sleep(0.02)
 
 def at_work(node):
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any("RayTrainWorker" in one.name() for one in raylet.children())
+    try:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return any("RayTrainWorker" in one.name() for one in raylet.children())
+    except psutil.Error:  # one of them ended meanwhile
+        return False
 
 def lose_nodes():
     until(checkpoints)

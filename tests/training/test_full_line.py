@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tiny import ANSWER, WORDS, write_model
 
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -39,7 +40,7 @@ def test_every_step_of_a_run_with_full_fine_tuning(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "aft_ray", "run", "--config", str(tmp_path / "run.yaml")]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=580
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1100
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -40,9 +40,12 @@ from aft_ray.serving.openai_request import (
     CompletionBody,
     call_of,
     check_engine,
+    default_model,
     model_names,
+    plan_limits,
 )
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
+from aft_ray.serving.page import page_routes
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
 
 if TYPE_CHECKING:
@@ -187,6 +190,8 @@ async def streamed_reply(service: Service, reply: Reply, request_id: str) -> Asy
                             yield data_line(chunk)
                     case _:
                         drafts.watch(event)
+                        if reply.call.progress:
+                            yield reply.progress(event, drafts)
     except Exception as error:  # process boundary: the status line is gone, so the error travels in the stream
         yield data_line(as_http_error(error, request_id).body)
     yield DONE
@@ -239,6 +244,7 @@ def make_api(service: Service) -> FastAPI:
         return error_response(as_http_error(error, request_id_of(request)))
 
     api.add_exception_handler(HTTPException, page_error)
+    api.include_router(page_routes())
     api.include_router(open_routes(service))
     api.include_router(model_routes(service))
     return api
@@ -279,7 +285,10 @@ def model_routes(service: Service) -> APIRouter:
 
     def model_object(name: str) -> dict[str, Any]:
         aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
-        return {"id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases}
+        aft = plan_limits(service.config) | {"default": name == default_model(service.config)}
+        return {
+            "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
+        }  # fmt: skip
 
     async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
         call = call_of(body, service.config)

@@ -230,6 +230,8 @@ class Call:
     stream: bool
     include_usage: bool
     include_proposals: bool
+    progress: bool
+    """A stream tells each draft and each layer that is done."""
 
 
 def model_names(config: ServingConfig) -> list[str]:
@@ -242,13 +244,24 @@ def default_model(config: ServingConfig) -> str:
     return config.default_model or model_names(config)[-1]
 
 
+def plan_limits(config: ServingConfig) -> dict[str, int]:
+    """What a request gets that asks for no plan, and the most it may ask for."""
+    return {
+        "num_proposals": config.plan.num_proposals,
+        "num_layers": config.plan.num_layers,
+        "max_num_proposals": config.max_num_proposals,
+        "max_num_layers": config.max_num_layers,
+        "max_tokens": config.max_tokens,
+    }
+
+
 def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
     model = body.model or default_model(config)
     name, alias = split_alias(model, config)
-    include_proposals = body.aft.get("include_proposals", False)
-    if not isinstance(include_proposals, bool):
-        raise HttpError(400, "aft.include_proposals: expected true or false", param="aft.include_proposals")
+    include_proposals, progress = _switch(body, "include_proposals"), _switch(body, "progress")
+    if progress and not body.stream:
+        raise HttpError(400, "aft.progress: progress is told in a stream; set stream to true", param="aft.progress")
     plan = plan_of({**alias, **body.aft}, config.plan)
     plan = _with_sampling(plan, _sampling_changes(body))
     check_limits(plan, config)
@@ -265,7 +278,19 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         include_proposals=include_proposals,
+        progress=progress,
     )
+
+
+SWITCHES = ("include_proposals", "progress")
+"""Keys of the `aft` object beside those of the plan."""
+
+
+def _switch(body: Body, name: str) -> bool:
+    value = body.aft.get(name, False)
+    if not isinstance(value, bool):
+        raise HttpError(400, f"aft.{name}: expected true or false", param=f"aft.{name}")
+    return value
 
 
 def split_alias(model: str, config: ServingConfig) -> tuple[str, dict[str, Any]]:
@@ -295,11 +320,11 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
     """The default plan with what was asked laid over it."""
     plan_keys = {field.name for field in dataclasses.fields(Plan)}
     sampling_keys = {field.name for field in dataclasses.fields(Sampling)}
-    changes = {key: value for key, value in asked.items() if key != "include_proposals"}
+    changes = {key: value for key, value in asked.items() if key not in SWITCHES}
     for key in changes:
         if key not in plan_keys:
             name = key[:100]
-            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, 'include_proposals'})}"
+            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, *SWITCHES})}"
             raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
     raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
     try:

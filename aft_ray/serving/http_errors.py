@@ -26,6 +26,8 @@ from aft_ray.errors import AftError, ConfigError, DeadlineExceeded, EngineError,
 logger = logging.getLogger("ray.serve.aft_ray")
 
 INVALID = "invalid_request_error"
+LONGEST_MESSAGE = 500
+"""Characters of a message that may quote the body."""
 
 
 class HttpError(AftError):
@@ -88,4 +90,5 @@ def _of_validation(error: RequestValidationError) -> HttpError:
     message = first["msg"].removeprefix("Value error, ")
     if not named:
         message = f"{param or 'body'}: {message[0].lower()}{message[1:]}"
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     return HttpError(400, message, param=param, code=first["type"] if named else "invalid_value")

@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Send
 
 from aft_ray.config import ServingConfig
@@ -29,6 +30,7 @@ from aft_ray.errors import DeadlineExceeded
 from aft_ray.inference import Role, propose_and_aggregate
 from aft_ray.inference.events import AnswerDelta, Event, Finished
 from aft_ray.records import Message, prompt_id_of
+from aft_ray.serving.body_limit import limited
 from aft_ray.serving.handle_engine import HandleEngine
 from aft_ray.serving.http_errors import HttpError, as_http_error, code_of
 from aft_ray.serving.keys import is_accepted, refuse_open_server
@@ -45,6 +47,7 @@ from aft_ray.serving.openai_request import (
     plan_limits,
 )
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
+from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
 from aft_ray.serving.page import page_routes
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
 
@@ -221,7 +224,7 @@ class OpenAIRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handler(request)
+                return await handler(limited(request, request.app.state.max_body_bytes))
             except Exception as error:  # process boundary: as_http_error logs what is unexpected
                 if isinstance(error, (HttpError, RequestValidationError)):  # a run raises neither
                     METRICS.rejected(code_of(error))
@@ -241,8 +244,19 @@ def make_api(service: Service) -> FastAPI:
     api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
 
     async def page_error(request: Request, error: Exception) -> Response:
-        return error_response(as_http_error(error, request_id_of(request)))
+        response = error_response(as_http_error(error, request_id_of(request)))
+        response.headers.update(getattr(error, "headers", None) or {})  # a 405 owes the methods allowed
+        return response
 
+    api.state.max_body_bytes = service.config.max_body_bytes
+    if service.config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     api.add_exception_handler(HTTPException, page_error)
     api.include_router(page_routes())
     api.include_router(open_routes(service))
@@ -254,12 +268,12 @@ def open_routes(service: Service) -> APIRouter:
     """What a load balancer asks: no key needed."""
     router = APIRouter(route_class=OpenAIRoute)
 
-    @router.get("/health")
+    @router.get("/health", responses={200: {"model": Status}})
     async def health() -> dict[str, str]:
         """The process lives."""
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.get("/ready", responses={200: {"model": Status}, 503: {"model": Status}})
     async def ready(request: Request) -> JSONResponse:
         """Every engine pool answers a one-token probe in time."""
         try:
@@ -299,23 +313,23 @@ def model_routes(service: Service) -> APIRouter:
             return EventStream(streamed_reply(service, reply, request_id_of(request)))
         return JSONResponse(await whole_reply(service, reply))
 
-    @router.get("/models")
+    @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
     async def models() -> dict[str, Any]:
         """The base model and the adapters, each with the aliases that choose a plan."""
         return {"object": "list", "data": [model_object(name) for name in model_names(service.config)]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
     async def model(name: str) -> dict[str, Any]:
         if name not in model_names(service.config):
             names = ", ".join(model_names(service.config))
             raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
         return model_object(name)
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await answer("chat", body, request)
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=answers(TextCompletion))
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await answer("text", body, request)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from aft_ray.config import ServingConfig, merge
@@ -27,15 +27,25 @@ from aft_ray.engines.base import EngineInfo, Sampling
 from aft_ray.inference.plan import FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.openai_schema import aft_schema
 
 LONGEST_REQUEST_S = 900.0
 """No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
 LARGEST_TEMPERATURE = 2.0
+LARGEST_TOP_K = 2**31 - 1
+MOST_STOPS = 256
+"""Stop strings of one layer; each at most `LONGEST_STOP` characters long."""
+LONGEST_STOP = 256
 
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+)  # fmt: skip
 """Parameters that change nothing about an answer: accepted."""
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "logprobs": (),
+    "top_logprobs": (),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -53,7 +63,19 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "suffix": (),
 }
 """Parameters of the OpenAI API that would change the answer and are refused, with the values that ask for nothing
-(besides null, false, 0 and empty ones)."""
+(besides null, false, 0 and empty ones). A body that has such a field itself honours it."""
+
+
+SWITCHES = ("include_proposals", "progress")
+"""Keys of the `aft` object beside those of the plan."""
+
+
+def _tell_refusals(schema: dict[str, Any]) -> None:
+    """The parameters that are taken but change nothing, and those that may only ask for nothing, in the schema."""
+    nothing: list[Any] = [None, False, 0, "", [], {}]
+    refused = {name: {"enum": [*nothing, *values]} for name, values in NOT_HONOURED.items()}
+    schema["properties"] = refused | {name: {} for name in HARMLESS} | schema["properties"]
+    schema["additionalProperties"] = False
 
 
 def hint(key: str, known: Iterable[str]) -> str:
@@ -65,6 +87,8 @@ def hint(key: str, known: Iterable[str]) -> str:
 
 def _check_text(value: Any) -> None:
     """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
+    if isinstance(value, bytes):  # what FastAPI makes of a body of another type
+        raise PydanticCustomError("invalid_json", "the body is not JSON; send it with content-type: application/json")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -76,21 +100,22 @@ def _check_text(value: Any) -> None:
 class Body(BaseModel):
     """What chat and text completions share."""
 
-    model_config = ConfigDict(extra="ignore")  # `_refuse` has judged every key by then
+    # `_refuse` has judged every key by the time that the rest is ignored
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_tell_refusals)
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=LARGEST_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=LARGEST_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | list[Stop] | None = Field(default=None, max_length=256)
+    stop: Stop | list[Stop] | None = Field(default=None, max_length=MOST_STOPS)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    aft: dict[str, Any] = {}
+    aft: Annotated[dict[str, Any], WithJsonSchema(aft_schema(SWITCHES))] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -109,7 +134,7 @@ class Body(BaseModel):
         return value
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
@@ -257,6 +282,10 @@ def plan_limits(config: ServingConfig) -> dict[str, int]:
 
 def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
+    messages = body.conversation()
+    if len(messages) > config.max_messages:
+        message = f"messages: {len(messages)} of them; this server allows at most {config.max_messages}"
+        raise HttpError(400, message, param="messages")
     model = body.model or default_model(config)
     name, alias = split_alias(model, config)
     include_proposals, progress = _switch(body, "include_proposals"), _switch(body, "progress")
@@ -273,17 +302,13 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
         adapter=(config.adapters or {}).get(name),
         plan=plan,
         final=final,
-        messages=body.conversation(),
+        messages=messages,
         run_seed=secrets.randbits(62) if body.seed is None else body.seed,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         include_proposals=include_proposals,
         progress=progress,
     )
-
-
-SWITCHES = ("include_proposals", "progress")
-"""Keys of the `aft` object beside those of the plan."""
 
 
 def _switch(body: Body, name: str) -> bool:
@@ -378,11 +403,15 @@ def _with_sampling(plan: Plan, changes: Mapping[str, Any]) -> Plan:
 def check_limits(plan: Plan, config: ServingConfig) -> None:
     """A plan within the server's caps, or HttpError 400 with the parameter, what was asked and the cap."""
     sampling = [plan.proposal, *plan.aggregation, plan.final]
+    stops = [s.stop for s in sampling]
     limits: list[tuple[str, float, float]] = [
         ("aft.num_layers", plan.num_layers, config.max_num_layers),
         ("aft.num_proposals", plan.num_proposals if plan.num_layers else 1, config.max_num_proposals),
         ("max_tokens", max(s.max_tokens for s in sampling), config.max_tokens),
         ("temperature", max(s.temperature for s in sampling), LARGEST_TEMPERATURE),
+        ("top_k", max(s.top_k for s in sampling), LARGEST_TOP_K),
+        ("stop", max(map(len, stops)), MOST_STOPS),
+        ("stop", max((len(text) for stop in stops for text in stop), default=0), LONGEST_STOP),
         ("aft.deadline_s", plan.deadline_s or 0, LONGEST_REQUEST_S),
         ("aft.draft_deadline_s", plan.draft_deadline_s or 0, LONGEST_REQUEST_S),
     ]

@@ -49,6 +49,7 @@ from aft_ray.serving.openai_request import (
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
 from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
 from aft_ray.serving.page import page_routes
+from aft_ray.serving.request_id import request_id_of, tell_request_id
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ async def _read(events: AsyncGenerator[Event, None], inbox: asyncio.Queue[Event 
 async def whole_reply(service: Service, reply: Reply) -> dict[str, Any]:
     """The reply in one piece."""
     drafts = Drafts()
-    async with aclosing(watched(service.run(reply.call, reply.id), KEEP_ALIVE_S)) as events:
+    async with aclosing(watched(service.run(reply.call, reply.run_id), KEEP_ALIVE_S)) as events:
         async for event in events:
             if event is not None:
                 drafts.watch(event)
@@ -180,7 +181,7 @@ async def streamed_reply(service: Service, reply: Reply, request_id: str) -> Asy
     drafts = Drafts()
     yield data_line(reply.opening())
     try:
-        async with aclosing(watched(service.run(reply.call, reply.id), KEEP_ALIVE_S)) as events:
+        async with aclosing(watched(service.run(reply.call, reply.run_id), KEEP_ALIVE_S)) as events:
             async for event in events:
                 match event:
                     case None:
@@ -211,11 +212,6 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-def request_id_of(request: Request) -> str:
-    """Serve gives every request an `x-request-id` (the client's own, where it sent one) and returns it."""
-    return request.headers.get("x-request-id", "-")[:128]
-
-
 class OpenAIRoute(APIRoute):
     """A route whose every error is an OpenAI error object."""
 
@@ -224,11 +220,12 @@ class OpenAIRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handler(limited(request, request.app.state.max_body_bytes))
+                response = await handler(limited(request, request.app.state.max_body_bytes))
             except Exception as error:  # process boundary: as_http_error logs what is unexpected
                 if isinstance(error, (HttpError, RequestValidationError)):  # a run raises neither
                     METRICS.rejected(code_of(error))
-                return error_response(as_http_error(error, request_id_of(request)))
+                response = error_response(as_http_error(error, request_id_of(request)))
+            return tell_request_id(request, response)
 
         return answer
 
@@ -246,7 +243,7 @@ def make_api(service: Service) -> FastAPI:
     async def page_error(request: Request, error: Exception) -> Response:
         response = error_response(as_http_error(error, request_id_of(request)))
         response.headers.update(getattr(error, "headers", None) or {})  # a 405 owes the methods allowed
-        return response
+        return tell_request_id(request, response)
 
     api.state.max_body_bytes = service.config.max_body_bytes
     if service.config.cors_origins:
@@ -308,7 +305,13 @@ def model_routes(service: Service) -> APIRouter:
         call = call_of(body, service.config)
         check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        reply = Reply(kind=kind, call=call, id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()))
+        reply = Reply(
+            kind=kind,
+            call=call,
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            request_id=request_id_of(request),
+        )
         if call.stream:
             return EventStream(streamed_reply(service, reply, request_id_of(request)))
         return JSONResponse(await whole_reply(service, reply))

@@ -101,7 +101,7 @@ class Body(BaseModel):
     """What chat and text completions share."""
 
     # `_refuse` has judged every key by the time that the rest is ignored
-    model_config = ConfigDict(extra="ignore", json_schema_extra=_tell_refusals)
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_tell_refusals)
 
     model: str | None = None
     stream: bool = False
@@ -140,7 +140,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 class StreamOptions(BaseModel):
     """`include_usage` asks for a last chunk with the token counts."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool = False
 
@@ -155,7 +155,7 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """One turn. `developer` is what newer clients call `system`."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -168,7 +168,7 @@ class ChatMessage(BaseModel):
 class JsonSchema(BaseModel):
     """A named JSON schema. Structured outputs are always strict here."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     name: str = Field(max_length=64)
     schema_: dict[str, Any] = Field(alias="schema")
@@ -353,7 +353,7 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
             raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
     raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
     try:
-        return TypeAdapter(Plan).validate_python(raw)
+        return TypeAdapter(Plan).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise _of_plan_error(error.errors()[0], sampling_keys) from None
 

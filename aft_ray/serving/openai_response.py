@@ -93,6 +93,12 @@ class Reply:
     call: Call
     id: str
     created: int
+    request_id: str
+
+    @property
+    def run_id(self) -> str:
+        """Names the run in the engines: two requests may carry one request id."""
+        return f"{self.request_id}/{self.id}"
 
     def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
         """`chat.completion` or `text_completion`."""

@@ -183,7 +183,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers whole or as a stream of `data: {...}` events that ends with `[DONE]`."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+    stream = {"text/event-stream": {"schema": event | {"required": ["data"]}}}
     return {200: {"model": model, "description": "The answer, whole or streamed", "content": stream}, **ERRORS}
 
 

@@ -3,6 +3,7 @@
     400 invalid_request_error   a parameter is wrong, unknown or not honoured (`param` names it), a prompt too long
     401 authentication_error    no key, or a wrong one
     404 invalid_request_error   no such model (code `model_not_found`) or no such page
+    413 invalid_request_error   the body is larger than the server's limit (code `body_too_large`)
     502 engine_error            a model engine could not answer
     503 quorum_not_met          too few usable proposals to aggregate
     504 deadline_exceeded       the plan's deadline passed
@@ -66,7 +67,8 @@ def _of_expected(error: Exception) -> HttpError | None:
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException():
-            return HttpError(error.status_code, str(error.detail))
+            code = "body_too_large" if error.status_code == 413 else None
+            return HttpError(error.status_code, str(error.detail), code=code)
         case PromptTooLong():
             return HttpError(400, str(error), param="messages", code="context_length_exceeded")
         case ConfigError() | InputError():

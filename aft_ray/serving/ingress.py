@@ -222,7 +222,7 @@ class OpenAIRoute(APIRoute):
             try:
                 response = await handler(limited(request, request.app.state.max_body_bytes))
             except Exception as error:  # process boundary: as_http_error logs what is unexpected
-                if isinstance(error, (HttpError, RequestValidationError)):  # a run raises neither
+                if isinstance(error, (HttpError, HTTPException, RequestValidationError)):  # a run raises none of them
                     METRICS.rejected(code_of(error))
                 response = error_response(as_http_error(error, request_id_of(request)))
             return tell_request_id(request, response)

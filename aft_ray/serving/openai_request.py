@@ -36,6 +36,8 @@ LARGEST_TOP_K = 2**31 - 1
 MOST_STOPS = 256
 """Stop strings of one layer; each at most `LONGEST_STOP` characters long."""
 LONGEST_STOP = 256
+LONGEST_SCHEMA = 32_768
+"""Characters of a JSON schema: engines compile it before they answer."""
 
 HARMLESS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
@@ -425,6 +427,9 @@ def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
     if final.num_answers > config.max_num_proposals:
         raise HttpError(400, f"n {final.num_answers}: this server allows at most {config.max_num_proposals}", param="n")
     is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
+    if len(final.json_schema or "") > LONGEST_SCHEMA:
+        message = f"response_format: the schema is longer than {LONGEST_SCHEMA} characters"
+        raise HttpError(400, message, param="response_format")
     for param in asked_of_last_layer(final):
         if not is_written:
             message = f"{param}: this plan may settle its answer by vote or agreement; leave out {param}, or set "

@@ -110,7 +110,7 @@ def test_the_async_client_asks_many_questions_at_once(url: str) -> None:
             openai.BadRequestError,
             "context_length_exceeded",
         ),
-        ({"messages": saying("x" * 200_000)}, openai.APIStatusError, None),
+        ({"messages": saying("x" * 200_000)}, openai.APIStatusError, "body_too_large"),
         ({"model": "gpt-4o"}, openai.NotFoundError, "model_not_found"),
         ({"n": 5}, openai.InternalServerError, "engine_error"),
         ({"extra_body": {"aft": {"deadline_s": 0.001}}}, openai.InternalServerError, "deadline_exceeded"),

@@ -21,6 +21,7 @@ from aft_ray.inference.plan import Plan
 from tests.serving.test_ingress import post, service_over
 
 SCHEMA = {"type": "object", "properties": {"rivers": {"type": "integer"}}, "required": ["rivers"]}
+LONG_SCHEMA = {"name": "long", "schema": {"$comment": "x" * 40_000}}
 JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "rivers", "schema": SCHEMA}}
 
 
@@ -158,6 +159,15 @@ def test_a_plan_that_may_settle_without_writing_refuses_what_only_writing_can_gi
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": "yes please"}, "logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$comment": "x" * 40_000}},
+                }
+            },
+            "response_format",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
     ],
 )

@@ -118,14 +118,17 @@ def export(
 
 @app.command()
 def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Serve the run's base model and adapters behind an OpenAI-compatible endpoint, until interrupted."""
+    """Serve the run's base model and adapters behind an OpenAI-compatible endpoint, until interrupted.
+
+    The first Ctrl-C (or SIGTERM) lets the requests under way end and nobody in; the second stops at once.
+    """
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
     from aft_ray.pipeline.cluster import RaySession
     from aft_ray.pipeline.evaluate import serving_of
     from aft_ray.runs import Run
-    from aft_ray.serving import serve_app, stop
+    from aft_ray.serving import drain, serve_app, stop
     from aft_ray.storage import Folder
 
     serving = serving_of(Run(loaded, Folder.at(loaded.run.dir)))
@@ -136,6 +139,8 @@ def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
         print(f"serving at {base_url}/v1   default model: {serving.default_model}   stop with Ctrl-C", flush=True)
         try:
             _wait_for_interrupt()
+            print("stopping when the requests under way have ended; Ctrl-C again stops now", flush=True)
+            drain()
         finally:
             stop()
 
@@ -145,9 +150,13 @@ def _wait_for_interrupt() -> None:
     import threading
 
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    for which in before:
+        signal.signal(which, lambda *_: stopped.set())
     while not stopped.wait(1):
         pass
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @app.command()

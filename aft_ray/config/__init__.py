@@ -37,17 +37,29 @@ from aft_ray.config.engines import (
 )
 from aft_ray.config.loading import load_config, merge, validate
 from aft_ray.config.run import Config, RunSection
-from aft_ray.config.serving import EvaluationConfig, ReplicaConfig, ServingConfig, SystemConfig
+from aft_ray.config.serving import (
+    AdmissionConfig,
+    EvaluationConfig,
+    KeyConfig,
+    KeyLimits,
+    ProposerPoolConfig,
+    ReplicaConfig,
+    ServingConfig,
+    SystemConfig,
+)
 from aft_ray.config.templates import TemplatesConfig
 from aft_ray.config.training import DeepSpeedPreset, LoraSettings, TrainingConfig
 
 __all__ = [
     "ULTRAFEEDBACK",
+    "AdmissionConfig",
     "Config",
     "DeepSpeedPreset",
     "EngineConfig",
     "EvaluationConfig",
     "JudgeConfig",
+    "KeyConfig",
+    "KeyLimits",
     "LikelihoodConfig",
     "LoraSettings",
     "OpenAIEngineConfig",
@@ -56,6 +68,7 @@ __all__ = [
     "PromptsConfig",
     "ProposalsConfig",
     "ProposerConfig",
+    "ProposerPoolConfig",
     "ReplicaConfig",
     "ResponsesConfig",
     "RunSection",

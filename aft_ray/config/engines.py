@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from aft_ray.config.strict import Strict
 
 
-class VllmEngineConfig(Strict):
+class _Engine(Strict):
+    EFFORT: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change how fast, how patiently or at what price answers come, and not which."""
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the answers: the engine's part of a stage's fingerprint. The rest may change on resume."""
+        return self.model_dump(mode="json", exclude=set(self.EFFORT))
+
+
+class VllmEngineConfig(_Engine):
     """vLLM, on GPU or CPU: the same code."""
+
+    EFFORT = frozenset(
+        {"tensor_parallel_size", "gpu_memory_utilization", "cpu_kv_cache_gib", "max_num_seqs", "max_adapters"}
+    )
 
     type: Literal["vllm"] = "vllm"
     model: str
@@ -34,8 +47,10 @@ class VllmEngineConfig(Strict):
     trust_remote_code: bool = False
 
 
-class TransformersEngineConfig(Strict):
+class TransformersEngineConfig(_Engine):
     """Plain `transformers.generate`: starts in a second, runs anywhere, batches what arrives together."""
+
+    EFFORT = frozenset({"max_batch_size"})
 
     type: Literal["transformers"] = "transformers"
     model: str
@@ -53,8 +68,10 @@ class PricesConfig(Strict):
     completion: float = Field(ge=0)
 
 
-class OpenAIEngineConfig(Strict):
+class OpenAIEngineConfig(_Engine):
     """Any OpenAI-compatible endpoint: a remote teacher, a judge, another aft_ray."""
+
+    EFFORT = frozenset({"base_url", "api_key_env", "max_concurrency", "timeout_s", "max_retries", "prices"})
 
     type: Literal["openai"] = "openai"
     base_url: str
@@ -65,15 +82,17 @@ class OpenAIEngineConfig(Strict):
     max_concurrency: int = Field(default=32, ge=1)
     """Most calls at once. A 429 halves what is allowed; every round of successes adds one again."""
     timeout_s: float = Field(default=120, gt=0)
-    """Per call."""
+    """For an answer to begin, and again for it to end."""
     max_retries: int = Field(default=5, ge=0)
     """Retries after 408, 409, 429, 5xx and connection errors, with the server's Retry-After or jittered backoff."""
     prices: PricesConfig | None = None
     """What the endpoint charges, for `plan` and the ledger in each manifest."""
 
 
-class ScriptedEngineConfig(Strict):
+class ScriptedEngineConfig(_Engine):
     """A scripted language model, for tests and benchmarks of everything around the model."""
+
+    EFFORT = frozenset({"seconds_per_token", "slow_on", "slow_factor", "fail_requests"})
 
     type: Literal["scripted"] = "scripted"
     tokenizer: str | None = None

@@ -12,7 +12,7 @@ from aft_ray.config.data import (
     TargetsConfig,
     TrainingSetConfig,
 )
-from aft_ray.config.engines import EngineConfig
+from aft_ray.config.engines import EngineConfig, PlacementConfig
 from aft_ray.config.serving import EvaluationConfig, ServingConfig
 from aft_ray.config.strict import Strict
 from aft_ray.config.templates import TemplatesConfig
@@ -68,6 +68,12 @@ class Config(Strict):
                 f"targets.filters.worse_than_best: scores of the {self.scores.scorer} cannot be compared between a "
                 "target and the proposals it was written from; use a verifier or a reward model, or switch it off"
             )
+        for key, engine, placement in self._placed_engines():
+            if engine.type == "vllm" and max(1, placement.num_gpus) != engine.tensor_parallel_size:
+                raise ValueError(
+                    f"{key}.placement.num_gpus {placement.num_gpus:g}, but its engine has tensor_parallel_size "
+                    f"{engine.tensor_parallel_size}: a worker holds one engine and needs as many GPUs. Set them equal"
+                )
         varied = self.training_set.vary_num_proposals
         if varied and not 1 <= varied[0] <= varied[1] <= self.selection.num_proposals:
             raise ValueError(
@@ -86,3 +92,18 @@ class Config(Strict):
                 "a remote teacher goes to targets.engine"
             )
         return self
+
+    def _placed_engines(self) -> list[tuple[str, EngineConfig, PlacementConfig]]:
+        """Every engine that a data stage starts in its workers: stage, engine, what a worker asks of the cluster."""
+        placed = [
+            ("proposals", proposer.engine or self.engine, proposer.placement)
+            for proposer in self.proposals.all_proposers
+            if proposer.source == "on_policy"
+        ]
+        if self.targets.source == "teacher":
+            placed.append(("targets", self.targets.engine or self.engine, self.targets.placement))
+        if self.scores.scorer == "judge" and self.scores.judge is not None:
+            placed.append(("scores", self.scores.judge.engine, self.scores.placement))
+        if self.scores.scorer == "likelihood":
+            placed.append(("scores", self.scores.likelihood.engine or self.engine, self.scores.placement))
+        return placed

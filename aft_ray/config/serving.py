@@ -24,6 +24,48 @@ class ReplicaConfig(Strict):
     accelerator_type: str | None = None
 
 
+class ProposerPoolConfig(Strict):
+    """One of several models that draft."""
+
+    name: str = Field(pattern="^[A-Za-z0-9-]{1,40}$")
+    """Its replicas are the deployment `Proposer-<name>`."""
+    engine: EngineConfig
+    share: float = Field(default=1, gt=0)
+    """Part of the K proposals, in proportion to the shares of the others."""
+    replicas: ReplicaConfig = ReplicaConfig()
+
+
+class KeyLimits(Strict):
+    """What one API key may use at a time. None: no limit of its own."""
+
+    max_requests: int | None = Field(default=None, ge=1)
+    """Requests under way at once."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Sum of their costs: what their plans may write at most, and their prompts."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """A request reserves its cost and gives back what it did not use."""
+
+
+class KeyConfig(KeyLimits):
+    """One key of `keys_file`. Limits that are set replace those of `admission.per_key`."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Of the key: `printf %s "$KEY" | sha256sum`."""
+    admin: bool = False
+    """May use `/admin`."""
+
+
+class AdmissionConfig(Strict):
+    """How much is let in, over all ingress replicas together; the rest gets 429 with Retry-After."""
+
+    max_requests: int | None = Field(default=512, ge=1)
+    """Requests under way at once."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Sum of their costs: what their plans may write at most, and their prompts."""
+    per_key: KeyLimits = KeyLimits()
+    """For each key without limits of its own."""
+
+
 class ServingConfig(Strict):
     """The endpoint: ingress -> proposer replicas -> aggregator replicas."""
 
@@ -31,6 +73,9 @@ class ServingConfig(Strict):
     """Model of the replicas. None: the run's `engine`."""
     proposer_engine: EngineConfig | None = None
     """`split` only: another model for the proposers."""
+    proposers: tuple[ProposerPoolConfig, ...] = ()
+    """`split` only: several models for them, each writing its share of the proposals, without adapters. Replaces
+    `proposer_engine` and `proposer`. A single sample (L=0) is written by the largest share."""
     adapters: dict[str, str] | None = None
     """Model name -> adapter folder, each served beside the base model. None: the run's trained adapters."""
     proposer_adapter: str | None = None
@@ -62,7 +107,18 @@ class ServingConfig(Strict):
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask this server from a browser, such as `https://chat.example.org`. None: CORS is off."""
     api_keys_env: str | None = None
-    """Environment variable with the accepted keys, comma separated. Needed to bind to anything but loopback."""
+    """Environment variable with the accepted keys, comma separated. To bind to anything but loopback, keys must come
+    from here or from `keys_file`."""
+    keys_file: str | None = None
+    """YAML file of hashed keys, `name: {sha256: ..., admin: true, max_requests: 4}` each; read again when it
+    changes."""
+    admission: AdmissionConfig = AdmissionConfig()
+    adapters_dir: str | None = None
+    """A folder of adapters, each in a folder of its model's name: new and changed ones are served within seconds."""
+    ledger: str | None = None
+    """Folder for one JSON line per request: who, which plan, how it ended, tokens by layer. Never a prompt."""
+    stream_interval_s: float = Field(default=0.02, ge=0)
+    """Tokens that follow each other faster travel together. The first token of an answer never waits."""
 
 
 class SystemConfig(Strict):

@@ -6,12 +6,14 @@ bring `prompt_id`, `task` and `reference`, and answers where `prompts.responses`
 is kept in `metadata`.
 
 Text is taken as it is, whatever its length, NUL and control tokens included (the chat format breaks those where it
-matters). Only lone surrogates are replaced, by U+FFFD: they cannot be written as UTF-8.
+matters), unless `prompts.odd_text` is fail. Only lone surrogates are replaced, by U+FFFD: they cannot be written as
+UTF-8.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,10 @@ from aft_ray.templates.control import without_surrogates
 
 PROMPT_COLUMNS = ("messages", "prompt", "query", "instruction", "question")
 ROLES = ("system", "user", "assistant")
+MOST_CHARACTERS = 500_000
+"""What `prompts.odd_text: fail` lets pass: more fits no model's window with room for an answer."""
+CONTROL = re.compile(r"<\|[^\s|<>{}]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
+"""Control strings of the known chat formats; prompts are read before it is known which model will see them."""
 
 
 def to_prompt(raw: Any, config: PromptsConfig, place: str) -> tuple[dict[str, Any], bool]:
@@ -35,6 +41,8 @@ def to_prompt(raw: Any, config: PromptsConfig, place: str) -> tuple[dict[str, An
             f"{place}: column '{column}': the last turn is '{messages[-1]['role']}', expected 'user'. "
             "Leave the answer out of the messages (an answer to learn from goes into the reference column)"
         )
+    if config.odd_text == "fail":
+        _refuse_odd(raw[column], column, place)
     row = {key: value for key, value in raw.items() if value is not None}
     layout = layout_of(config)
     used = {column, "prompt_id", "task", "metadata"} | columns_of(layout)
@@ -50,6 +58,21 @@ def to_prompt(raw: Any, config: PromptsConfig, place: str) -> tuple[dict[str, An
     }
     _check_task(prompt, row, place)
     return prompt, "prompt_id" in row
+
+
+def _refuse_odd(prompt: str | Sequence[Message], column: str, place: str) -> None:
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        if without_surrogates(text) != text:
+            found = "half a character (a lone surrogate)"
+        elif "\0" in text:
+            found = "NUL"
+        elif len(text) > MOST_CHARACTERS:
+            found = f"{len(text):,} characters"
+        elif (control := CONTROL.search(text)) is not None:
+            found = f"the control string {control.group()}"
+        else:
+            continue
+        raise InputError(f"{place}: column '{column}': {found} in the text (prompts.odd_text: fail)")
 
 
 def conversation(

@@ -55,14 +55,15 @@ class ScoreWorker(RowWorker):
 
 def scorer_settings(config: Config) -> dict[str, Any]:
     """What decides the scores beyond `scores` itself: the run's seed and model, where the scorer uses them."""
-    settings: dict[str, Any] = {"scores": config.scores.model_dump(mode="json", exclude={"placement"})}
-    if config.scores.scorer == "judge":
+    without_engines: Any = {"placement": True, "judge": {"engine"}, "likelihood": {"engine"}}
+    settings: dict[str, Any] = {"scores": config.scores.model_dump(mode="json", exclude=without_engines)}
+    if config.scores.scorer == "judge" and config.scores.judge is not None:
         from aft_ray.data.judge import PROMPT_HASH
 
         settings |= {"seed": config.run.seed, "judge_prompt": PROMPT_HASH}
+        settings["engine"] = config.scores.judge.engine.deciding()
     if config.scores.scorer == "likelihood":
-        if config.scores.likelihood.engine is None:
-            settings["engine"] = config.engine.model_dump(mode="json")
+        settings["engine"] = (config.scores.likelihood.engine or config.engine).deciding()
         settings["in_context"] = InContextPrompt.load(config.templates.in_context).hash
     return settings
 

@@ -66,6 +66,9 @@ class GenerateRequest:
     """Tell each token's log-probability, and those of this many likeliest ones (`EngineInfo.gives_logprobs`)."""
     json_schema: str | None = None
     """The answer is JSON that this schema, itself JSON, allows (`EngineInfo.follows_json_schema`)."""
+    is_draft: bool = False
+    """Nobody reads its deltas, they only tell what an unfinished answer has cost: they may come a few times a second,
+    and an answer lost half-way may be begun again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,15 @@ class TokenDelta:
     text: str
     num_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    def followed_by(self, later: TokenDelta) -> TokenDelta:
+        """Two pieces of one sample as one."""
+        return TokenDelta(
+            index=self.index,
+            text=self.text + later.text,
+            num_tokens=self.num_tokens + later.num_tokens,
+            logprobs=self.logprobs + later.logprobs,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 It takes messages, not ids. One call per sample (providers without `n` are common, and a failed sample then harms no
 other); the openai client retries 408, 409, 429, 5xx and connection errors with the server's Retry-After or jittered
-backoff. How many calls run at once adapts to what the endpoint bears, up to `max_concurrency`.
+backoff. An answer that breaks off or takes longer than `timeout_s` is asked for again here, since the client's retries
+end where an answer begins. How many calls run at once adapts to what the endpoint bears, up to `max_concurrency`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -20,6 +22,10 @@ from aft_ray.errors import ConfigError, EngineError
 
 BACKOFF_S = 1.0
 """The limit is halved at most once in this time: refusals that come together are one sign, not many."""
+
+
+MAX_PAUSE_S = 8.0
+"""Longest pause before an answer that broke off is asked for again."""
 
 
 class AdaptiveLimit:
@@ -98,41 +104,32 @@ class OpenAIEngine:
             await asyncio.gather(*writers, return_exceptions=True)
 
     async def _write(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> None:
-        from openai import OpenAIError
-
         try:
             async with self.limit:
                 sample = await self._call(request, index, events)
-        except OpenAIError as error:
+        except Exception as error:  # process boundary: whatever an endpoint sends, a sample comes of it
             sample = _failed(index, f"{type(error).__name__}: {error}")
         events.put_nowait(sample)
 
     async def _call(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
-        stream = await self._client.chat.completions.create(
-            **_parameters(request), model=request.adapter or self.config.model, seed=request.seeds[index]
-        )
-        pieces: list[str] = []
-        finish_reason, usage = "abort", None
-        async with stream:
-            async for chunk in stream:
-                usage = chunk.usage or usage
-                for choice in chunk.choices:
-                    finish_reason = choice.finish_reason or finish_reason
-                    if choice.delta.content:
-                        pieces.append(choice.delta.content)
-                        if request.stream:
-                            events.put_nowait(TokenDelta(index=index, text=choice.delta.content, num_tokens=1))
-        cached = getattr(usage, "prompt_tokens_details", None)
-        return Sample(
-            index=index,
-            text="".join(pieces),
-            token_ids=(),
-            finish_reason=finish_reason,
-            num_prompt_tokens=usage.prompt_tokens if usage else 0,
-            num_tokens=usage.completion_tokens if usage else len(pieces),
-            num_cached_tokens=(cached.cached_tokens or 0) if cached else 0,
-            seed=request.seeds[index],
-        )
+        """One answer. What was handed on piece by piece cannot be taken back, so it is not asked for again."""
+        from openai import APIConnectionError
+
+        attempt = 0
+        while True:
+            stream = await self._client.chat.completions.create(
+                **_parameters(request), model=request.adapter or self.config.model, seed=request.seeds[index]
+            )
+            try:
+                async with asyncio.timeout(self.config.timeout_s):
+                    return await _read(stream, request, index, events)
+            except (APIConnectionError, ConnectionError, TimeoutError) as error:
+                if request.stream or attempt == self.config.max_retries:
+                    if isinstance(error, TimeoutError):
+                        raise TimeoutError(f"the answer took longer than timeout_s {self.config.timeout_s:g}") from None
+                    raise
+            await asyncio.sleep(random.uniform(0.5, 1.0) * min(2**attempt, MAX_PAUSE_S))
+            attempt += 1
 
     async def score(
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
@@ -146,6 +143,39 @@ class OpenAIEngine:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+async def _read(stream: Any, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
+    """The sample of a stream. Raises ConnectionError for one that ends without saying why."""
+    pieces: list[str] = []
+    finish_reason, usage = None, None
+    async with stream:
+        async for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                finish_reason = choice.finish_reason or finish_reason
+                if choice.delta.content:
+                    pieces.append(choice.delta.content)
+                    if request.stream:
+                        events.put_nowait(TokenDelta(index=index, text=choice.delta.content, num_tokens=1))
+    if finish_reason is None:
+        raise ConnectionError(f"the answer broke off after {len(pieces)} pieces")
+    cached = getattr(usage, "prompt_tokens_details", None)
+    return Sample(
+        index=index,
+        text=_whole_characters("".join(pieces)),
+        token_ids=(),
+        finish_reason=finish_reason,
+        num_prompt_tokens=usage.prompt_tokens if usage else 0,
+        num_tokens=usage.completion_tokens if usage else len(pieces),
+        num_cached_tokens=(cached.cached_tokens or 0) if cached else 0,
+        seed=request.seeds[index],
+    )
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of a character that came in two pieces are put together; a half alone becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parameters(request: GenerateRequest) -> dict[str, Any]:

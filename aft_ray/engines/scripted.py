@@ -103,7 +103,7 @@ class ScriptedEngine:
         if self.config.answers:
             text = self.config.answers[index % len(self.config.answers)]
             return text.split(" ")[: request.sampling.max_tokens]
-        key = f"{request.messages}/{request.prompt_ids}/{request.seeds[index]}".encode()
+        key = f"{request.messages}/{request.prompt_ids}/{request.seeds[index]}{request.adapter or ''}".encode()
         digest = hashlib.sha256(key).hexdigest()
         num_words = min(self.config.num_tokens, request.sampling.max_tokens)
         return [f"word-{digest[i % 60 : i % 60 + 4]}" for i in range(num_words)]

@@ -1,6 +1,7 @@
 """What each layer asks the engine: who is shown what, the prompt made of it, the seeds. Pure functions of the run.
 
-    layer 0        one request, K seeds: the prompt is computed once for all proposals
+    layer 0        one request, K seeds: the prompt is computed once for all proposals (of each proposer, where several
+                   models draft: each has its share of the K slots)
     layer l >= 1   each slot is shown answers of layer l-1; slots with equal prompts share one request
 
 With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request of K seeds. With M < K
@@ -11,6 +12,7 @@ from (run seed, prompt_id, layer, slot), so a run can be repeated whatever else 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ class Run:
     prompt_id: str
     messages: tuple[Message, ...]
     plan: Plan
-    proposer: Role
+    proposers: tuple[Role, ...]
     aggregator: Role
     template: AggregatorTemplate
     run_seed: int
@@ -46,19 +48,15 @@ class Run:
         if self.account is not None:
             self.account(usage)
 
-    def role_of(self, layer: int) -> Role:
-        """Who answers in a layer."""
-        return self.proposer if layer == 0 else self.aggregator
-
-    def sampling_of(self, layer: int) -> Sampling:
-        """The plan's sampling of a layer, with the stop strings of the prompt format added."""
+    def sampling_of(self, layer: int, role: Role) -> Sampling:
+        """The plan's sampling of a layer, with the stop strings of the role's prompt format added."""
         sampling = self.plan.sampling_of(layer)
-        stop = dict.fromkeys((*sampling.stop, *self.role_of(layer).format.stop_strings))
+        stop = dict.fromkeys((*sampling.stop, *role.format.stop_strings))
         return dataclasses.replace(sampling, stop=tuple(stop))
 
-    def max_prompt_tokens(self, layer: int) -> int:
-        """Tokens of the window that the answer leaves to the prompt."""
-        window = self.role_of(layer).engine.info.max_model_len
+    def max_prompt_tokens(self, layer: int, role: Role) -> int:
+        """Tokens of the role's window that the answer leaves to the prompt."""
+        window = role.engine.info.max_model_len
         max_tokens = self.plan.sampling_of(layer).max_tokens
         if max_tokens >= window:
             raise PromptTooLong(
@@ -70,8 +68,9 @@ class Run:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the model sees, and the slots that see it."""
+    """What a role's model sees, and the slots that see it."""
 
+    role: Role
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     slots: tuple[Slot, ...]
@@ -110,9 +109,27 @@ def _draw(run: Run, layer: int, slot: int, candidates: Sequence[Answer], size: i
     return tuple(candidates[p] for p in (positions if run.plan.shuffle else sorted(positions)))
 
 
+def allot(num_slots: int, roles: Sequence[Role]) -> list[range]:
+    """The slots of each role, by share: largest remainders first, so that they add up. A small share may get none."""
+    total = sum(role.share for role in roles)
+    exact = [num_slots * role.share / total for role in roles]
+    counts = [int(number) for number in exact]
+    by_remainder = sorted(range(len(roles)), key=lambda n: counts[n] - exact[n])
+    for number in by_remainder[: num_slots - sum(counts)]:
+        counts[number] += 1
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
 def _proposal_prompts(run: Run, num_slots: int) -> list[_Prompt]:
-    ids = fit_prompt(run.proposer.format, run.messages, run.max_prompt_tokens(0))
-    return [_Prompt(run.messages, tuple(ids), tuple(Slot(index=index) for index in range(num_slots)))]
+    roles = run.proposers if run.plan.num_layers else [max(run.proposers, key=lambda role: role.share)]
+    allotted = zip(roles, allot(num_slots, roles), strict=True)
+    return [_proposal_prompt(run, role, slots) for role, slots in allotted if slots]
+
+
+def _proposal_prompt(run: Run, role: Role, slots: range) -> _Prompt:
+    ids = fit_prompt(role.format, run.messages, run.max_prompt_tokens(0, role))
+    return _Prompt(role, run.messages, tuple(ids), tuple(Slot(index=index) for index in slots))
 
 
 def _aggregation_prompts(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[_Prompt]:
@@ -131,18 +148,18 @@ def _aggregation_prompt(
         run.template,
         run.messages,
         texts,
-        run.max_prompt_tokens(layer),
+        run.max_prompt_tokens(layer, run.aggregator),
         run.plan.length_policy,
     )
     slots = tuple(
         Slot(index=slot, inputs=tuple(answers[k].index for k in fitted.kept), length_action=fitted.action)
         for slot, answers in shown.items()
     )
-    return _Prompt(tuple(fitted.messages), tuple(fitted.prompt_ids), slots)
+    return _Prompt(run.aggregator, tuple(fitted.messages), tuple(fitted.prompt_ids), slots)
 
 
 def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
-    role, plan = run.role_of(layer), run.plan
+    role, plan = prompt.role, run.plan
     if not prompt.prompt_ids and not role.engine.info.takes_messages:
         raise ConfigError(
             f"layer {layer}: engine {role.engine.info.model} takes token ids, but its prompt format makes none. "
@@ -154,11 +171,12 @@ def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
         request_id=f"{run.request_id}/{layer}/{number}",
         prompt_ids=prompt.prompt_ids,
         messages=prompt.messages,
-        sampling=run.sampling_of(layer),
+        sampling=run.sampling_of(layer, role),
         seeds=tuple(derive_seed(run.run_seed, run.prompt_id, layer, slot.index) for slot in prompt.slots),
         adapter=role.adapter,
         stream=layer == plan.num_layers or is_cancellable,
         top_logprobs=run.final.top_logprobs if layer == plan.num_layers else None,
         json_schema=run.final.json_schema if layer == plan.num_layers else None,
+        is_draft=layer < plan.num_layers,
     )
-    return Call(request=request, slots=prompt.slots)
+    return Call(engine=role.engine, request=request, slots=prompt.slots)

@@ -38,8 +38,9 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request to the engine and the slots its samples fill: sample i fills `slots[i]`."""
+    """One request to an engine and the slots its samples fill: sample i fills `slots[i]`."""
 
+    engine: Engine
     request: GenerateRequest
     slots: tuple[Slot, ...]
 
@@ -127,12 +128,17 @@ class Ledger:
             return []
         del self.unfinished[answer.index]
         self._sent.pop(pair)
-        self._num_tokens_seen.pop(pair, None)
+        # an answer that was lost and begun again has cost more than its own tokens
+        self._num_tokens_seen[pair] = max(0, self._num_tokens_seen[pair] - answer.num_tokens)
         if answer.error is None:
             self.usable[answer.index] = answer
         else:
             self.failed.append(answer)
         return [answer]
+
+    def _num_seen(self, call: Call, slot: Slot, sample: Sample) -> int:
+        """A failed answer's tokens: it may report none."""
+        return max(sample.num_tokens, self._num_tokens_seen[call.request.request_id, slot.index])
 
     def _answer_of(self, call: Call, slot: Slot, sample: Sample) -> Answer:
         return Answer(
@@ -141,9 +147,7 @@ class Ledger:
             text=sample.text,
             finish_reason=sample.finish_reason,
             num_prompt_tokens=sample.num_prompt_tokens,
-            num_tokens=max(  # a failed one may report none
-                sample.num_tokens, self._num_tokens_seen[call.request.request_id, slot.index]
-            ),
+            num_tokens=sample.num_tokens if sample.error is None else self._num_seen(call, slot, sample),
             num_cached_tokens=sample.num_cached_tokens,
             seed=sample.seed,
             logprobs=sample.logprobs,
@@ -167,7 +171,6 @@ class Ledger:
 
 
 async def run_layer(
-    engine: Engine,
     calls: Sequence[Call],
     ledger: Ledger,
     quorum: int,
@@ -176,11 +179,11 @@ async def run_layer(
     hedge_s: float | None = None,
 ) -> None:
     """Fill the ledger. `watch` is told each piece of text as it is made (of which slot) and each answer as it ends."""
-    writers: list[Writer[Any]] = [partial(_answer_call, engine, call) for call in calls]
+    writers: list[Writer[Any]] = [partial(_answer_call, call) for call in calls]
     if draft_deadline_s is not None:
         writers.append(partial(_ring, draft_deadline_s))
     if hedge_s is not None:
-        writers += [partial(_hedge, engine, call, ledger, hedge_s) for call in calls]
+        writers += [partial(_hedge, call, ledger, hedge_s) for call in calls]
     is_late = False
     async with aclosing(fan_in(writers)) as told:
         async for item in told:
@@ -196,10 +199,10 @@ async def run_layer(
                 return
 
 
-async def _answer_call(engine: Engine, call: Call, tell: Tell[tuple[Call, EngineEvent | EngineError]]) -> None:
+async def _answer_call(call: Call, tell: Tell[tuple[Call, EngineEvent | EngineError]]) -> None:
     """Tell the call's events; last comes what to say of slots that never got an answer (none, as a rule)."""
     try:
-        async with aclosing(engine.generate(call.request)) as events:
+        async with aclosing(call.engine.generate(call.request)) as events:
             async for event in events:
                 tell((call, event))
     except EngineError as error:
@@ -209,7 +212,7 @@ async def _answer_call(engine: Engine, call: Call, tell: Tell[tuple[Call, Engine
 
 
 async def _hedge(
-    engine: Engine, call: Call, ledger: Ledger, seconds: float, tell: Tell[tuple[Call, EngineEvent | EngineError]]
+    call: Call, ledger: Ledger, seconds: float, tell: Tell[tuple[Call, EngineEvent | EngineError]]
 ) -> None:
     """After `seconds`, ask again, with the same seeds, for what is unwritten: another replica may be faster."""
     await asyncio.sleep(seconds)
@@ -221,9 +224,9 @@ async def _hedge(
         request_id=f"{call.request.request_id}/hedge",
         seeds=tuple(call.request.seeds[number] for number in left),
     )
-    again = Call(request=request, slots=tuple(call.slots[number] for number in left))
+    again = Call(engine=call.engine, request=request, slots=tuple(call.slots[number] for number in left))
     ledger.begin(again)
-    await _answer_call(engine, again, tell)
+    await _answer_call(again, tell)
 
 
 @dataclass(frozen=True)

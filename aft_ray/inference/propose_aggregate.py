@@ -38,7 +38,7 @@ async def propose_and_aggregate(
     prompt_id: str,
     messages: Sequence[Message],
     plan: Plan,
-    proposer: Role,
+    proposer: Role | Sequence[Role],
     aggregator: Role,
     template: AggregatorTemplate,
     run_seed: int = 0,
@@ -61,7 +61,7 @@ async def propose_and_aggregate(
         prompt_id=prompt_id,
         messages=tuple(messages),
         plan=plan,
-        proposer=proposer,
+        proposers=(proposer,) if isinstance(proposer, Role) else tuple(proposer),
         aggregator=aggregator,
         template=template,
         run_seed=run_seed,
@@ -79,7 +79,7 @@ async def run_to_end(
     prompt_id: str,
     messages: Sequence[Message],
     plan: Plan,
-    proposer: Role,
+    proposer: Role | Sequence[Role],
     aggregator: Role,
     template: AggregatorTemplate,
     run_seed: int = 0,
@@ -167,9 +167,8 @@ async def draft(run: Run, layer: int, calls: Sequence[Call], tell: Tell[Event]) 
         if isinstance(piece, Answer):
             tell(ProposalDone(answer=piece))
 
-    engine = run.role_of(layer).engine
     try:
-        await run_layer(engine, calls, ledger, plan.quorum_needed, plan.draft_deadline_s, watch, plan.hedge_s)
+        await run_layer(calls, ledger, plan.quorum_needed, plan.draft_deadline_s, watch, plan.hedge_s)
     finally:  # also when the run's deadline cuts the layer short: what it cost is told
         usage = ledger.usage()
         run.tell_cost(usage)
@@ -192,7 +191,7 @@ async def finish(run: Run, calls: Sequence[Call], tell: Tell[Event]) -> Layer:
             tell(AnswerDelta(text=piece.text, num_tokens=piece.num_tokens, index=piece.index, logprobs=piece.logprobs))
 
     try:
-        await run_layer(run.role_of(layer).engine, calls, ledger, num_answers, draft_deadline_s=None, watch=watch)
+        await run_layer(calls, ledger, num_answers, draft_deadline_s=None, watch=watch)
     finally:
         usage = ledger.usage()
         run.tell_cost(usage)

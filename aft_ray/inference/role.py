@@ -20,3 +20,5 @@ class Role:
     """Turns messages into the ids this engine's model was trained on."""
     adapter: str | None = None
     """Path of a LoRA adapter to answer with, or None for the base model."""
+    share: float = 1.0
+    """Part of the proposals it writes where several roles propose, in proportion to theirs."""

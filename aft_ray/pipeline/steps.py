@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aft_ray.config import Config
-from aft_ray.errors import ConfigError, PromptTooLong
+from aft_ray.errors import ConfigError, PromptTooLong, ResumeRefused
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, Resume, Run
@@ -41,6 +41,8 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
                 STEPS[name](run, session)
             except BaseException as error:
                 run.event("failed", step=name, error=type(error).__name__, message=str(error)[:500])
+                if isinstance(error, ResumeRefused):
+                    run.keep_settings()
                 raise
             run.event("finished", step=name)
     return run

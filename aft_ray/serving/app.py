@@ -1,7 +1,8 @@
 """The Serve application: which deployments there are, how each scales, and starting them.
 
     shared   Ingress -> Engine                     one pool writes proposals and aggregations
-    split    Ingress -> Proposer, Aggregator       a pool each, scaled (and, if wanted, with models) of their own
+    split    Ingress -> Proposer, Aggregator       a pool each, scaled (and, if wanted, with models) of their own;
+                                                   with several models that draft, one pool for each: Proposer-<name>
 
 `build_app` is what a Serve YAML names (`import_path: aft_ray.serving:build_app`, `args:` = the fields of
 `ServingConfig`); `serve_app` starts the same from Python.
@@ -22,6 +23,7 @@ from aft_ray.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.config import DeploymentActorConfig
     from ray.serve.schema import LoggingConfig
 
     from aft_ray.serving.handle_engine import HandleEngine
@@ -39,18 +41,41 @@ def application(config: ServingConfig) -> Application:
     from ray import serve
 
     from aft_ray.serving.ingress import Ingress
-    from aft_ray.serving.keys import key_digests, refuse_open_server
+    from aft_ray.serving.keys import asks_for_keys, key_digests, read_keys, refuse_open_server
 
     check_config(config)
     assert config.engine is not None
     digests = key_digests(config)
-    refuse_open_server(config.host, bool(digests))
-    ingress = serve.deployment(name="Ingress", **scaling(config.ingress))(serve.ingress()(Ingress))
+    if config.keys_file is not None:
+        read_keys(config.keys_file)
+    refuse_open_server(config.host, asks_for_keys(config))
+    ingress = serve.deployment(name="Ingress", deployment_actors=[control_actor(config)], **scaling(config.ingress))(
+        serve.ingress()(Ingress)
+    )
     if config.topology == "shared":
         return ingress.bind(config, digests, pool("Engine", config.engine, config.proposer, config))
-    proposers = pool("Proposer", config.proposer_engine or config.engine, config.proposer, config)
     aggregators = pool("Aggregator", config.engine, config.aggregator, config)
-    return ingress.bind(config, digests, aggregators, proposers)
+    if config.proposers:
+        proposers = [pool(f"Proposer-{own.name}", own.engine, own.replicas, config) for own in config.proposers]
+    else:
+        proposers = [pool("Proposer", config.proposer_engine or config.engine, config.proposer, config)]
+    return ingress.bind(config, digests, aggregators, *proposers)
+
+
+def control_actor(config: ServingConfig) -> DeploymentActorConfig:
+    """The one actor that all ingress replicas ask; Serve keeps it alive as long as the deployment."""
+    import ray
+    from ray.serve.config import DeploymentActorConfig
+
+    from aft_ray.serving.control import Control
+    from aft_ray.serving.gate import ACTOR
+
+    return DeploymentActorConfig(
+        name=ACTOR,
+        actor_class=ray.remote(Control),
+        init_args=(config.admission, config.adapters or {}),
+        actor_options={"num_cpus": 0},
+    )
 
 
 def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: ServingConfig) -> Application:
@@ -60,16 +85,20 @@ def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: Servi
     from aft_ray.serving.replica import EngineReplica
 
     adapters: Mapping[str, str] = (config.adapters or {}) if _may_use_adapters(name, config) else {}
-    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(engine, adapters, name)
+    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(
+        engine, adapters, name, config.stream_interval_s
+    )
 
 
 def _may_use_adapters(name: str, config: ServingConfig) -> bool:
-    return name != "Proposer" or config.proposer_engine is None or config.proposer_adapter is not None
+    has_own_model = config.proposer_engine is not None or bool(config.proposers)
+    return not name.startswith("Proposer") or not has_own_model or config.proposer_adapter is not None
 
 
 def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
     """Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
     from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+    from aft_ray.serving.replica import PROBE_S
 
     resources: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
     if replicas.accelerator_type is not None:
@@ -85,6 +114,7 @@ def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
         },
         "graceful_shutdown_timeout_s": LONGEST_REQUEST_S + 30,
         "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_timeout_s": PROBE_S + 15,
         "logging_config": quiet_logs(),
     }
 
@@ -110,16 +140,21 @@ def check_config(config: ServingConfig) -> None:
         raise ConfigError(f"serving.default_model: '{config.default_model}' is none of the models {names}")
     if config.proposer_adapter not in (None, *names[1:]):
         raise ConfigError(f"serving.proposer_adapter: '{config.proposer_adapter}' is none of the adapters {names[1:]}")
-    if config.topology == "shared" and (config.proposer_engine or config.proposer_adapter):
+    if config.topology == "shared" and (config.proposer_engine or config.proposer_adapter or config.proposers):
         raise ConfigError("serving.topology: shared, but proposers get an engine or adapter of their own; set split")
+    pools = [pool.name for pool in config.proposers]
+    if len(set(pools)) < len(pools):
+        raise ConfigError(f"serving.proposers: two have one name: {', '.join(pools)}")
+    if config.proposers and (config.proposer_engine or config.proposer_adapter):
+        raise ConfigError("serving.proposers replaces proposer_engine and proposer_adapter; leave those out")
     try:
         check_limits(config.plan, config)
     except HttpError as error:
         raise ConfigError(f"serving.plan: {error}") from None
 
 
-def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str = "/", blocking: bool = False) -> str:
-    """Start serving and return the base URL (`openai` clients add `/v1`); with `blocking`, serve until interrupted.
+def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str = "/") -> str:
+    """Start serving and return the base URL (`openai` clients add `/v1`).
 
     Uses the Ray cluster this process is connected to, or starts a local one. Port 0: any free port, or that of a
     Serve instance that already runs. Raises ConfigError, or EngineError when a replica could not start.
@@ -138,13 +173,26 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str 
         reason = why_not_started(name) or str(error)
         stop(name)
         raise EngineError(f"the application did not start: {reason}") from None
-    if blocking:
-        try:
-            while True:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            stop(name)
     return base_url
+
+
+def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
+    """Let no request in any more and wait for those under way; how many were left after `timeout_s` (None: as long as a
+    request may take). New ones get 503 with Retry-After, and `/ready` says 503, so that a load balancer looks
+    elsewhere.
+    """
+    from ray import serve
+
+    from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+
+    ingress = serve.get_deployment_handle("Ingress", app_name=name)
+    ingress.drain.remote().result(timeout_s=60)
+    give_up = time.monotonic() + (LONGEST_REQUEST_S if timeout_s is None else timeout_s)
+    while num_open := int(ingress.num_open.remote().result(timeout_s=60)):
+        if time.monotonic() > give_up:
+            break
+        time.sleep(0.25)
+    return num_open
 
 
 async def served_engine(config: ServingConfig, name: str = APP_NAME) -> HandleEngine:

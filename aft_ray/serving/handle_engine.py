@@ -3,22 +3,32 @@
     engine = await HandleEngine.connect(handle)
     async with aclosing(engine.generate(request)) as events: ...
 
-Closing the generator cancels the call; Serve carries that to the replica, which aborts the request in its engine.
+Closing the generator cancels the call; Serve carries that to the replica, which aborts the request in its engine. What
+a lost replica was writing is asked of another one, unless a reader has already seen part of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample
 from aft_ray.errors import AftError, EngineError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("ray.serve.aft_ray")
+
+MAX_LOST = 3
+"""Replicas that one request may lose before it fails."""
+
+
+class ReplicaLost(EngineError):
+    """The replica that was answering is gone."""
 
 
 def as_aft_error(error: Exception) -> AftError:
@@ -49,7 +59,38 @@ class HandleEngine:
         return self._info
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        from ray.exceptions import RayError
+        left = list(range(len(request.seeds)))
+        """Positions of the samples that have not ended."""
+        for attempt in range(MAX_LOST + 1):
+            asked = dataclasses.replace(
+                request,
+                request_id=f"{request.request_id}/again-{attempt}" if attempt else request.request_id,
+                seeds=tuple(request.seeds[position] for position in left),
+            )
+            positions, begun = tuple(left), set()
+            try:
+                async with aclosing(self._ask_once(asked)) as events:
+                    async for event in events:
+                        event = dataclasses.replace(event, index=positions[event.index])
+                        if isinstance(event, Sample):
+                            left.remove(event.index)
+                        elif not request.is_draft:
+                            begun.add(event.index)
+                        yield event
+                return
+            except ReplicaLost as error:
+                for position in begun & set(left):
+                    left.remove(position)
+                    yield _lost(position, request.seeds[position], error)
+                if not left:
+                    return
+                if attempt == MAX_LOST:
+                    raise
+                logger.warning("request %s: a replica is lost, asking another", request.request_id)
+
+    async def _ask_once(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        """Of one replica. Closing this cancels the call."""
+        from ray.exceptions import RayActorError, RayError
         from ray.serve.exceptions import RayServeException
 
         response: Any = self._handle.options(stream=True).generate.remote(request)
@@ -58,6 +99,9 @@ class HandleEngine:
             async for event in response:
                 yield event
             done = True
+        except RayActorError:
+            done = True
+            raise ReplicaLost("the engine replica that was answering is gone") from None
         except (RayError, RayServeException) as error:
             done = True
             logger.warning("request %s: %s", request.request_id, type(error).__name__)
@@ -86,3 +130,16 @@ class HandleEngine:
 
     async def close(self) -> None:
         """Nothing to do: the replicas belong to Serve."""
+
+
+def _lost(position: int, seed: int, error: ReplicaLost) -> Sample:
+    return Sample(
+        index=position,
+        text="",
+        token_ids=(),
+        finish_reason="error",
+        num_prompt_tokens=0,
+        num_tokens=0,
+        seed=seed,
+        error=str(error),
+    )

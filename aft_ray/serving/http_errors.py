@@ -2,10 +2,13 @@
 
     400 invalid_request_error   a parameter is wrong, unknown or not honoured (`param` names it), a prompt too long
     401 authentication_error    no key, or a wrong one
+    403 permission_error        a key that may not use `/admin`
     404 invalid_request_error   no such model (code `model_not_found`) or no such page
     413 invalid_request_error   the body is larger than the server's limit (code `body_too_large`)
+    429 rate_limit_error        over a limit of the server or of the key; `Retry-After` says when to come again
     502 engine_error            a model engine could not answer
     503 quorum_not_met          too few usable proposals to aggregate
+    503 unavailable             the server is shutting down or starting again; `Retry-After`
     504 deadline_exceeded       the plan's deadline passed
     500 internal_error          anything else; the text is generic, the log has the request id and the traceback
 
@@ -35,10 +38,19 @@ class HttpError(AftError):
     """A request ends with this status and error object."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, type: str = INVALID
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str = INVALID,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
+        """Seconds after which the same request may be answered (the `Retry-After` header)."""
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 

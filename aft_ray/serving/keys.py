@@ -1,6 +1,11 @@
-"""Who may ask. The accepted keys come from an environment variable; only their sha256 leaves the process that reads it.
+"""Who may ask. Only the sha256 of a key is ever kept: of those in an environment variable, made where it is read; of
+those in a file, by whoever wrote the file.
 
-`serve_app` and `build_app` read the variable where they run; replicas and Serve's own records see digests.
+    alice: {sha256: 0a4f..., max_requests: 4, tokens_per_minute: 200000}
+    ops:   {sha256: 93bc..., admin: true}
+
+The file is read again when it changes; one that cannot be read leaves the keys as they were. A key is known by its name
+in ledger, metrics and limits.
 """
 
 from __future__ import annotations
@@ -8,11 +13,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from aft_ray.config import ServingConfig
+from aft_ray.config import KeyConfig, KeyLimits, ServingConfig, validate
+from aft_ray.config.loading import read_yaml
 from aft_ray.errors import ConfigError
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+LOOK_S = 1.0
+"""How often the file is looked at, at most."""
 
 
 def is_loopback(host: str) -> bool:
@@ -31,7 +45,7 @@ def digest(key: str) -> str:
 
 
 def key_digests(config: ServingConfig) -> tuple[str, ...]:
-    """Digests of the accepted keys; none when the server asks for no key."""
+    """Digests of the keys in the environment variable; none when the config names none."""
     if config.api_keys_env is None:
         return ()
     keys = [key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip()]
@@ -43,18 +57,87 @@ def key_digests(config: ServingConfig) -> tuple[str, ...]:
     return tuple(digest(key) for key in keys)
 
 
+def read_keys(file: str) -> dict[str, KeyConfig]:
+    """The keys of a file by name. ConfigError names the file, the key and what is wrong; a hash is never quoted."""
+    raw = read_yaml(Path(file))
+    keys = {}
+    for name, settings in raw.items():
+        try:
+            keys[str(name)] = validate(KeyConfig, settings, origin=f"{file}: {name}")
+        except ConfigError as error:
+            if "sha256" in str(error):
+                raise ConfigError(f"{file}: {name}: sha256: expected 64 digits 0-9a-f, the sha256 of a key") from None
+            raise
+    if not keys:
+        raise ConfigError(f"{file}: no keys in it; expected lines such as  alice: {{sha256: ...}}")
+    return keys
+
+
+def asks_for_keys(config: ServingConfig) -> bool:
+    """Whether nobody is answered without a key."""
+    return config.api_keys_env is not None or config.keys_file is not None
+
+
 def refuse_open_server(host: str, has_keys: bool) -> None:
     """ConfigError when anyone on the network could use the server."""
     if not has_keys and not is_loopback(host):
         raise ConfigError(
             f"serving.host: {host} can be reached from other machines, and there are no API keys. "
-            "Set serving.api_keys_env to the name of an environment variable with keys, or bind to 127.0.0.1"
+            "Set serving.api_keys_env to the name of an environment variable with keys, or serving.keys_file to a file "
+            "of hashed ones, or bind to 127.0.0.1"
         )
 
 
-def is_accepted(authorization: str | None, digests: Sequence[str]) -> bool:
-    """Whether an `Authorization: Bearer <key>` header holds an accepted key. Takes the same time for any key."""
-    scheme, _, key = (authorization or "").partition(" ")
-    found = digest(key.strip())
-    matches = [hmac.compare_digest(found, accepted) for accepted in digests]
-    return scheme.lower() == "bearer" and any(matches)
+class KeyRing:
+    """The accepted keys of one ingress replica."""
+
+    def __init__(self, digests: Sequence[str] = (), file: str | None = None) -> None:
+        self._from_environment = {f"key-{n}": KeyConfig(sha256=found) for n, found in enumerate(digests, start=1)}
+        self._file = file
+        self._from_file = {} if file is None else read_keys(file)
+        self._stamp = self._look()
+        self._looked = time.monotonic()
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether a request needs a key. Not whether there is one: with all keys revoked nobody gets in."""
+        return bool(self._from_environment) or self._file is not None
+
+    def find(self, authorization: str | None) -> tuple[str, KeyConfig] | None:
+        """Name and settings of the key in an `Authorization: Bearer <key>` header. Takes the same time for any key."""
+        self._refresh()
+        scheme, _, key = (authorization or "").partition(" ")
+        found = digest(key.strip())
+        keys = {**self._from_environment, **self._from_file}
+        matches = [name for name, accepted in keys.items() if hmac.compare_digest(found, accepted.sha256)]
+        if scheme.lower() != "bearer" or not matches:
+            return None
+        return matches[0], keys[matches[0]]
+
+    def _refresh(self) -> None:
+        if self._file is None or time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        try:
+            self._from_file = read_keys(self._file)
+            self._stamp = stamp
+        except ConfigError as error:
+            logger.error("keys stay as they were: %s", error)
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._file or "")
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
+
+def limits_of(key: KeyConfig | None, default: KeyLimits) -> KeyLimits:
+    """The limits of a key: its own where it has them."""
+    if key is None:
+        return default
+    own = {name: getattr(key, name) for name in KeyLimits.model_fields}
+    return default.model_copy(update={name: value for name, value in own.items() if value is not None})

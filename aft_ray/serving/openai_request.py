@@ -248,8 +248,6 @@ class Call:
     """As asked for; the response repeats it."""
     name: str
     """Which of the endpoint's models that is, without the alias."""
-    adapter: str | None
-    """Adapter folder of the aggregator (and of the proposer, unless the server fixes another)."""
     plan: Plan
     final: FinalLayer
     messages: tuple[Message, ...]
@@ -301,7 +299,6 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     return Call(
         model=model,
         name=name,
-        adapter=(config.adapters or {}).get(name),
         plan=plan,
         final=final,
         messages=messages,

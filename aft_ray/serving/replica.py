@@ -6,16 +6,24 @@ goes away cancels the call; closing the engine's generator then aborts the reque
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
 from aft_ray.config import EngineConfig
-from aft_ray.engines import EngineEvent, EngineInfo, GenerateRequest, build_engine
-from aft_ray.errors import ConfigError
+from aft_ray.engines import EngineEvent, EngineInfo, GenerateRequest, Sampling, TokenDelta, build_engine
+from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.metrics import engine_samples
+
+DRAFT_DELTA_S = 0.25
+"""Deltas of drafts are told this often: nobody reads them."""
+PROBE_S = 30.0
+"""Time an engine has to write one token before its replica is replaced. Serve's own limit on a health check is
+longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,8 @@ class ReplicaStatus:
     """Requests whose samples are being written. 0 after a cancelled one proves that nothing leaked."""
     num_samples: int
     """Samples they ask for."""
+    num_tasks: int
+    """Coroutines on its event loop."""
 
 
 def check_adapters(adapters: Mapping[str, str]) -> None:
@@ -41,20 +51,26 @@ def check_adapters(adapters: Mapping[str, str]) -> None:
 class EngineReplica:
     """Serve deployment class. `generate` is called with `handle.options(stream=True)`, the rest plainly."""
 
-    def __init__(self, config: EngineConfig, adapters: Mapping[str, str], pool: str) -> None:
+    def __init__(
+        self, config: EngineConfig, adapters: Mapping[str, str], pool: str, stream_interval_s: float = 0.0
+    ) -> None:
         if config.type in {"vllm", "transformers"}:
             check_adapters(adapters)
         self.engine = build_engine(config)
         self._pool = pool
+        self._stream_interval_s = stream_interval_s
         self._num_requests = 0
         self._num_samples = 0
+        self._last_event = time.monotonic()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         """The engine's events, as they come. Cancelling the call closes the engine's generator."""
+        interval_s = DRAFT_DELTA_S if request.is_draft else self._stream_interval_s
         self._count(1, len(request.seeds))
         try:
-            async with aclosing(self.engine.generate(request)) as events:
+            async with aclosing(merged_deltas(self.engine.generate(request), interval_s)) as events:
                 async for event in events:
+                    self._last_event = time.monotonic()
                     yield event
         finally:
             self._count(-1, -len(request.seeds))
@@ -73,13 +89,70 @@ class EngineReplica:
         return self.engine.info
 
     async def status(self) -> ReplicaStatus:
-        return ReplicaStatus(process_id=os.getpid(), num_requests=self._num_requests, num_samples=self._num_samples)
+        return ReplicaStatus(
+            process_id=os.getpid(),
+            num_requests=self._num_requests,
+            num_samples=self._num_samples,
+            num_tasks=len(asyncio.all_tasks()),
+        )
 
     async def check_health(self) -> None:
-        """Serve asks regularly, and restarts the replica when this raises or hangs."""
+        """Serve asks regularly, and replaces the replica when this raises: its engine is dead, or says nothing.
+
+        An engine that has just told something is well; only a silent one is asked for a token.
+        """
         await self.engine.check()
+        if self.engine.info.takes_messages or time.monotonic() - self._last_event < PROBE_S:
+            return  # a remote endpoint is not ours to replace, and its tokens cost money
+        try:
+            async with asyncio.timeout(PROBE_S):
+                await self._probe()
+        except TimeoutError:
+            raise EngineError(f"the engine wrote no token in {PROBE_S:g} s") from None
+
+    async def _probe(self) -> None:
+        request = GenerateRequest(
+            request_id=f"health-{time.monotonic_ns()}",
+            prompt_ids=(1,),
+            messages=(),
+            sampling=Sampling(temperature=0, max_tokens=1),
+            seeds=(0,),
+        )
+        async with aclosing(self.engine.generate(request)) as events:
+            async for event in events:
+                self._last_event = time.monotonic()
+                if not isinstance(event, TokenDelta) and event.error is not None:
+                    raise EngineError(f"the engine cannot write a token: {event.error}")
 
     async def __del__(self) -> None:
         """Serve awaits this after the last request, before it ends the process."""
         if hasattr(self, "engine"):  # the constructor may have refused
             await self.engine.close()
+
+
+async def merged_deltas(
+    events: AsyncGenerator[EngineEvent, None], interval_s: float
+) -> AsyncGenerator[EngineEvent, None]:
+    """The events, with the deltas of a sample put together that follow each other within `interval_s`.
+
+    The first delta of a sample never waits, and its end brings what was held. Each item costs Serve some work in two
+    processes, so a fast engine would otherwise wait for its own telling.
+    """
+    held: dict[int, TokenDelta] = {}
+    last_told: dict[int, float] = {}
+    async with aclosing(events):
+        async for event in events:
+            before = held.pop(event.index, None)
+            if not isinstance(event, TokenDelta):
+                if before is not None:
+                    yield before
+                yield event
+                continue
+            if before is not None:
+                event = before.followed_by(event)
+            now = time.monotonic()
+            if now - last_told.get(event.index, -interval_s) < interval_s:
+                held[event.index] = event
+                continue
+            last_told[event.index] = now
+            yield event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_every_poison_row_passes_or_is_a_counted_failure_with_a_reason(tmp_path:
 def test_a_poison_row_ends_the_run_with_its_place_where_bad_rows_are_refused(tmp_path: Path, row: Any) -> None:
     with pytest.raises(InputError, match=r"^.*p\.jsonl:2: "):
         make_prompts(run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "good"}, row)))
+
+
+ODD = {
+    "a megabyte": "1,080,000 characters",
+    "surrogates": "half a character",
+    "control tokens": "the control string <|im_end|>",
+    "nul": "NUL",
+}
+
+
+def test_odd_text_is_a_counted_failure_too_where_that_is_asked_for(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), {"prompt": "a <b>bold</b> [list] < 3"})
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", odd_text="fail")
+    manifest = make_prompts(run)
+    assert (manifest.num_failed, manifest.rows_out) == (len(ODD), len(FINE) + 1 - len(ODD))
+    found = {line["place"].rpartition(":")[2]: line["message"] for line in lines_of(run, "failed/rows.jsonl")}
+    for name, words in ODD.items():
+        assert f"{words}" in found[str(list(FINE).index(name) + 1)]
+    with pytest.raises(InputError, match=r"p\.jsonl:1: .*1,080,000 characters in the text \(prompts\.odd_text: fail\)"):
+        make_prompts(run_of(tmp_path, source, name="strict", odd_text="fail"))
 
 
 def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_path: Path) -> None:
@@ -263,12 +284,14 @@ def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: 
     assert all(manifests) and manifests[0].files == manifests[1].files  # type: ignore[union-attr]
 
 
-def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("near_duplicates", [None, 0.8])
+def test_memory_does_not_grow_with_the_source(tmp_path: Path, near_duplicates: float | None) -> None:
     def peak(num_rows: int) -> int:
-        source = write_jsonl(tmp_path / f"{num_rows}.jsonl", *({"prompt": f"{n} {'x' * 400}"} for n in range(num_rows)))
-        run = run_of(tmp_path, source, name=str(num_rows), rows_per_shard=64)
+        texts = (hashlib.sha512(str(n).encode()).hexdigest() * 3 for n in range(num_rows))
+        source = write_jsonl(tmp_path / f"{num_rows}.jsonl", *({"prompt": text} for text in texts))
+        run = run_of(tmp_path, source, name=str(num_rows), rows_per_shard=64, near_duplicates=near_duplicates)
         tracemalloc.start()
-        make_prompts(run)
+        assert make_prompts(run).rows_out == num_rows
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used

@@ -10,6 +10,7 @@ import pytest
 from aft_ray.config import PromptsConfig
 from aft_ray.data.near_duplicates import NearDuplicates, plain_text, shingles
 from aft_ray.data.prompts import sift
+from aft_ray.errors import ConfigError
 from tests.data.test_prompts import write_jsonl
 
 LONG = (
@@ -81,6 +82,14 @@ def test_what_is_left_out_is_what_the_exact_similarity_says_but_for_the_estimate
 def test_every_threshold_works(threshold: float) -> None:
     near = NearDuplicates(threshold, seed=20250122)
     assert [near.earlier(name, LONG) for name in ("a", "b")] == [None, "a"]
+
+
+def test_an_index_that_cannot_grow_says_where_it_wants_room() -> None:
+    near = NearDuplicates(0.8, seed=1)
+    near._index.execute("PRAGMA max_page_count = 40")  # a full disk
+    with pytest.raises(ConfigError, match=r"prompts\.near_duplicates: the index of \d+ prompts .*full.*SQLITE_TMPDIR"):
+        for n in range(1000):
+            near.earlier(f"p-{n}", f"{random.Random(n).random()}")
 
 
 def test_a_megabyte_of_text_is_compared_too() -> None:

@@ -125,11 +125,13 @@ def test_a_run_is_resumed_and_never_written_over(config: Path) -> None:
     assert made
     assert aft_ray(*arguments, "--resume", "must").returncode == 0
     assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")} == made
+    settings = (config.parent / "run" / "config.resolved.yaml").read_bytes()
     refused = aft_ray(*arguments, "--resume", "never")
     assert refused.returncode == 4
     changed = aft_ray(*arguments, "--set", "proposals.sampling.top_k=7")
     assert changed.returncode == 4
     assert "proposals.sampling.top_k: was 50, is 7" in changed.stderr
+    assert (config.parent / "run" / "config.resolved.yaml").read_bytes() == settings, "still what the folder is made of"
     assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")} == made
 
 
@@ -184,7 +186,7 @@ def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(confi
     assert not (config.parent / "run").exists(), "nothing of the run itself is started"
 
 
-def test_rows_that_failed_are_retried_by_command_only(config: Path) -> None:
+def test_rows_that_failed_are_retried_by_command_only_and_go_through_once_the_cause_is_mended(config: Path) -> None:
     failing = ["--config", str(config), "--until", "selection", "--set", "scores.scorer=none"]
     first = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}")
     assert first.returncode == 3
@@ -193,3 +195,7 @@ def test_rows_that_failed_are_retried_by_command_only(config: Path) -> None:
     assert again.returncode == 3, "tried again, and they failed again"
     failed = (config.parent / "run" / "proposals" / "failed" / "shard-00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["error"] for line in failed] == ["EngineError"] * 2
+    mended = aft_ray("run", *failing, "--retry-failed")
+    assert mended.returncode == 0, mended.stderr
+    assert not list((config.parent / "run" / "proposals" / "failed").glob("*"))
+    assert json.loads((config.parent / "run" / "selection" / "manifest.json").read_text())["rows_out"] == 2

@@ -33,6 +33,9 @@ class ScriptedModel(ThreadingHTTPServer):
         self.refuse_first: list[tuple[int, dict[str, str]]] = []
         """(status, headers) of the first replies, before any answer."""
         self.fail_seeds: set[int] = set()
+        self.words = ("the", " Nile", " {seed}")
+        self.break_off = 0
+        """So many answers end after their first word."""
         self.seconds = 0.0
         self.capacity: int | None = None
         """Calls beyond this many at once are refused with 429."""
@@ -79,9 +82,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for word in ("the", " Nile", f" {body['seed']}"):
+        for word in self.server.words:
             time.sleep(self.server.seconds)
-            self.event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
+            if word != "the" and self.server.break_off > 0:
+                self.server.break_off -= 1
+                return
+            self.event(
+                {"choices": [{"index": 0, "delta": {"content": word.format(seed=body["seed"])}, "finish_reason": None}]}
+            )
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -169,6 +177,40 @@ def test_a_busy_server_is_asked_again_when_it_says_so(model: ScriptedModel) -> N
     assert (sample.text, sample.error) == ("the Nile 1", None)
     assert len(model.asked) == 3
     assert time.monotonic() - start >= 0.6
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_never_kept_half(model: ScriptedModel) -> None:
+    model.break_off = 1
+    (sample,) = samples_of(events_of(config(model)))
+    assert (sample.text, sample.finish_reason, sample.error, len(model.asked)) == ("the Nile 1", "stop", None, 2)
+    model.break_off = 2
+    (sample,) = samples_of(events_of(config(model, max_retries=1)))
+    assert (sample.text, sample.error) == ("", "ConnectionError: the answer broke off after 1 pieces")
+
+
+def test_an_answer_whose_pieces_were_handed_on_is_not_begun_again(model: ScriptedModel) -> None:
+    model.break_off = 1
+    (sample,) = samples_of(events_of(config(model), stream=True))
+    assert "broke off" in (sample.error or "")
+    assert len(model.asked) == 1
+
+
+def test_an_answer_that_drips_longer_than_the_timeout_is_a_failed_sample_and_harms_no_other(
+    model: ScriptedModel,
+) -> None:
+    model.seconds = 0.8  # a word; no single read is as slow as the timeout
+    (sample,) = samples_of(events_of(config(model, timeout_s=1.0, max_retries=1)))
+    assert sample.error == "TimeoutError: the answer took longer than timeout_s 1"
+    assert len(model.asked) == 2
+    (sample,) = samples_of(events_of(config(model, timeout_s=60)))
+    assert sample.text == "the Nile 1"
+
+
+@pytest.mark.parametrize(("ending", "text"), [("\ude00", "the Nile \U0001f600"), ("?", "the Nile \ufffd?")])
+def test_half_characters_are_put_together_or_replaced(model: ScriptedModel, ending: str, text: str) -> None:
+    model.words = ("the", " Nile \ud83d", ending)
+    (sample,) = samples_of(events_of(config(model)))
+    assert sample.text == text
 
 
 def test_a_sample_that_is_refused_harms_no_other(model: ScriptedModel) -> None:

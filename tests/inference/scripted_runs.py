@@ -29,10 +29,15 @@ def role(engine: ScriptedEngine, adapter: str | None = None) -> Role:
 
 
 def start(
-    plan: Plan, proposer: ScriptedEngine | Role, aggregator: ScriptedEngine | Role | None = None, **kwargs: Any
+    plan: Plan,
+    proposer: ScriptedEngine | Role | list[Role],
+    aggregator: ScriptedEngine | Role | None = None,
+    **kwargs: Any,
 ) -> AsyncGenerator[Event, None]:
     """A run of `plan`; one engine alone takes both roles."""
-    roles = [part if isinstance(part, Role) else role(part) for part in (proposer, aggregator or proposer)]
+    roles: list[Any] = [
+        role(part) if isinstance(part, ScriptedEngine) else part for part in (proposer, aggregator or proposer)
+    ]
     settings = {"prompt_id": "p-1", "messages": MESSAGES, "template": AggregatorTemplate.load("aft"), **kwargs}
     return propose_and_aggregate(plan=plan, proposer=roles[0], aggregator=roles[1], **settings)
 

@@ -31,6 +31,7 @@ SHARED = ServingConfig(
     max_num_proposals=8,
     max_num_layers=3,
     max_tokens=100,
+    stream_interval_s=0,
 )
 SPLIT = ServingConfig(
     engine=ScriptedEngineConfig(answers=("written by the aggregator",)),

@@ -15,7 +15,7 @@ from aft_ray.errors import ConfigError, EngineError, QuorumNotMet
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.app import application, build_app, scaling, serve_app
 from aft_ray.serving.handle_engine import as_aft_error
-from aft_ray.serving.keys import digest, is_accepted, is_loopback
+from aft_ray.serving.keys import KeyRing, digest, is_loopback
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S
 from aft_ray.serving.replica import check_adapters
 
@@ -55,6 +55,12 @@ def test_a_shared_topology_has_one_pool_and_a_split_one_two() -> None:
     assert deployments({"engine": ENGINE, "topology": "split"}) == ["Aggregator", "Ingress", "Proposer"]
 
 
+def test_several_models_that_draft_have_a_pool_each() -> None:
+    proposers = [{"name": name, "engine": ENGINE, "share": 2} for name in ("small", "large")]
+    names = deployments({"engine": ENGINE, "topology": "split", "proposers": proposers})
+    assert names == ["Aggregator", "Ingress", "Proposer-large", "Proposer-small"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -67,6 +73,12 @@ def test_a_shared_topology_has_one_pool_and_a_split_one_two() -> None:
         ({"engine": ENGINE, "adapters": {"base": "/x"}}, "also the name of an adapter"),
         ({"engine": ENGINE, "topology": "split", "proposer_adapter": "sft"}, "none of the adapters"),
         ({"engine": ENGINE, "proposer_engine": ENGINE}, "set split"),
+        ({"engine": ENGINE, "proposers": [{"name": "a", "engine": ENGINE}]}, "set split"),
+        (
+            {"engine": ENGINE, "topology": "split", "proposers": [{"name": "a", "engine": ENGINE}] * 2},
+            "two have one name: a, a",
+        ),
+        ({"engine": ENGINE, "keys_file": "/nowhere.yaml"}, "/nowhere.yaml: no such file"),
         ({"engine": ENGINE, "max_tokens": 100}, "max_tokens 512: this server allows at most 100"),
         ({"engine": ENGINE, "max_num_proposals": 2}, "aft.num_proposals 5"),
     ],
@@ -96,7 +108,8 @@ def test_keys_open_the_server_and_only_their_digests_are_kept(monkeypatch: pytes
     [("Bearer key-one", True), ("bearer key-one ", True), ("Bearer key", False), ("key-one", False), (None, False)],
 )
 def test_only_a_bearer_header_with_an_accepted_key_is_accepted(header: str | None, accepted: bool) -> None:
-    assert is_accepted(header, [digest("key-zero"), digest("key-one")]) is accepted
+    found = KeyRing([digest("key-zero"), digest("key-one")]).find(header)
+    assert (None if found is None else found[0]) == ("key-2" if accepted else None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from aft_ray.config import ScriptedEngineConfig
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
 from tests.serving.test_ingress import post, service_over
@@ -181,6 +181,27 @@ def test_text_completions_refuse_log_probabilities_by_name() -> None:
     body = {"prompt": "Name three rivers.", "logprobs": 2}
     response = over_http(service_over(engine()), lambda client: client.post("/v1/completions", json=body))
     assert refused(response) == (400, "logprobs")
+
+
+def test_sampling_parameters_reach_the_engine_in_the_final_layer_alone() -> None:
+    scripted = engine()
+    asked = {"temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "max_tokens": 5, "stop": ["END"]}
+    body = post(service_over(scripted), seed=5, **asked).json()
+    drafts, final = (request.sampling for request in scripted.requests)
+    assert final == Sampling(**(asked | {"stop": ("END",)}))
+    assert drafts == Plan().proposal
+    assert (body["choices"][0]["finish_reason"], body["usage"]["aft"]["layers"][1]["completion_tokens"]) == (
+        "length",
+        5,
+    )
+
+
+def test_a_seed_fixes_every_request_to_the_engine() -> None:
+    one, same, other = engine(), engine(), engine()
+    for scripted, seed in ((one, 5), (same, 5), (other, 6)):
+        post(service_over(scripted), seed=seed)
+    seeds = [[request.seeds for request in scripted.requests] for scripted in (one, same, other)]
+    assert seeds[0] == seeds[1] and seeds[0] != seeds[2]
 
 
 def test_the_stock_client_reads_n_choices_with_log_probabilities(client: openai.OpenAI) -> None:

@@ -18,7 +18,11 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference import Role
 from aft_ray.inference.events import AnswerDelta, Event
 from aft_ray.inference.plan import Plan
+from aft_ray.serving.control import Control
+from aft_ray.serving.gate import Gate, local_ask
 from aft_ray.serving.ingress import Service, make_api, watched
+from aft_ray.serving.keys import KeyRing
+from aft_ray.serving.ledger import RequestLedger
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
 
 SECRET = "the moon is made of cheese"
@@ -37,7 +41,15 @@ def service_over(engine: ScriptedEngine, plan: Plan | None = None, **settings: A
     role = Role(engine=engine, format=MessagesFormat())
     config = ServingConfig(engine=engine.config, plan=plan or Plan(num_proposals=2), **settings)
     template = AggregatorTemplate.load("aft")
-    return Service(config=config, proposer=role, aggregator=role, template=template, key_digests=())
+    return Service(
+        config=config,
+        proposers=(role,),
+        aggregator=role,
+        template=template,
+        keys=KeyRing(file=config.keys_file),
+        gate=Gate(local_ask(Control(config.admission, config.adapters or {})), config),
+        ledger=RequestLedger(config.ledger),
+    )
 
 
 def over_http(service: Service, use: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]) -> httpx.Response:

@@ -39,17 +39,17 @@ def test_a_plain_model_name_uses_the_servers_plan() -> None:
 
 
 def test_a_request_without_a_model_gets_the_last_adapter() -> None:
-    assert (call().model, call().adapter) == ("aft", "/adapters/aft")
+    assert (call().model, call().name) == ("aft", "aft")
 
 
-def test_the_base_model_has_no_adapter() -> None:
-    assert call(model="base").adapter is None
+def test_an_alias_does_not_change_which_model_it_is() -> None:
+    assert call(model="base@k2-l1").name == "base"
 
 
 def test_an_alias_chooses_width_and_depth() -> None:
     plan = call(model="sft@k4-l2").plan
     assert (plan.num_proposals, plan.num_layers) == (4, 2)
-    assert call(model="sft@k4-l2").adapter == "/adapters/sft"
+    assert call(model="sft@k4-l2").name == "sft"
 
 
 def test_single_is_one_plain_sample() -> None:

@@ -1,0 +1,165 @@
+"""What an operator asks: which adapters are served, moving a name to a new one, draining. For keys with `admin: true`.
+
+    GET    /admin/status            open requests and tokens, by key and by adapter
+    GET    /admin/adapters          model name -> version, folder, and requests still under way with older versions
+    POST   /admin/adapters          {"name": "aft", "path": "/runs/new/model/aft"}: copy, try, move the name
+    DELETE /admin/adapters/{name}   the name is served no more; requests under way end with it
+    POST   /admin/drain             let nobody in any more (`{"drain": false}`: let in again)
+
+A request keeps the version it began with to its end, so moving a name drops none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict
+
+from aft_ray.errors import ConfigError, EngineError
+from aft_ray.serving.adapters import VERSIONS, Adapter, check_name, found_in, keep_version, stamp_of
+from aft_ray.serving.caller import caller_of
+from aft_ray.serving.http_errors import HttpError
+
+if TYPE_CHECKING:
+    from aft_ray.serving.ingress import Service
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+TRY_S = 120.0
+"""Time engines have to load an adapter and write one token with it."""
+WATCH_S = 2.0
+"""How often the watched folder is looked at. An adapter is taken when it looked the same twice."""
+
+
+class AdapterBody(BaseModel):
+    """A name and the folder it shall stand for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    path: str
+
+
+class DrainBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    drain: bool = True
+
+
+async def install(service: Service, name: str, folder: Path) -> Adapter:
+    """The adapter in `folder` answers under `name` from now on, at every ingress replica.
+
+    It is copied to a folder named by its content, tried by one replica of each pool (the others load it with their
+    first request), and then the name moves. ConfigError or EngineError, and nothing has moved, where it cannot be
+    served.
+    """
+    config = service.config
+    check_name(name, config.base_name)
+    store = None if config.adapters_dir is None else Path(config.adapters_dir) / VERSIONS
+    adapter = await asyncio.to_thread(keep_version, folder, store)
+    known = service.gate.table.adapters.get(name)
+    if known == adapter:
+        return adapter
+    try:
+        async with asyncio.timeout(TRY_S):
+            await service.try_adapter(adapter.path)
+    except TimeoutError:
+        raise EngineError(f"no token in {TRY_S:g} s with the adapter {folder}") from None
+    await service.gate.change(move={name: adapter})
+    logger.warning("model %s: now version %s (before: %s)", name, adapter.version, known.version if known else "none")
+    return adapter
+
+
+async def keep_watching(service: Service) -> None:
+    """Serve what appears or changes in the watched folder, for as long as the replica lives."""
+    if service.config.adapters_dir is None:
+        return
+    folder = Path(service.config.adapters_dir)
+    seen: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    while True:
+        for name, place in (await asyncio.to_thread(found_in, folder)).items():
+            stamp = await asyncio.to_thread(stamp_of, place)
+            is_settled, seen[name] = seen.get(name) == stamp, stamp
+            if not is_settled or done.get(name) == stamp:
+                continue
+            done[name] = stamp
+            try:
+                if await service.gate.ask("claim", (name, stamp)):  # every ingress replica looks, one takes it
+                    await install(service, name, place)
+            except (ConfigError, EngineError, HttpError) as error:
+                logger.error("the adapter %s is not served: %s", place, error)
+            except Exception as error:  # process boundary: this task must not end before its replica
+                logger.error("the adapter %s is not served: %s", place, type(error).__name__)
+        await asyncio.sleep(WATCH_S)
+
+
+def admin_routes(service: Service) -> APIRouter:
+    """The routes above."""
+    from aft_ray.serving.ingress import OpenAIRoute
+
+    async def need_admin(request: Request) -> None:
+        if not service.keys.is_asked_for:
+            message = "this server has no keys, so nobody may change it: name a serving.keys_file with an admin key"
+            raise HttpError(403, message, code="admin_key_required", type="permission_error")
+        if not caller_of(request.headers.get("authorization"), service).is_admin:
+            message = "this key may not use /admin: set admin: true for it in the keys file"
+            raise HttpError(403, message, code="admin_key_required", type="permission_error")
+
+    router = APIRouter(
+        prefix="/admin", route_class=OpenAIRoute, dependencies=[Depends(need_admin)], include_in_schema=False
+    )
+
+    async def overview() -> dict[str, Any]:
+        status = await service.gate.ask("status")
+        await service.gate.renew()
+        table = service.gate.table.adapters
+        current = {adapter.path for adapter in table.values()}
+        open_by_path: dict[str, int] = status["requests_by_adapter"]
+        adapters = [
+            {"name": name, **dataclasses.asdict(adapter), "num_requests": open_by_path.get(adapter.path, 0)}
+            for name, adapter in table.items()
+        ]
+        older = {path: number for path, number in open_by_path.items() if path not in current}
+        return {"adapters": adapters, "draining_adapters": older}
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        found: dict[str, Any] = await service.gate.ask("status")
+        return found
+
+    @router.get("/adapters")
+    async def adapters() -> dict[str, Any]:
+        return await overview()
+
+    @router.post("/adapters")
+    async def move(body: AdapterBody) -> dict[str, Any]:
+        try:
+            adapter = await install(service, body.name, Path(body.path))
+        except EngineError as error:
+            raise HttpError(400, f"the engines refuse it: {error}", param="path", code="adapter_refused") from None
+        return {"name": body.name, **dataclasses.asdict(adapter), **await overview()}
+
+    @router.delete("/adapters/{name}")
+    async def remove(name: str) -> dict[str, Any]:
+        config = service.config
+        if name not in service.gate.table.adapters:
+            raise HttpError(404, f"no adapter is named '{name[:100]}'", param="name", code="model_not_found")
+        if name in (config.default_model, config.proposer_adapter):
+            message = f"'{name}' is serving.default_model or serving.proposer_adapter: move it instead"
+            raise HttpError(400, message, param="name", code="adapter_in_use")
+        await service.gate.change(move={name: None})
+        return await overview()
+
+    @router.post("/drain")
+    async def drain(body: DrainBody) -> dict[str, Any]:
+        await service.gate.change(drain=body.drain)
+        found: dict[str, Any] = await service.gate.ask("status")
+        return found
+
+    return router

@@ -1,0 +1,163 @@
+"""Who is let in: how many requests at once, and how many tokens they may cost together, over all and per key. Pure.
+
+The cost of a request is what its plan may write at most, and its prompt: with K=5, L=1 and max_tokens=512 everywhere, 6
+x 512 plus the prompt's tokens. It is reserved whole when the request comes, and what `tokens_per_minute` was charged
+too much is given back when it ends. A request over a limit is refused at once with the seconds after which to try
+again, so no queue grows.
+
+The state is soft. Every ingress replica tells once a second which of its requests are open; what a lost replica had
+open is forgotten after `LOST_S`, and an `Admission` that starts anew knows everything again after one round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from aft_ray.config import AdmissionConfig, KeyLimits
+from aft_ray.inference.plan import Plan
+
+LOST_S = 10.0
+"""An ingress replica that has said nothing for so long is gone, and its requests with it."""
+MAX_RETRY_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """One request that is let in, or asks to be."""
+
+    id: str
+    key: str
+    """Name of the API key; empty where none is asked for."""
+    num_tokens: int
+    """Its cost."""
+    adapters: tuple[str | None, ...] = ()
+    """Adapter folders it answers with: what must not go away before it ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Not now (or, with `retry_after_s` None, never: it costs more than may be open at all)."""
+
+    message: str
+    retry_after_s: int | None
+
+
+def cost_of(plan: Plan, num_prompt_tokens: int, num_answers: int = 1) -> int:
+    """Tokens that a plan with so many final answers may cost: each answer at its layer's max_tokens, and the prompt."""
+    width = plan.num_proposals if plan.num_layers else 0
+    drafts = sum(plan.sampling_of(layer).max_tokens for layer in range(plan.num_layers))
+    last = 0 if plan.num_layers and plan.aggregator == "vote" else plan.sampling_of(plan.num_layers).max_tokens
+    return width * drafts + num_answers * last + num_prompt_tokens
+
+
+class Admission:
+    """The open requests of all ingress replicas, and the limits on them."""
+
+    def __init__(self, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self._open: dict[str, dict[str, tuple[Ticket, float]]] = {}
+        """By ingress replica and id: the ticket, and when it came."""
+        self._heard: dict[str, float] = {}
+        self._spent: dict[str, tuple[float, float]] = {}
+        """By key: tokens charged and not yet worn off by `tokens_per_minute`, and when that was."""
+        self._mean_seconds = 1.0
+        """Of the last requests: the base of Retry-After."""
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Every open request."""
+        return [ticket for tickets in self._open.values() for ticket, _ in tickets.values()]
+
+    def admit(self, ingress: str, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
+        """Let it in, or say why not. Asked twice for the same ticket it counts once."""
+        self._forget_the_lost()
+        mine = self._open.setdefault(ingress, {})
+        self._heard[ingress] = self.clock()
+        if ticket.id in mine:
+            return None
+        refusal = self._refusal(ticket, limits)
+        if refusal is None:
+            mine[ticket.id] = (ticket, self.clock())
+            if limits.tokens_per_minute:
+                level = self._level(ticket.key, limits.tokens_per_minute)
+                self._spent[ticket.key] = (level + ticket.num_tokens, self.clock())
+        return refusal
+
+    def release(self, ingress: str, ticket_id: str, num_tokens: int) -> None:
+        """It has ended, and has cost so much."""
+        ticket, since = self._open.get(ingress, {}).pop(ticket_id, (None, 0.0))
+        if ticket is None:
+            return
+        self._mean_seconds += 0.1 * (self.clock() - since - self._mean_seconds)
+        if ticket.key in self._spent:
+            spent, when = self._spent[ticket.key]
+            self._spent[ticket.key] = (spent - max(0, ticket.num_tokens - num_tokens), when)
+
+    def renew(self, ingress: str, tickets: Sequence[Ticket], asking: Collection[str] = ()) -> None:
+        """All that is open at one ingress replica. What it is just `asking` for stays if it is known, and is not
+        learnt."""
+        now = self.clock()
+        known = self._open.get(ingress, {})
+        self._open[ingress] = {
+            **{number: known[number] for number in asking if number in known},
+            **{ticket.id: known.get(ticket.id, (ticket, now)) for ticket in tickets},
+        }
+        self._heard[ingress] = now
+        self._forget_the_lost()
+
+    def _refusal(self, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
+        everyone = self.tickets
+        own = [other for other in everyone if other.key == ticket.key]
+        config = self.config
+        rules: list[tuple[str, int | None, int, int]] = [
+            ("requests at once on this server", config.max_requests, len(everyone), 1),
+            ("tokens at once on this server", config.max_tokens, _sum(everyone), ticket.num_tokens),
+            ("requests at once with this key", limits.max_requests, len(own), 1),
+            ("tokens at once with this key", limits.max_tokens, _sum(own), ticket.num_tokens),
+        ]
+        for what, limit, used, more in rules:
+            if limit is None or used + more <= limit:
+                continue
+            if more > limit:
+                return _never(more, f"{limit} {what}")
+            return Refusal(message=f"at the limit of {limit} {what}", retry_after_s=self._retry(1.0))
+        rate = limits.tokens_per_minute
+        if rate is not None:
+            what = f"{rate} tokens per minute of this key"
+            excess = self._level(ticket.key, rate) + ticket.num_tokens - rate
+            if ticket.num_tokens > rate:
+                return _never(ticket.num_tokens, what)
+            if excess > 0:
+                return Refusal(message=f"at the limit of {what}", retry_after_s=self._retry(60 * excess / rate))
+        return None
+
+    def _retry(self, seconds: float) -> int:
+        return max(1, min(MAX_RETRY_S, math.ceil(max(seconds, self._mean_seconds / 2))))
+
+    def _level(self, key: str, rate: int) -> float:
+        spent, when = self._spent.get(key, (0.0, 0.0))
+        return max(0.0, spent - rate * (self.clock() - when) / 60)
+
+    def _forget_the_lost(self) -> None:
+        now = self.clock()
+        for ingress in [name for name, heard in self._heard.items() if now - heard > LOST_S]:
+            del self._heard[ingress]
+            self._open.pop(ingress, None)
+
+    def num_open_by_key(self) -> Counter[str]:
+        return Counter(ticket.key for ticket in self.tickets)
+
+
+def _sum(tickets: Sequence[Ticket]) -> int:
+    return sum(ticket.num_tokens for ticket in tickets)
+
+
+def _never(num_tokens: int, what: str) -> Refusal:
+    message = f"this request may cost {num_tokens} tokens, over the {what}"
+    hint = "lower max_tokens, aft.num_proposals or aft.num_layers"
+    return Refusal(message=f"{message}: {hint}", retry_after_s=None)

@@ -1,0 +1,83 @@
+"""The actor that all ingress replicas ask: who is let in, and which adapter a model's name stands for.
+
+Serve keeps it beside the Ingress deployment and starts another when it dies; `gate.py` tells how that is survived.
+Serve ships this module by value, so records that cross to other processes live elsewhere (`gate.py`, `admission.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from aft_ray.config import AdmissionConfig, KeyLimits
+from aft_ray.serving.adapters import Adapter
+from aft_ray.serving.admission import Admission, Refusal, Ticket
+from aft_ray.serving.gate import Admitted, Table
+
+
+class Control:
+    """Its methods run one after the other."""
+
+    def __init__(self, admission: AdmissionConfig, adapters: Mapping[str, str]) -> None:
+        self._admission = Admission(admission)
+        self._table = Table(
+            adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()}
+        )
+
+        self._claimed: set[tuple[Any, ...]] = set()
+
+    def admit(
+        self, ingress: str, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]
+    ) -> Admitted | Refusal | Table:
+        """Let a request in with the adapters that `names` stand for now (None: the base model).
+
+        A `Table` comes back where one of the names is no adapter any more, or the server is draining.
+        """
+        adapters = self._table.adapters
+        if self._table.draining or any(name is not None and name not in adapters for name in names):
+            return self._table
+        paths = tuple(None if name is None else adapters[name].path for name in names)
+        ticket = Ticket(id=ticket.id, key=ticket.key, num_tokens=ticket.num_tokens, adapters=paths)
+        refusal = self._admission.admit(ingress, ticket, limits)
+        return refusal or Admitted(ticket=ticket, table=self._table)
+
+    def release(self, ingress: str, ticket_id: str, num_tokens: int) -> None:
+        self._admission.release(ingress, ticket_id, num_tokens)
+
+    def renew(self, ingress: str, tickets: Sequence[Ticket], asking: Collection[str], table: Table) -> Table:
+        """What is open at an ingress replica (`asking`: what it has no answer for yet), and what it knows; back comes
+        what is true.
+        """
+        self._admission.renew(ingress, tickets, asking)
+        if table.version > self._table.version:  # this actor is new: it learns from those who knew the old one
+            self._table = table
+        return self._table
+
+    def change(self, *, move: Mapping[str, Adapter | None] | None = None, drain: bool | None = None) -> Table:
+        """Move names to adapters (None: away), or begin or end draining. One step for every ingress replica."""
+        adapters = {**self._table.adapters, **(move or {})}
+        self._table = Table(
+            version=max(self._table.version + 1, time.time_ns()),  # an actor that starts anew counts on
+            adapters={name: adapter for name, adapter in adapters.items() if adapter is not None},
+            draining=self._table.draining if drain is None else drain,
+        )
+        return self._table
+
+    def claim(self, what: tuple[Any, ...]) -> bool:
+        """True for the first who asks: what one ingress replica does for all of them."""
+        is_first = what not in self._claimed
+        self._claimed.add(what)
+        return is_first
+
+    def status(self) -> dict[str, Any]:
+        """What is open now: for the admin routes and for draining."""
+        tickets = self._admission.tickets
+        paths = [path for ticket in tickets for path in set(ticket.adapters) if path is not None]
+        return {
+            "num_requests": len(tickets),
+            "num_tokens": sum(ticket.num_tokens for ticket in tickets),
+            "requests_by_key": dict(self._admission.num_open_by_key()),
+            "requests_by_adapter": {path: paths.count(path) for path in dict.fromkeys(paths)},
+            "draining": self._table.draining,
+        }

@@ -1,0 +1,194 @@
+"""An ingress replica's side of what must hold over all of them: who is let in, which adapter a model's name stands for.
+
+Every request asks `control.Control` once, before anything else: the answer says whether it may run and with which
+adapters, so limits hold whichever replica a request meets, and a name moves for all of them in the same instant.
+
+A share of the limits per replica would save the round trip (about a millisecond), but would refuse requests while other
+replicas have room, has no meaning for a key that may have two requests at once, and moves when replicas come and go. If
+the actor dies, Serve starts another; requests wait for it up to `PATIENCE_S`, then they are answered 503. What it knew
+comes back from the gates: each greets the new actor with its open requests and its table before it asks anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aft_ray.config import KeyLimits, ServingConfig
+from aft_ray.serving.adapters import Adapter
+from aft_ray.serving.admission import Ticket
+from aft_ray.serving.http_errors import HttpError
+
+if TYPE_CHECKING:
+    from aft_ray.serving.control import Control
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+ACTOR = "control"
+PATIENCE_S = 30.0
+"""How long a request waits for an actor that is being replaced. Serve looks for lost ones every ten seconds."""
+CALL_S = 2.0
+RENEW_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What every ingress replica knows."""
+
+    version: int = 0
+    """Grows with every change: of two tables the one with the larger version is the newer."""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    draining: bool = False
+    """No request is let in any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A request may run, with these adapters (None: the base model)."""
+
+    ticket: Ticket
+    table: Table
+
+
+class Ask(Protocol):
+    """How a gate reaches its control: `await ask("status")`."""
+
+    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def local_ask(control: Control) -> Ask:
+    """A control in this process: for one API without Serve."""
+
+    async def ask(method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(control, method)(*args, **kwargs)
+
+    return ask
+
+
+class ActorAsk:
+    """The control of the deployment that this replica belongs to, found anew when it has been replaced."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+        self.greet: Callable[[Any], Awaitable[None]] | None = None
+        """Told each actor that is met for the first time, before it is asked anything."""
+
+    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        from ray.exceptions import RayActorError
+
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                actor = self._actor or await self._meet()
+                async with asyncio.timeout(CALL_S):
+                    return await getattr(actor, method).remote(*args, **kwargs)
+            except (RayActorError, TimeoutError, ValueError) as error:  # ValueError: no actor of that name yet
+                self._actor = None
+                if time.monotonic() > give_up:
+                    logger.error("control does not answer: %s", type(error).__name__)
+                    raise HttpError(
+                        503,
+                        "the server is starting again; try again",
+                        code="unavailable",
+                        type="unavailable",
+                        retry_after_s=2,
+                    ) from None
+                await asyncio.sleep(0.1)
+
+    async def _meet(self) -> Any:
+        from ray import serve
+
+        actor = await asyncio.to_thread(serve.get_deployment_actor, ACTOR)
+        if self.greet is not None:
+            async with asyncio.timeout(CALL_S):
+                await self.greet(actor)
+        self._actor = actor
+        return actor
+
+
+class Gate:
+    """One ingress replica's side: its open requests, and the last table it heard of."""
+
+    def __init__(self, ask: Ask, config: ServingConfig) -> None:
+        self.ask = ask
+        self.table = Table(
+            adapters={name: Adapter(path=path, version="configured") for name, path in (config.adapters or {}).items()}
+        )
+        self._ingress = uuid.uuid4().hex
+        self._open: dict[str, Ticket] = {}
+        self._asking: set[str] = set()
+        """Tickets whose answer is not there yet: whoever knows them shall keep them, but they are no proof of
+        admission."""
+        self._leaving: set[asyncio.Task[None]] = set()
+        if isinstance(ask, ActorAsk):
+            ask.greet = self._greet
+
+    async def enter(self, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]) -> Ticket:
+        """Let in with its adapters, or HttpError: 429 over a limit, 400 over it for ever, 503 draining, 404 gone."""
+        self._asking.add(ticket.id)
+        try:
+            answer = await self.ask("admit", self._ingress, ticket, limits, tuple(names))
+        except BaseException:
+            self.leave(ticket, 0)
+            raise
+        finally:
+            self._asking.discard(ticket.id)
+        if isinstance(answer, Admitted):
+            self.table = answer.table
+            self._open[ticket.id] = answer.ticket
+            return answer.ticket
+        if isinstance(answer, Table):
+            self.table = answer
+            if answer.draining:
+                raise HttpError(
+                    503, "the server is shutting down", code="draining", type="unavailable", retry_after_s=5
+                )
+            raise HttpError(404, "this model has just been removed", param="model", code="model_not_found")
+        if answer.retry_after_s is None:
+            raise HttpError(400, answer.message, code="request_too_large")
+        raise HttpError(
+            429, answer.message, code="rate_limit_exceeded", type="rate_limit_error", retry_after_s=answer.retry_after_s
+        )
+
+    def leave(self, ticket: Ticket, num_tokens: int) -> None:
+        """It has ended: told at once, without waiting, and again by what the next renewal does not hold."""
+        self._open.pop(ticket.id, None)
+        task = asyncio.get_running_loop().create_task(self._release(ticket.id, num_tokens))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _release(self, ticket_id: str, num_tokens: int) -> None:
+        try:
+            await self.ask("release", self._ingress, ticket_id, num_tokens)
+        except HttpError:  # the control is gone; the next renewal tells its successor
+            return
+
+    async def change(self, **changes: Any) -> None:
+        """Move names, drain: `Control.change`."""
+        self.table = await self.ask("change", **changes)
+
+    async def renew(self) -> None:
+        """Tell what is open, hear what is new."""
+        self.table = await self.ask("renew", *self._what_is_open())
+
+    async def _greet(self, actor: Any) -> None:
+        self.table = await actor.renew.remote(*self._what_is_open())
+
+    def _what_is_open(self) -> tuple[str, list[Ticket], set[str], Table]:
+        return self._ingress, list(self._open.values()), set(self._asking), self.table
+
+    async def keep_renewing(self) -> None:
+        """For as long as the replica lives."""
+        while True:
+            try:
+                await self.renew()
+            except HttpError:
+                pass  # logged where it was raised
+            except Exception as error:  # process boundary: this task must not end before its replica
+                logger.error("renewal: %s", type(error).__name__)
+            await asyncio.sleep(RENEW_S)

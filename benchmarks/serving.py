@@ -1,0 +1,297 @@
+"""What the endpoint costs over the engines behind it: latency, critical path, ceiling, and where the drafts should go.
+
+    python benchmarks/serving.py [--parts added path ceiling placement saturation] [--rounds 3]
+
+added       one client, L=0, scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
+p50, p99) path        one client, K=5, L=1, scripted: time over HTTP / critical path (32 + 32 tokens of 10 ms) ceiling
+64 clients, L=0, scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. On two cores,
+            which the clients share, 2 replicas cannot show their worth; on a larger machine give --ingress 1 2 4 8
+placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: all four with one replica
+            (prompt computed once) / two and two (twice, side by side), alone and with 6 clients
+saturation  24 clients, L=0, SmolLM2 on one vLLM engine, 64 tokens each: tokens/s over those of `vllm serve` with the
+same
+            engine settings (goal >= 0.95). The servers run one after the other
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+
+from aft_ray.config import (
+    AdmissionConfig,
+    ReplicaConfig,
+    ScriptedEngineConfig,
+    ServingConfig,
+    TransformersEngineConfig,
+    VllmEngineConfig,
+)
+from aft_ray.engines import EngineEvent, GenerateRequest, Sample, Sampling
+from aft_ray.engines.scripted import ScriptedEngine
+from aft_ray.inference import Plan
+from aft_ray.inference.fan_in import Tell, fan_in
+from aft_ray.models import resolve_model
+from aft_ray.serving import serve_app, stop
+from aft_ray.serving.app import free_port
+from aft_ray.serving.handle_engine import HandleEngine
+
+APP = "bench"
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Name three rivers."}]
+TINY = ReplicaConfig(num_cpus=0.1, max_ongoing_requests=1000)
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+async def times(number: int, once: Callable[[], Coroutine[Any, Any, Any]]) -> list[float]:
+    """Seconds of each of `number` calls, one after the other, a tenth of them before as warm-up."""
+    found = []
+    for _ in range(number + number // 10):
+        began = time.perf_counter()
+        await once()
+        found.append(time.perf_counter() - began)
+    return found[number // 10 :]
+
+
+def served(engine: ScriptedEngineConfig, **settings: Any) -> str:
+    config = ServingConfig(engine=engine, port=0, proposer=TINY, **{"ingress": TINY, **settings})
+    return serve_app(config, name=APP)
+
+
+async def bare(engine: ScriptedEngine, max_tokens: int) -> None:
+    request = GenerateRequest(
+        request_id="bare", prompt_ids=(), messages=tuple(MESSAGES), sampling=Sampling(max_tokens=max_tokens), seeds=(1,)
+    )
+    async with aclosing(engine.generate(request)) as events:
+        async for _ in events:
+            pass
+
+
+async def asked(client: httpx.AsyncClient, **aft: Any) -> None:
+    response = await client.post(CHAT, json={"messages": MESSAGES, "aft": aft})
+    response.raise_for_status()
+
+
+async def added(rounds: int) -> None:
+    engine = ScriptedEngineConfig(num_tokens=8, seconds_per_token=0.005)
+    url = served(engine)
+    print("added latency at L=0, ms      p50    p99", flush=True)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        for _ in range(rounds):
+            alone = await times(200, lambda: bare(ScriptedEngine(engine), 64))
+            over = await times(200, lambda: asked(client, num_layers=0))
+            rows = [1000 * (quantile(over, share) - quantile(alone, share)) for share in (0.5, 0.99)]
+            print(f"                          {rows[0]:>7.1f} {rows[1]:>6.1f}", flush=True)
+    stop(APP)
+
+
+async def path(rounds: int) -> None:
+    short = Sampling(max_tokens=64)
+    engine = ScriptedEngineConfig(num_tokens=32, seconds_per_token=0.01)
+    url = served(engine, plan=Plan(proposal=short, aggregation=(short,), final=short))
+    print("K=5, L=1: seconds over HTTP / critical path", flush=True)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        for _ in range(rounds):
+            critical = 2 * statistics.median(await times(10, lambda: bare(ScriptedEngine(engine), 64)))
+            over = statistics.median(await times(20, lambda: asked(client, num_proposals=5, num_layers=1)))
+            print(f"    {over:.3f} / {critical:.3f} = {over / critical:.2f}  (goal <= 1.15)", flush=True)
+    stop(APP)
+
+
+async def ceiling(rounds: int, ingress: list[int]) -> None:
+    print("ingress replicas   requests/s   over one", flush=True)
+    rates: dict[int, list[float]] = {number: [] for number in ingress}
+    for _ in range(rounds):
+        for number in ingress:
+            replicas = TINY.model_copy(update={"min_replicas": number, "max_replicas": number})
+            url = served(
+                ScriptedEngineConfig(num_tokens=1), ingress=replicas, admission=AdmissionConfig(max_requests=None)
+            )
+            rates[number].append(await rate(url, clients=64, seconds=8))
+            stop(APP)
+            first = rates[ingress[0]][-1]
+            print(f"{number:>16} {rates[number][-1]:>12.0f} {rates[number][-1] / first:>10.2f}", flush=True)
+
+
+async def rate(url: str, clients: int, seconds: float) -> float:
+    """Answers per second of clients that ask without pause."""
+    done = 0
+
+    async def keep_asking(client: httpx.AsyncClient, until: float) -> None:
+        nonlocal done
+        while time.perf_counter() < until:
+            await asked(client, num_layers=0)
+            done += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(keep_asking(client, time.perf_counter() + 2) for _ in range(clients)))
+        done, began = 0, time.perf_counter()
+        await asyncio.gather(*(keep_asking(client, began + seconds) for _ in range(clients)))
+        return done / (time.perf_counter() - began)
+
+
+@dataclasses.dataclass
+class Spread:
+    """A request's samples as two requests, which Serve sends to the replicas with the shorter queues."""
+
+    engine: HandleEngine
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        half = len(request.seeds) // 2
+        parts = (request.seeds[:half], request.seeds[half:])
+        writers = [
+            self._writer(dataclasses.replace(request, request_id=f"{request.request_id}/{n}", seeds=seeds))
+            for n, seeds in enumerate(parts)
+        ]
+        async with aclosing(fan_in(writers)) as events:
+            async for event in events:
+                yield event
+
+    def _writer(self, request: GenerateRequest) -> Callable[[Tell[EngineEvent]], Coroutine[Any, Any, None]]:
+        async def write(tell: Tell[EngineEvent]) -> None:
+            async for event in self.engine.generate(request):
+                tell(event)
+
+        return write
+
+
+async def placement(rounds: int) -> None:
+    from aft_ray.templates import ChatFormat
+
+    engine_config = TransformersEngineConfig(model="smollm2-135m-instruct", dtype="bfloat16")
+    replicas = ReplicaConfig(num_cpus=1, min_replicas=2, max_replicas=2)
+    config = ServingConfig(engine=engine_config, port=0, ingress=TINY, proposer=replicas, max_tokens=4096)
+    serve_app(config, name=APP)
+    together = await HandleEngine.connect(serve.get_deployment_handle("Engine", app_name=APP))
+    assert together.info.tokenizer is not None
+    prompts = ChatFormat.load(together.info.tokenizer)
+    engines = {"one replica": together, "two and two": Spread(together)}
+    counter = 0
+
+    async def drafts(engine: Any, words: int) -> int:
+        nonlocal counter
+        counter += 1
+        messages = ({"role": "user", "content": f"{counter} " + "Tell me of rivers and seas. " * words},)
+        request = GenerateRequest(
+            request_id=f"place-{counter}", prompt_ids=prompts.prompt_ids(messages), messages=messages,
+            sampling=Sampling(temperature=0.7, top_k=50, max_tokens=32), seeds=(1, 2, 3, 4),
+        )  # fmt: skip
+        return sum([event.num_tokens async for event in engine.generate(request) if isinstance(event, Sample)])
+
+    for _ in range(4):
+        await asyncio.gather(*(drafts(engine, 10) for engine in engines.values()))  # both replicas are warm
+    print("prompt tokens  clients   one replica   two and two   (tokens/s)   two and two / one replica", flush=True)
+    for words in (10, 120):
+        for clients in (1, 6):
+            for _ in range(rounds):
+                rates = {}
+                for name, engine in engines.items():
+                    began = time.perf_counter()
+                    tokens = sum(await asyncio.gather(*(drafts(engine, words) for _ in range(clients))))
+                    rates[name] = tokens / (time.perf_counter() - began)
+                one, two = rates.values()
+                length = prompts.count(({"role": "user", "content": "Tell me of rivers and seas. " * words},))
+                print(f"{length:>13} {clients:>8} {one:>13.1f} {two:>13.1f} {two / one:>28.2f}", flush=True)
+    stop(APP)
+
+
+async def saturation(rounds: int) -> None:
+    vllm = VllmEngineConfig(
+        model="smollm2-135m-instruct", dtype="bfloat16", max_model_len=1024, max_num_seqs=32, seeds=False,
+        max_lora_rank=0,
+    )  # fmt: skip
+    with vllm_serve(vllm) as url:
+        theirs = [await tokens_per_second(url, "vllm") for _ in range(rounds + 1)][1:]
+    url = serve_app(ServingConfig(engine=vllm, port=0, ingress=TINY, proposer=ReplicaConfig(num_cpus=1)), name=APP)
+    ours = [await tokens_per_second(url, "base@single") for _ in range(rounds + 1)][1:]
+    stop(APP)
+    print("tokens/s, `vllm serve`:", ", ".join(f"{rate:.1f}" for rate in theirs))
+    print("tokens/s, the endpoint:", ", ".join(f"{rate:.1f}" for rate in ours))
+    print(f"ratio of medians {statistics.median(ours) / statistics.median(theirs):.2f}  (goal >= 0.95)", flush=True)
+
+
+@contextlib.contextmanager
+def vllm_serve(config: VllmEngineConfig) -> Iterator[str]:
+    """vLLM's own server on the same cores and settings."""
+    port = free_port("127.0.0.1")
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    settings = {
+        "--model": resolve_model(config.model), "--served-model-name": "vllm", "--port": str(port),
+        "--dtype": config.dtype, "--max-model-len": str(config.max_model_len), "--block-size": "32",
+        "--max-num-seqs": str(config.max_num_seqs), "--host": "127.0.0.1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    own = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "WARNING"}
+    server = subprocess.Popen(
+        [*command, *(word for pair in settings.items() for word in pair)], env={**os.environ, **own},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health", timeout=5).is_success:
+                    break
+            if server.poll() is not None:
+                raise SystemExit(f"vllm serve ended with {server.returncode}")
+            time.sleep(1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+async def tokens_per_second(url: str, model: str, clients: int = 24) -> float:
+    """All clients ask once, each a question of its own."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def once(number: int) -> int:
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": f"Write a long story about the number {number}."}],
+                "max_tokens": 64, "temperature": 0.7, "top_k": 50, "top_p": 1.0,
+            }  # fmt: skip
+            response = await client.post(CHAT, json=body)
+            response.raise_for_status()
+            return int(response.json()["usage"]["completion_tokens"])
+
+        began = time.perf_counter()
+        tokens = sum(await asyncio.gather(*(once(number) for number in range(clients))))
+        return tokens / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"added": added, "path": path, "placement": placement, "saturation": saturation}
+    names = ("added", "path", "ceiling", "placement", "saturation")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ingress", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    for part in arguments.parts:
+        if part == "ceiling":
+            asyncio.run(ceiling(arguments.rounds, arguments.ingress))
+        else:
+            asyncio.run(parts[part](arguments.rounds))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

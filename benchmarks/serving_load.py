@@ -1,0 +1,261 @@
+"""Many clients on the endpoint while its engine replicas are killed: who got what, and what was left behind.
+
+    python benchmarks/serving_load.py [--minutes 5] [--clients 200] [--kill-every 8] [--json FILE]
+
+A scripted engine on three replicas, two ingress replicas, real HTTP. Every client asks again and again: plain and
+streamed, single samples and up to two layers, one in ten leaves before the answer is there. Every `--kill-every`
+seconds a random engine replica is killed, once the actor that keeps the limits. What must hold (exit code 1 where it
+does not):
+
+    every request ends with an answer or an error object of the API, within its deadline (and its client's grace)
+    no engine replica has a sample left to write, no request is counted as open, no coroutine has piled up
+    the memory of the ingress replicas has not grown by more than a tenth since the first third
+    the ledger has one line for every request that was let in
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import ray
+from ray import serve
+
+from aft_ray.config import AdmissionConfig, ReplicaConfig, ScriptedEngineConfig, ServingConfig
+from aft_ray.engines import Sampling
+from aft_ray.inference import Plan
+from aft_ray.serving import serve_app, stop
+
+APP = "load"
+DEADLINE_S = 30.0
+"""Of every request."""
+GRACE_S = 5.0
+"""What a reply may take beyond it: two busy cores stand between the server and its clients."""
+CHAT = "/v1/chat/completions"
+
+
+@dataclass(kw_only=True)
+class Outcomes:
+    """What the clients saw."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """`answered`, `left`, error codes; `untyped` and `late` are failures of the endpoint."""
+    seconds: list[float] = field(default_factory=list)
+    num_killed: int = 0
+    examples: list[str] = field(default_factory=list)
+    """Of failures."""
+
+    def failure(self, kind: str, what: str) -> None:
+        self.counts[kind] += 1
+        if len(self.examples) < 10:
+            self.examples.append(f"{kind}: {what[:300]}")
+
+
+def config(folder: Path, clients: int) -> ServingConfig:
+    short = Sampling(max_tokens=32)
+    return ServingConfig(
+        engine=ScriptedEngineConfig(num_tokens=16, seconds_per_token=0.02, slow_on=(4,), slow_factor=3),
+        plan=Plan(proposal=short, aggregation=(short,), final=short),
+        port=0,
+        ingress=ReplicaConfig(num_cpus=0.1, min_replicas=2, max_replicas=2),
+        proposer=ReplicaConfig(num_cpus=0.1, min_replicas=3, max_replicas=3, max_ongoing_requests=500),
+        admission=AdmissionConfig(max_requests=max(2, clients * 3 // 4)),
+        ledger=str(folder),
+    )
+
+
+def body(rng: random.Random) -> dict[str, Any]:
+    plan = {"num_proposals": rng.randint(2, 5), "num_layers": rng.randint(0, 2), "deadline_s": DEADLINE_S}
+    return {
+        "messages": [{"role": "user", "content": f"Question {rng.random()}"}],
+        "stream": rng.random() < 0.4,
+        "aft": plan,
+    }
+
+
+async def keep_asking(client: httpx.AsyncClient, number: int, until: float, outcomes: Outcomes) -> None:
+    rng = random.Random(number)
+    while time.monotonic() < until:
+        request, patience = body(rng), rng.uniform(0.05, 1.0) if rng.random() < 0.1 else None
+        began = time.monotonic()
+        wait_s = 0.0
+        try:
+            async with asyncio.timeout(patience or DEADLINE_S + GRACE_S):
+                wait_s = await ask(client, request, outcomes)
+        except TimeoutError:
+            if patience is not None:
+                outcomes.counts["left"] += 1
+            else:
+                outcomes.failure("late", f"{time.monotonic() - began:.1f} s, {request['aft']}")
+        except httpx.HTTPError as error:
+            outcomes.failure("untyped", f"{type(error).__name__}: {error}")
+        outcomes.seconds.append(time.monotonic() - began)
+        await asyncio.sleep(wait_s * rng.random())
+
+
+async def ask(client: httpx.AsyncClient, request: dict[str, Any], outcomes: Outcomes) -> float:
+    """One request; seconds after which the server wants to hear the next one."""
+    if request["stream"]:
+        async with client.stream("POST", CHAT, json=request) as response:
+            if response.status_code != httpx.codes.OK:
+                await response.aread()
+                return judge_error(response, response.text, outcomes)
+            lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+        judge_stream(lines, outcomes)
+        return 0.0
+    response = await client.post(CHAT, json=request)
+    if response.status_code == httpx.codes.OK:
+        outcomes.counts["answered" if response.json()["choices"][0]["message"]["content"] else "untyped"] += 1
+        return 0.0
+    return judge_error(response, response.text, outcomes)
+
+
+def judge_stream(lines: list[str], outcomes: Outcomes) -> None:
+    """It ends with [DONE], after a finish reason or an error object."""
+    if not lines or lines[-1] != "data: [DONE]":
+        outcomes.failure("untyped", f"a stream without [DONE]: {lines[-1:]}")
+        return
+    last = json.loads(lines[-2].removeprefix("data: "))
+    if "error" in last:
+        outcomes.counts[last["error"]["code"]] += 1
+    elif last["choices"][0]["finish_reason"]:
+        outcomes.counts["answered"] += 1
+    else:
+        outcomes.failure("untyped", f"a stream without an end: {lines[-2]}")
+
+
+def judge_error(response: httpx.Response, text: str, outcomes: Outcomes) -> float:
+    try:
+        outcomes.counts[str(json.loads(text)["error"]["code"])] += 1
+    except (ValueError, KeyError, TypeError):
+        outcomes.failure("untyped", f"status {response.status_code}: {text}")
+    return float(response.headers.get("retry-after", 0))
+
+
+async def keep_killing(every_s: float, until: float, outcomes: Outcomes) -> None:
+    """An engine replica every few seconds, and once, half-way, the actor that keeps the limits."""
+    rng, half, control_killed = random.Random(0), time.monotonic() + (until - time.monotonic()) / 2, False
+    while time.monotonic() + every_s < until:
+        await asyncio.sleep(every_s)
+        word = f"SERVE_REPLICA::{APP}#Engine"
+        if time.monotonic() > half and not control_killed:
+            word, control_killed = "::control", True
+        names = [a for a in ray.util.list_named_actors(all_namespaces=True) if word in a["name"]]
+        if names:
+            victim = rng.choice(names)
+            ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+            outcomes.num_killed += 1
+
+
+async def states(deployment: str) -> dict[int, Any]:
+    """What every replica of a deployment says of itself, by process: asked until no new one turns up."""
+    handle = serve.get_deployment_handle(deployment, app_name=APP)
+    found: dict[int, Any] = {}
+    for _ in range(30):
+        status = await handle.status.remote()
+        status = status if isinstance(status, dict) else vars(status)
+        found[status["process_id"]] = status
+    return found
+
+
+def memory_mib(processes: dict[int, Any]) -> float:
+    return sum(psutil.Process(pid).memory_info().rss for pid in processes) / 2**20
+
+
+async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tuple[Outcomes, dict[str, Any]]:
+    outcomes = Outcomes()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+        ingress = await states("Ingress")
+        tasks_before = sum(status["num_tasks"] for status in ingress.values())
+        until = time.monotonic() + 60 * minutes
+        asking = [asyncio.create_task(keep_asking(client, n, until, outcomes)) for n in range(clients)]
+        killing = asyncio.create_task(keep_killing(kill_every_s, until, outcomes))
+        await asyncio.sleep(20 * minutes)
+        memory_early = memory_mib(ingress)
+        await asyncio.gather(*asking, killing)
+    left = await what_is_left(tasks_before)
+    return outcomes, left | {"memory_growth": memory_mib(ingress) / memory_early, "ingress_mib": memory_mib(ingress)}
+
+
+async def what_is_left(tasks_before: int) -> dict[str, Any]:
+    """Asked until it is nothing, for half a minute."""
+    ingress = serve.get_deployment_handle("Ingress", app_name=APP)
+    end = time.monotonic() + 30
+    while True:
+        tasks = sum(status["num_tasks"] for status in (await states("Ingress")).values())
+        left = {
+            "open_requests": await ingress.num_open.remote(),
+            "samples": sum(status["num_samples"] for status in (await states("Engine")).values()),
+            "more_tasks": max(0, tasks - tasks_before),
+        }
+        if time.monotonic() > end or (not any(left.values())):
+            return left
+        await asyncio.sleep(1)
+
+
+def problems(outcomes: Outcomes, left: dict[str, Any], num_lines: int) -> list[str]:
+    """What did not hold."""
+    counts = outcomes.counts
+    refused = counts["rate_limit_exceeded"] + counts["unavailable"]
+    ended = counts.total() - refused - counts["left"]
+    found = [f"{counts[kind]} requests {kind}" for kind in ("untyped", "late") if counts[kind]]
+    found += [f"{left[what]} {what} left" for what in ("open_requests", "samples") if left[what]]
+    if left["more_tasks"] > 20:
+        found.append(f"{left['more_tasks']} coroutines left in the ingress replicas")
+    if left["memory_growth"] > 1.1:
+        found.append(f"the ingress replicas' memory grew by {left['memory_growth'] - 1:.0%}")
+    if not ended <= num_lines <= ended + counts["left"]:
+        found.append(f"the ledger has {num_lines} lines for {ended} requests that ended and {counts['left']} left")
+    if not counts["answered"]:
+        found.append("nothing was answered: this run shows nothing")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--kill-every", type=float, default=8, metavar="SECONDS")
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    arguments = parser.parse_args()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    with tempfile.TemporaryDirectory() as folder:
+        url = serve_app(config(Path(folder), arguments.clients), name=APP)
+        outcomes, left = asyncio.run(run(url, arguments.minutes, arguments.clients, arguments.kill_every))
+        lines = [line for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
+        stop(APP)
+    ray.shutdown()
+    seconds = sorted(outcomes.seconds)
+    numbers = {
+        "minutes": arguments.minutes,
+        "clients": arguments.clients,
+        "outcomes": dict(outcomes.counts),
+        "killed": outcomes.num_killed,
+        "requests_per_second": round(outcomes.counts.total() / (60 * arguments.minutes), 1),
+        "p50_s": round(seconds[len(seconds) // 2], 3),
+        "p99_s": round(seconds[len(seconds) * 99 // 100], 3),
+        "ledger_lines": len(lines),
+        **left,
+        "problems": problems(outcomes, left, len(lines)),
+        "examples": outcomes.examples,
+    }
+    print(json.dumps(numbers, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(numbers))
+    return 1 if numbers["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

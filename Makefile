@@ -1,5 +1,6 @@
 # make demo    set everything up on a fresh machine and run the quickstart      make test    set everything up and test
 # make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
+# make miniature   the method on a model of a million parameters, three seeds      make miniature-base   its base model
 # ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve.
 # DEVICE=cpu|gpu chooses the lock (default: gpu where nvidia-smi answers).  PYTHON=python3.12 chooses the interpreter.
 
@@ -13,7 +14,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # --no-compile: byte-compiling 200 packages costs a minute, most of it for modules that are never imported.
 INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test serve bench check clean
+.PHONY: setup demo test serve bench miniature miniature-base check clean
 setup: $(STAMP)
 
 $(STAMP): requirements/$(DEVICE).txt pyproject.toml
@@ -37,6 +38,12 @@ serve: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py
+
+miniature: $(STAMP)
+	@$(BIN)/python -m aft_ray.miniature study $(ARGS)
+
+miniature-base: $(STAMP)
+	@$(BIN)/python -m aft_ray.miniature base --output configs/miniature/base $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -40,7 +40,8 @@ class PromptsConfig(Strict):
     """Where prompts come from, and which of them are left out."""
 
     source: str = "packaged:constraints"
-    """`packaged:constraints`, a `.jsonl` or `.parquet` file, `hub:<dataset>[:<split>]`, `reasoning_gym:<task>`."""
+    """`packaged:constraints`, a `.jsonl` or `.parquet` file, `hub:<dataset>[:<split>]`, `reasoning_gym:<task>`,
+    `arithmetic:<partition>`."""
     column: str | None = None
     """Column with the prompt text or messages; None: the first of `messages`, `prompt`, `query`, `instruction`,
     `question`."""

@@ -4,6 +4,7 @@
     FILE.jsonl, FILE.parquet          one row per prompt; a local path, or s3://..., gs://...
     hub:DATASET[@CONFIG][:SPLIT]      a data set of the Hugging Face hub; split `train` unless named
     reasoning_gym:TASK[,TASK...]      procedural tasks with their own verifiers, turn by turn
+    arithmetic:PARTITION              chains of operations modulo twenty (`aft_ray.data.arithmetic`): tuning, final
 
 Blank lines are skipped. A line that cannot be read is a row too: whoever reads the rows decides what becomes of it.
 """
@@ -18,11 +19,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from aft_ray.data.arithmetic import PARTITIONS, questions, worked
 from aft_ray.errors import ConfigError, InputError
 
-SOURCES = "packaged:constraints, FILE.jsonl, FILE.parquet, hub:DATASET[@CONFIG][:SPLIT] or reasoning_gym:TASK[,TASK...]"
-NUM_REASONING_GYM = 500
-"""Rows drawn from `reasoning_gym` when the config sets no limit."""
+SOURCES = (
+    "packaged:constraints, FILE.jsonl, FILE.parquet, hub:DATASET[@CONFIG][:SPLIT], reasoning_gym:TASK[,TASK...] or "
+    "arithmetic:PARTITION"
+)
+NUM_PROCEDURAL = 500
+"""Rows drawn from `reasoning_gym` or `arithmetic` when the config sets no limit."""
 
 Placed = tuple[str, Any]
 """Where a raw row stands (`prompts.jsonl:3`), and the row as the source gives it, or the InputError that says why it
@@ -44,7 +49,9 @@ def _open(source: str, limit: int | None, seed: int, name: str) -> Iterator[Plac
     if kind == "hub":
         return _hub(rest, name)
     if kind == "reasoning_gym":
-        return _reasoning_gym(rest, limit or NUM_REASONING_GYM, seed, name)
+        return _reasoning_gym(rest, limit or NUM_PROCEDURAL, seed, name)
+    if kind == "arithmetic":
+        return _arithmetic(rest, limit or NUM_PROCEDURAL, seed, name)
     if source.endswith(".jsonl"):
         return _jsonl(source, name)
     if source.endswith(".parquet"):
@@ -149,3 +156,11 @@ def _reasoning_gym(names: str, num_rows: int, seed: int, name: str) -> Iterator[
         recipe = {"name": task, "seed": seed, "size": size, "index": index}
         row = {"prompt_id": f"{task}-{seed}-{index}", "question": entry["question"], "reference": entry["answer"]}
         yield f"reasoning_gym:{task}:{index}", {**row, "task": "reasoning_gym", "reasoning_gym": recipe}
+
+
+def _arithmetic(partition: str, num_rows: int, seed: int, name: str) -> Iterator[Placed]:
+    if partition not in PARTITIONS:
+        raise InputError(f"{name}: no such partition; expected arithmetic: and one of {', '.join(PARTITIONS)}")
+    for number, question in enumerate(itertools.islice(questions(partition, seed), num_rows), start=1):
+        row = {"question": question, "reference": worked(question), "task": "numeric"}
+        yield f"arithmetic:{partition}:{number}", row

@@ -40,7 +40,7 @@ _PLACE = re.compile(r"(\{index\}|\{proposal\})")
 class AggregatorTemplate:
     """The words around the proposals."""
 
-    PACKAGED: ClassVar[dict[str, str]] = {"aft": "aft.yaml"}
+    PACKAGED: ClassVar[dict[str, str]] = {"aft": "aft.yaml", "bare": "bare.yaml"}
 
     name: str
     system: str

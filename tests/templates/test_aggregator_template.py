@@ -129,7 +129,7 @@ def test_a_wrong_file_is_refused_with_what_was_found_and_what_is_expected(
 
 
 def test_an_unknown_template_is_refused_with_the_packaged_names() -> None:
-    with pytest.raises(ConfigError, match=r"aggregator template aftt: no such file, and not a packaged one \(aft\)"):
+    with pytest.raises(ConfigError, match=r"template aftt: no such file, and not a packaged one \(aft, bare\)"):
         AggregatorTemplate.load("aftt")
 
 

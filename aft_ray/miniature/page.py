@@ -65,12 +65,11 @@ def print_study(study: Study) -> None:
         rates.add_row(system, *(_interval(study.rate(system, way).pooled) for way in NAMES))
     console.print(rates)
     answers = Table(title="questions: first - second, paired by question")
-    for heading in ("question", "first - second", "difference [95 % interval]", "by seed", "reading"):
+    for heading in ("question", "difference [95 % interval]", "by seed", "reading"):
         answers.add_column(heading)
     for one in study.differences:
-        sides = " - ".join(" ".join(side) for side in (one.question.first, one.question.second))
         by_seed = " ".join(f"{value:+.2f}" for value in one.by_seed.values())
-        answers.add_row(one.question.text, sides, _interval(one.pooled, "+.3f"), by_seed, one.verdict)
+        answers.add_row(one.question.text, _interval(one.pooled, "+.3f"), by_seed, one.verdict)
     console.print(answers)
     targets = Table(title="perplexity of the held-out targets")
     for heading in ("condition", "perplexity", "nats per token, minus the first [95 % interval]"):

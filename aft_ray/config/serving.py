@@ -100,6 +100,12 @@ class ServingConfig(Strict):
     max_num_layers: int = Field(default=4, ge=0)
     max_tokens: int = Field(default=4096, ge=1)
     """Largest max_tokens a request may ask for."""
+    max_messages: int = Field(default=512, ge=1)
+    """Longest conversation, in turns."""
+    max_body_bytes: int = Field(default=2**20, ge=1024)
+    """Largest body; a longer one gets 413."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask this server from a browser, such as `https://chat.example.org`. None: CORS is off."""
     api_keys_env: str | None = None
     """Environment variable with the accepted keys, comma separated. To bind to anything but loopback, keys must come
     from here or from `keys_file`."""

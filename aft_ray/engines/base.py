@@ -66,7 +66,7 @@ class GenerateRequest:
     """Tell each token's log-probability, and those of this many likeliest ones (`EngineInfo.gives_logprobs`)."""
     json_schema: str | None = None
     """The answer is JSON that this schema, itself JSON, allows (`EngineInfo.follows_json_schema`)."""
-    is_draft: bool = False
+    is_unread: bool = False
     """Nobody reads its deltas, they only tell what an unfinished answer has cost: they may come a few times a second,
     and an answer lost half-way may be begun again."""
 

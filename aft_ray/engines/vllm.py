@@ -67,13 +67,15 @@ class VllmEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        from vllm.exceptions import VLLMClientError
+
         events: asyncio.Queue[EngineEvent | BaseException] = asyncio.Queue()
         writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
         try:
             num_left = len(writers)
             while num_left:
                 event = await events.get()
-                if isinstance(event, ValueError):  # vLLM's word for a request that it does not accept
+                if isinstance(event, (ValueError, VLLMClientError)):
                     raise InputError(f"the model does not accept this request: {event}") from event
                 if isinstance(event, BaseException):
                     raise EngineError(f"vLLM could not answer {request.request_id}: {event}") from event

@@ -177,6 +177,6 @@ def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
         stream=layer == plan.num_layers or is_cancellable,
         top_logprobs=run.final.top_logprobs if layer == plan.num_layers else None,
         json_schema=run.final.json_schema if layer == plan.num_layers else None,
-        is_draft=layer < plan.num_layers,
+        is_unread=layer < plan.num_layers or not run.final.is_read,
     )
     return Call(engine=role.engine, request=request, slots=prompt.slots)

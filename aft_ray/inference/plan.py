@@ -41,6 +41,8 @@ class FinalLayer:
     """Tell the log-probability of each token, and of this many likeliest ones."""
     json_schema: str | None = None
     """Answer with JSON that this schema, itself JSON, allows."""
+    is_read: bool = True
+    """Somebody reads its pieces as they are made. Where nobody does, an answer lost with its replica is begun again."""
 
 
 ONE_ANSWER = FinalLayer()

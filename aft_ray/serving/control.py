@@ -24,7 +24,6 @@ class Control:
         self._table = Table(
             adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()}
         )
-
         self._claimed: set[tuple[Any, ...]] = set()
 
     def admit(

@@ -74,7 +74,7 @@ class HandleEngine:
                         event = dataclasses.replace(event, index=positions[event.index])
                         if isinstance(event, Sample):
                             left.remove(event.index)
-                        elif not request.is_draft:
+                        elif not request.is_unread:
                             begun.add(event.index)
                         yield event
                 return

@@ -4,6 +4,7 @@
     401 authentication_error    no key, or a wrong one
     403 permission_error        a key that may not use `/admin`
     404 invalid_request_error   no such model (code `model_not_found`) or no such page
+    413 invalid_request_error   the body is larger than the server's limit (code `body_too_large`)
     429 rate_limit_error        over a limit of the server or of the key; `Retry-After` says when to come again
     502 engine_error            a model engine could not answer
     503 quorum_not_met          too few usable proposals to aggregate
@@ -29,6 +30,8 @@ from aft_ray.errors import AftError, ConfigError, DeadlineExceeded, EngineError,
 logger = logging.getLogger("ray.serve.aft_ray")
 
 INVALID = "invalid_request_error"
+LONGEST_MESSAGE = 500
+"""Characters of a message that may quote the body."""
 
 
 class HttpError(AftError):
@@ -76,7 +79,8 @@ def _of_expected(error: Exception) -> HttpError | None:
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException():
-            return HttpError(error.status_code, str(error.detail))
+            code = "body_too_large" if error.status_code == 413 else None
+            return HttpError(error.status_code, str(error.detail), code=code)
         case PromptTooLong():
             return HttpError(400, str(error), param="messages", code="context_length_exceeded")
         case ConfigError() | InputError():
@@ -100,4 +104,5 @@ def _of_validation(error: RequestValidationError) -> HttpError:
     message = first["msg"].removeprefix("Value error, ")
     if not named:
         message = f"{param or 'body'}: {message[0].lower()}{message[1:]}"
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     return HttpError(400, message, param=param, code=first["type"] if named else "invalid_value")

@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from aft_ray.config import ServingConfig
@@ -33,6 +34,7 @@ from aft_ray.inference.events import AnswerDelta, Event, Finished
 from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.admin import admin_routes, keep_watching
 from aft_ray.serving.admission import Ticket, cost_of
+from aft_ray.serving.body_limit import limited
 from aft_ray.serving.caller import Caller, caller_of
 from aft_ray.serving.gate import ActorAsk, Gate
 from aft_ray.serving.handle_engine import HandleEngine
@@ -47,10 +49,15 @@ from aft_ray.serving.openai_request import (
     CompletionBody,
     call_of,
     check_engine,
+    default_model,
     model_names,
+    plan_limits,
     plan_name,
 )
 from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
+from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
+from aft_ray.serving.page import page_routes
+from aft_ray.serving.request_id import request_id_of, tell_request_id
 from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
 
 if TYPE_CHECKING:
@@ -221,7 +228,7 @@ async def whole_reply(service: Service, reply: Reply, opened: OpenRequest) -> di
     """The reply in one piece."""
     drafts = Drafts()
     try:
-        async with aclosing(watched(service.run(reply.call, reply.id, opened), KEEP_ALIVE_S)) as events:
+        async with aclosing(watched(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
             async for event in events:
                 if event is not None:
                     drafts.watch(event)
@@ -243,7 +250,7 @@ async def streamed_reply(
     drafts = Drafts()
     yield data_line(reply.opening())
     try:
-        async with aclosing(watched(service.run(reply.call, reply.id, opened), KEEP_ALIVE_S)) as events:
+        async with aclosing(watched(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
             async for event in events:
                 match event:
                     case None:
@@ -257,6 +264,8 @@ async def streamed_reply(
                             yield data_line(chunk)
                     case _:
                         drafts.watch(event)
+                        if reply.call.progress:
+                            yield reply.progress(event, drafts)
     except Exception as error:  # process boundary: the status line is gone, so the error travels in the stream
         opened.bill.failed(code_of(error))
         yield data_line(as_http_error(error, request_id).body)
@@ -284,11 +293,6 @@ class EventStream(StreamingResponse):
             self._opened.close()
 
 
-def request_id_of(request: Request) -> str:
-    """Serve gives every request an `x-request-id` (the client's own, where it sent one) and returns it."""
-    return request.headers.get("x-request-id", "-")[:128]
-
-
 class OpenAIRoute(APIRoute):
     """A route whose every error is an OpenAI error object."""
 
@@ -297,11 +301,12 @@ class OpenAIRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handler(request)
+                response = await handler(limited(request, request.app.state.max_body_bytes))
             except Exception as error:  # process boundary: as_http_error logs what is unexpected
-                if isinstance(error, (HttpError, RequestValidationError)):  # a run raises neither
+                if isinstance(error, (HttpError, HTTPException, RequestValidationError)):  # a run raises none of them
                     METRICS.rejected(code_of(error))
-                return error_response(as_http_error(error, request_id_of(request)))
+                response = error_response(as_http_error(error, request_id_of(request)))
+            return tell_request_id(request, response)
 
         return answer
 
@@ -319,9 +324,21 @@ def make_api(service: Service) -> FastAPI:
     api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
 
     async def page_error(request: Request, error: Exception) -> Response:
-        return error_response(as_http_error(error, request_id_of(request)))
+        response = error_response(as_http_error(error, request_id_of(request)))
+        response.headers.update(getattr(error, "headers", None) or {})  # a 405 owes the methods allowed
+        return tell_request_id(request, response)
 
+    api.state.max_body_bytes = service.config.max_body_bytes
+    if service.config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     api.add_exception_handler(HTTPException, page_error)
+    api.include_router(page_routes())
     api.include_router(open_routes(service))
     api.include_router(model_routes(service))
     api.include_router(admin_routes(service))
@@ -332,12 +349,12 @@ def open_routes(service: Service) -> APIRouter:
     """What a load balancer asks: no key needed."""
     router = APIRouter(route_class=OpenAIRoute)
 
-    @router.get("/health")
+    @router.get("/health", responses={200: {"model": Status}})
     async def health() -> dict[str, str]:
         """The process lives."""
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.get("/ready", responses={200: {"model": Status}, 503: {"model": Status}})
     async def ready(request: Request) -> JSONResponse:
         """Every engine pool answers a one-token probe in time, and requests are let in."""
         if service.gate.table.draining:
@@ -363,35 +380,44 @@ def model_routes(service: Service) -> APIRouter:
 
     def model_object(name: str) -> dict[str, Any]:
         aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
-        return {"id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases}
+        aft = plan_limits(service.config) | {"default": name == default_model(service.settings)}
+        return {
+            "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
+        }  # fmt: skip
 
     async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
         call = call_of(body, service.settings)
         check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        reply = Reply(kind=kind, call=call, id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()))
+        reply = Reply(
+            kind=kind,
+            call=call,
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            request_id=request_id_of(request),
+        )
         opened = await service.open(call, caller(request), request_id_of(request), reply.id)
         if call.stream:
             return EventStream(streamed_reply(service, reply, opened, request_id_of(request)), opened)
         return JSONResponse(await whole_reply(service, reply, opened))
 
-    @router.get("/models")
+    @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
     async def models() -> dict[str, Any]:
         """The base model and the adapters, each with the aliases that choose a plan."""
         return {"object": "list", "data": [model_object(name) for name in model_names(service.settings)]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
     async def model(name: str) -> dict[str, Any]:
         if name not in model_names(service.settings):
             names = ", ".join(model_names(service.settings))
             raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
         return model_object(name)
 
-    @router.post("/chat/completions", response_model=None)
+    @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await answer("chat", body, request)
 
-    @router.post("/completions", response_model=None)
+    @router.post("/completions", response_model=None, responses=answers(TextCompletion))
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await answer("text", body, request)
 

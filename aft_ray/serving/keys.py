@@ -135,9 +135,7 @@ class KeyRing:
         return found.st_mtime_ns, found.st_size
 
 
-def limits_of(key: KeyConfig | None, default: KeyLimits) -> KeyLimits:
+def limits_of(key: KeyConfig, default: KeyLimits) -> KeyLimits:
     """The limits of a key: its own where it has them."""
-    if key is None:
-        return default
     own = {name: getattr(key, name) for name in KeyLimits.model_fields}
     return default.model_copy(update={name: value for name, value in own.items() if value is not None})

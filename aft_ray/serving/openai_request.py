@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from aft_ray.config import ServingConfig, merge
@@ -27,15 +27,27 @@ from aft_ray.engines.base import EngineInfo, Sampling
 from aft_ray.inference.plan import FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.openai_schema import aft_schema
 
 LONGEST_REQUEST_S = 900.0
 """No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
 LARGEST_TEMPERATURE = 2.0
+LARGEST_TOP_K = 2**31 - 1
+MOST_STOPS = 256
+"""Stop strings of one layer; each at most `LONGEST_STOP` characters long."""
+LONGEST_STOP = 256
+LONGEST_SCHEMA = 32_768
+"""Characters of a JSON schema: engines compile it before they answer."""
 
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+)  # fmt: skip
 """Parameters that change nothing about an answer: accepted."""
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "logprobs": (),
+    "top_logprobs": (),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -53,7 +65,19 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "suffix": (),
 }
 """Parameters of the OpenAI API that would change the answer and are refused, with the values that ask for nothing
-(besides null, false, 0 and empty ones)."""
+(besides null, false, 0 and empty ones). A body that has such a field itself honours it."""
+
+
+SWITCHES = ("include_proposals", "progress")
+"""Keys of the `aft` object beside those of the plan."""
+
+
+def _tell_refusals(schema: dict[str, Any]) -> None:
+    """The parameters that are taken but change nothing, and those that may only ask for nothing, in the schema."""
+    nothing: list[Any] = [None, False, 0, "", [], {}]
+    refused = {name: {"enum": [*nothing, *values]} for name, values in NOT_HONOURED.items()}
+    schema["properties"] = refused | {name: {} for name in HARMLESS} | schema["properties"]
+    schema["additionalProperties"] = False
 
 
 def hint(key: str, known: Iterable[str]) -> str:
@@ -65,6 +89,8 @@ def hint(key: str, known: Iterable[str]) -> str:
 
 def _check_text(value: Any) -> None:
     """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
+    if isinstance(value, bytes):  # what FastAPI makes of a body of another type
+        raise PydanticCustomError("invalid_json", "the body is not JSON; send it with content-type: application/json")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -76,21 +102,22 @@ def _check_text(value: Any) -> None:
 class Body(BaseModel):
     """What chat and text completions share."""
 
-    model_config = ConfigDict(extra="ignore")  # `_refuse` has judged every key by then
+    # `_refuse` has judged every key by the time that the rest is ignored
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_tell_refusals)
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=LARGEST_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=LARGEST_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | list[Stop] | None = Field(default=None, max_length=256)
+    stop: Stop | list[Stop] | None = Field(default=None, max_length=MOST_STOPS)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    aft: dict[str, Any] = {}
+    aft: Annotated[dict[str, Any], WithJsonSchema(aft_schema(SWITCHES))] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -109,13 +136,13 @@ class Body(BaseModel):
         return value
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
     """`include_usage` asks for a last chunk with the token counts."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool = False
 
@@ -130,7 +157,7 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """One turn. `developer` is what newer clients call `system`."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -143,7 +170,7 @@ class ChatMessage(BaseModel):
 class JsonSchema(BaseModel):
     """A named JSON schema. Structured outputs are always strict here."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     name: str = Field(max_length=64)
     schema_: dict[str, Any] = Field(alias="schema")
@@ -192,7 +219,7 @@ class ChatBody(Body):
         elif isinstance(asked, JsonSchemaFormat):
             schema = json.dumps(asked.json_schema.schema_)
         top = (self.top_logprobs or 0) if self.logprobs else None
-        return FinalLayer(num_answers=self.n or 1, top_logprobs=top, json_schema=schema)
+        return FinalLayer(num_answers=self.n or 1, top_logprobs=top, json_schema=schema, is_read=self.stream)
 
     def conversation(self) -> tuple[Message, ...]:
         return tuple(message.plain() for message in self.messages)
@@ -204,7 +231,7 @@ class CompletionBody(Body):
     prompt: str
 
     def final_layer(self) -> FinalLayer:
-        return FinalLayer(num_answers=self.n or 1)
+        return FinalLayer(num_answers=self.n or 1, is_read=self.stream)
 
     def conversation(self) -> tuple[Message, ...]:
         return ({"role": "user", "content": self.prompt},)
@@ -228,6 +255,8 @@ class Call:
     stream: bool
     include_usage: bool
     include_proposals: bool
+    progress: bool
+    """A stream tells each draft and each layer that is done."""
 
 
 def model_names(config: ServingConfig) -> list[str]:
@@ -240,13 +269,28 @@ def default_model(config: ServingConfig) -> str:
     return config.default_model or model_names(config)[-1]
 
 
+def plan_limits(config: ServingConfig) -> dict[str, int]:
+    """What a request gets that asks for no plan, and the most it may ask for."""
+    return {
+        "num_proposals": config.plan.num_proposals,
+        "num_layers": config.plan.num_layers,
+        "max_num_proposals": config.max_num_proposals,
+        "max_num_layers": config.max_num_layers,
+        "max_tokens": config.max_tokens,
+    }
+
+
 def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
+    messages = body.conversation()
+    if len(messages) > config.max_messages:
+        message = f"messages: {len(messages)} of them; this server allows at most {config.max_messages}"
+        raise HttpError(400, message, param="messages")
     model = body.model or default_model(config)
     name, alias = split_alias(model, config)
-    include_proposals = body.aft.get("include_proposals", False)
-    if not isinstance(include_proposals, bool):
-        raise HttpError(400, "aft.include_proposals: expected true or false", param="aft.include_proposals")
+    include_proposals, progress = _switch(body, "include_proposals"), _switch(body, "progress")
+    if progress and not body.stream:
+        raise HttpError(400, "aft.progress: progress is told in a stream; set stream to true", param="aft.progress")
     plan = plan_of({**alias, **body.aft}, config.plan)
     plan = _with_sampling(plan, _sampling_changes(body))
     check_limits(plan, config)
@@ -257,12 +301,20 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
         name=name,
         plan=plan,
         final=final,
-        messages=body.conversation(),
+        messages=messages,
         run_seed=secrets.randbits(62) if body.seed is None else body.seed,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         include_proposals=include_proposals,
+        progress=progress,
     )
+
+
+def _switch(body: Body, name: str) -> bool:
+    value = body.aft.get(name, False)
+    if not isinstance(value, bool):
+        raise HttpError(400, f"aft.{name}: expected true or false", param=f"aft.{name}")
+    return value
 
 
 def split_alias(model: str, config: ServingConfig) -> tuple[str, dict[str, Any]]:
@@ -292,15 +344,15 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
     """The default plan with what was asked laid over it."""
     plan_keys = {field.name for field in dataclasses.fields(Plan)}
     sampling_keys = {field.name for field in dataclasses.fields(Sampling)}
-    changes = {key: value for key, value in asked.items() if key != "include_proposals"}
+    changes = {key: value for key, value in asked.items() if key not in SWITCHES}
     for key in changes:
         if key not in plan_keys:
             name = key[:100]
-            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, 'include_proposals'})}"
+            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, *SWITCHES})}"
             raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
     raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
     try:
-        return TypeAdapter(Plan).validate_python(raw)
+        return TypeAdapter(Plan).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise _of_plan_error(error.errors()[0], sampling_keys) from None
 
@@ -350,11 +402,15 @@ def _with_sampling(plan: Plan, changes: Mapping[str, Any]) -> Plan:
 def check_limits(plan: Plan, config: ServingConfig) -> None:
     """A plan within the server's caps, or HttpError 400 with the parameter, what was asked and the cap."""
     sampling = [plan.proposal, *plan.aggregation, plan.final]
+    stops = [s.stop for s in sampling]
     limits: list[tuple[str, float, float]] = [
         ("aft.num_layers", plan.num_layers, config.max_num_layers),
         ("aft.num_proposals", plan.num_proposals if plan.num_layers else 1, config.max_num_proposals),
         ("max_tokens", max(s.max_tokens for s in sampling), config.max_tokens),
         ("temperature", max(s.temperature for s in sampling), LARGEST_TEMPERATURE),
+        ("top_k", max(s.top_k for s in sampling), LARGEST_TOP_K),
+        ("stop", max(map(len, stops)), MOST_STOPS),
+        ("stop", max((len(text) for stop in stops for text in stop), default=0), LONGEST_STOP),
         ("aft.deadline_s", plan.deadline_s or 0, LONGEST_REQUEST_S),
         ("aft.draft_deadline_s", plan.draft_deadline_s or 0, LONGEST_REQUEST_S),
     ]
@@ -368,6 +424,9 @@ def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
     if final.num_answers > config.max_num_proposals:
         raise HttpError(400, f"n {final.num_answers}: this server allows at most {config.max_num_proposals}", param="n")
     is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
+    if len(final.json_schema or "") > LONGEST_SCHEMA:
+        message = f"response_format: the schema is longer than {LONGEST_SCHEMA} characters"
+        raise HttpError(400, message, param="response_format")
     for param in asked_of_last_layer(final):
         if not is_written:
             message = f"{param}: this plan may settle its answer by vote or agreement; leave out {param}, or set "

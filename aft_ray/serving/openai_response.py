@@ -4,8 +4,8 @@
      "usage": {"prompt_tokens": 412, "completion_tokens": 301, ..., "aft": {"layers": [{"layer": 0, ...}, ...]}},
      "aft": {"plan": {...}, "layers": [[{"index": 0, "text": "...", ...}, ...], ...]}}          (include_proposals)
 
-`usage` sums every sub-call. In a stream the role comes first, then content as it is made, then `finish_reason` (with
-the drafts where asked for), then usage where asked for.
+`usage` sums every sub-call. In a stream the role comes first, then `aft.progress` events where asked for, then content
+as it is made, then `finish_reason` (with the drafts where asked for), then usage where asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aft_ray.engines.base import TokenLogprob
-from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerUsage, ProposalDone
+from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
 from aft_ray.serving.openai_request import Call
 
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -93,6 +93,12 @@ class Reply:
     call: Call
     id: str
     created: int
+    request_id: str
+
+    @property
+    def run_id(self) -> str:
+        """Names the run in the engines: two requests may carry one request id."""
+        return f"{self.request_id}/{self.id}"
 
     def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
         """`chat.completion` or `text_completion`."""
@@ -115,6 +121,23 @@ class Reply:
         """Some more of an answer."""
         content = {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
         return self._chunk([self._choice(content, delta.index, None, delta.logprobs)])
+
+    def progress(self, event: ProposalDone | LayerDone, drafts: Drafts) -> str:
+        """A draft or a layer is done, as an event of its own: a chunk without choices, which clients know to expect."""
+        layer = event.answer.layer if isinstance(event, ProposalDone) else event.usage.layer
+        answers = drafts.layers.get(layer, [])
+        told: dict[str, Any] = {
+            "layer": layer,
+            "num_layers": self.call.plan.num_layers,
+            "num_done": len(answers),
+            "num_failed": sum(answer.error is not None for answer in answers),
+            "num_proposals": self.call.plan.num_proposals,
+        }
+        if isinstance(event, LayerDone):
+            told["layer_usage"] = dataclasses.asdict(event.usage)
+        elif self.call.include_proposals:
+            told["draft"] = draft_object(event.answer)
+        return "event: aft.progress\n" + data_line(self._chunk([]) | {"aft": {"progress": told}})
 
     def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
         """The last chunks: why it ended (and the drafts), then usage when asked for."""

@@ -19,8 +19,8 @@ from aft_ray.engines import EngineEvent, EngineInfo, GenerateRequest, Sampling, 
 from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.metrics import engine_samples
 
-DRAFT_DELTA_S = 0.25
-"""Deltas of drafts are told this often: nobody reads them."""
+UNREAD_DELTA_S = 0.25
+"""Deltas that nobody reads are told this often."""
 PROBE_S = 30.0
 """Time an engine has to write one token before its replica is replaced. Serve's own limit on a health check is
 longer."""
@@ -65,7 +65,7 @@ class EngineReplica:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         """The engine's events, as they come. Cancelling the call closes the engine's generator."""
-        interval_s = DRAFT_DELTA_S if request.is_draft else self._stream_interval_s
+        interval_s = UNREAD_DELTA_S if request.is_unread else self._stream_interval_s
         self._count(1, len(request.seeds))
         try:
             async with aclosing(merged_deltas(self.engine.generate(request), interval_s)) as events:

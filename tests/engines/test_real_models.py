@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from aft_ray.config import TransformersEngineConfig, VllmEngineConfig
 from aft_ray.engines import Engine, GenerateRequest, Sample, Sampling, TokenDelta, build_engine
-from aft_ray.errors import EngineError
+from aft_ray.errors import EngineError, InputError
 from aft_ray.templates import ChatFormat
 
 pytestmark = pytest.mark.model
@@ -132,6 +133,41 @@ def test_scores_are_log_probabilities_that_prefer_the_models_own_answer(bench: B
     assert len(likely) == len(own.token_ids)
     assert all(value <= 0 for value in likely)
     assert sum(likely) > sum(unlikely)
+
+
+def test_a_samples_log_probabilities_are_its_scores(bench: Bench) -> None:
+    if not bench.engine.info.gives_logprobs:
+        pytest.skip("this engine tells no log-probabilities; the endpoint refuses to be asked for them")
+    request = dataclasses.replace(bench.request((3,), top_k=0), top_logprobs=2)
+    for stream in (False, True):
+        [sample] = bench.run(bench.samples(dataclasses.replace(request, stream=stream)))
+        scores = bench.run(bench.engine.score(bench.ids, sample.token_ids))
+        assert [token.logprob for token in sample.logprobs] == pytest.approx(scores, abs=0.2)  # bf16, other batches
+        assert all(len(token.top) == 2 for token in sample.logprobs)
+        assert all(token.top[0][1] >= max(token.logprob, token.top[1][1]) for token in sample.logprobs)
+        assert "".join(token.token for token in sample.logprobs).startswith(sample.text[:20])
+
+
+def test_an_answer_holds_to_its_json_schema(bench: Bench) -> None:
+    if not bench.engine.info.follows_json_schema:
+        pytest.skip("this engine holds to no schema; the endpoint refuses to be asked for one")
+    properties = {"organ": {"enum": ["leaf", "root"]}, "water": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    request = dataclasses.replace(bench.request((1, 2, 3), max_tokens=60), json_schema=json.dumps(schema))
+    for sample in bench.run(bench.samples(request)):
+        answer = json.loads(sample.text)
+        assert set(answer) == {"organ", "water"}
+        assert answer["organ"] in {"leaf", "root"} and isinstance(answer["water"], bool)
+
+
+def test_a_schema_that_is_none_is_the_callers_error_and_the_engine_answers_on(bench: Bench) -> None:
+    if not bench.engine.info.follows_json_schema:
+        pytest.skip("this engine holds to no schema; the endpoint refuses to be asked for one")
+    request = bench.request((1,))
+    for schema in ('{"type": "no such type"}', '{"type": "object", "properties": 7}'):
+        with pytest.raises(InputError, match="does not accept this request"):
+            bench.run(bench.samples(dataclasses.replace(request, json_schema=schema)))
+    assert bench.run(bench.samples(request))[0].text
 
 
 def test_closing_the_generator_aborts_and_the_engine_answers_on(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from scripted_runs import MESSAGES, StallingEngine, drafts, finished, prompt_of,
 from aft_ray.engines.base import Sampling
 from aft_ray.errors import ConfigError
 from aft_ray.inference import AnswerDelta, Event, Finished, LayerDone, Plan, ProposalDone, Role, run_to_end
+from aft_ray.inference.plan import FinalLayer
 from aft_ray.records import derive_seed
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
 
@@ -179,3 +180,11 @@ def test_a_layer_starts_as_soon_as_the_one_below_is_over_and_not_before() -> Non
                 assert len(engine.requests) == 3
 
     run(watch())
+
+
+def test_what_nobody_reads_as_it_is_made_is_told_to_the_engine() -> None:
+    """Drafts always; the final answer where the reply goes out in one piece."""
+    for is_read in (True, False):
+        engine = scripted()
+        run_plan(Plan(num_layers=2), engine, final=FinalLayer(is_read=is_read))
+        assert [request.is_unread for request in engine.requests] == [True, True, not is_read]

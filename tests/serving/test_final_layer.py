@@ -15,12 +15,13 @@ import openai
 import pytest
 
 from aft_ray.config import ScriptedEngineConfig
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
 from tests.serving.test_ingress import post, service_over
 
 SCHEMA = {"type": "object", "properties": {"rivers": {"type": "integer"}}, "required": ["rivers"]}
+LONG_SCHEMA = {"name": "long", "schema": {"$comment": "x" * 40_000}}
 JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "rivers", "schema": SCHEMA}}
 
 
@@ -158,6 +159,15 @@ def test_a_plan_that_may_settle_without_writing_refuses_what_only_writing_can_gi
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": "yes please"}, "logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$comment": "x" * 40_000}},
+                }
+            },
+            "response_format",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
     ],
 )
@@ -171,6 +181,27 @@ def test_text_completions_refuse_log_probabilities_by_name() -> None:
     body = {"prompt": "Name three rivers.", "logprobs": 2}
     response = over_http(service_over(engine()), lambda client: client.post("/v1/completions", json=body))
     assert refused(response) == (400, "logprobs")
+
+
+def test_sampling_parameters_reach_the_engine_in_the_final_layer_alone() -> None:
+    scripted = engine()
+    asked = {"temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "max_tokens": 5, "stop": ["END"]}
+    body = post(service_over(scripted), seed=5, **asked).json()
+    drafts, final = (request.sampling for request in scripted.requests)
+    assert final == Sampling(**(asked | {"stop": ("END",)}))
+    assert drafts == Plan().proposal
+    assert (body["choices"][0]["finish_reason"], body["usage"]["aft"]["layers"][1]["completion_tokens"]) == (
+        "length",
+        5,
+    )
+
+
+def test_a_seed_fixes_every_request_to_the_engine() -> None:
+    one, same, other = engine(), engine(), engine()
+    for scripted, seed in ((one, 5), (same, 5), (other, 6)):
+        post(service_over(scripted), seed=seed)
+    seeds = [[request.seeds for request in scripted.requests] for scripted in (one, same, other)]
+    assert seeds[0] == seeds[1] and seeds[0] != seeds[2]
 
 
 def test_the_stock_client_reads_n_choices_with_log_probabilities(client: openai.OpenAI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -36,6 +37,57 @@ def test_the_deltas_of_a_stream_add_up_to_the_plain_answer(client: openai.OpenAI
     assert len([piece for piece in pieces if piece]) == 8
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+def test_the_first_token_leaves_when_it_is_made(base_url: str) -> None:
+    """Sample 5 takes 600 ms per token: of the drafts, the sixth, and of six final answers, the last."""
+    arrivals: list[float] = []
+    body = {**BODY, "model": "base@single", "n": 6, "stream": True}
+    with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if '"index":5' in line and "word" in line:
+                arrivals.append(time.perf_counter())
+    assert arrivals[-1] - arrivals[0] > 2, "the answer came in one piece at its end"
+
+
+def test_drafts_and_layers_are_told_as_progress_on_request(base_url: str) -> None:
+    aft = {"num_proposals": 4, "num_layers": 2, "progress": True, "include_proposals": True}
+    lines = stream_lines(base_url, aft=aft, stream_options={"include_usage": True})
+    told = [
+        json.loads(data.removeprefix("data: "))["aft"]["progress"]
+        for name, data in itertools.pairwise(lines)
+        if name == "event: aft.progress"
+    ]
+    drafts = [progress for progress in told if "draft" in progress]
+    assert [(progress["layer"], progress["num_done"]) for progress in drafts] == [
+        (layer, done) for layer in (0, 1) for done in (1, 2, 3, 4)
+    ]
+    assert sum(bool(progress["draft"]["error"]) for progress in drafts) == 2  # of each layer the fourth sample
+    ends = [progress for progress in told if "layer_usage" in progress]
+    assert [(end["layer"], end["num_done"], end["num_failed"]) for end in ends] == [(0, 4, 1), (1, 4, 1)]
+    usage = payloads(lines)[-1]["usage"]["aft"]["layers"]
+    assert [end["layer_usage"] for end in ends] == usage[:2]
+    first_word = next(n for n, line in enumerate(lines) if '"content":"word' in line)
+    assert max(n for n, line in enumerate(lines) if line == "event: aft.progress") < first_word
+
+
+def test_drafts_keep_their_words_in_progress_events_unless_asked_for(base_url: str) -> None:
+    lines = stream_lines(base_url, aft={"progress": True})
+    assert sum(line == "event: aft.progress" for line in lines) == 4
+    assert not any("draft" in line for line in lines)
+
+
+def test_the_stock_client_reads_past_progress_events(client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(**BODY, seed=5, stream=True, extra_body={"aft": {"progress": True}}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == client.chat.completions.create(**BODY, seed=5).choices[0].message.content
+    assert sum(not chunk.choices for chunk in chunks) == 4
+
+
+def test_progress_without_a_stream_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="set stream to true") as caught:
+        client.chat.completions.create(**BODY, extra_body={"aft": {"progress": True}})
+    assert caught.value.param == "aft.progress"
 
 
 def test_the_async_client_streams_as_well(base_url: str) -> None:

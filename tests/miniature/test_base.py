@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from aft_ray.config import load_config
 from aft_ray.data.arithmetic import worked
-from aft_ray.miniature.base import document_row, make_tokenizer
+from aft_ray.errors import AftError
+from aft_ray.miniature.base import document_row, make_base, make_tokenizer
 from aft_ray.templates import IGNORE, AggregatorTemplate, ChatFormat
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,3 +39,16 @@ def test_an_aggregation_prompt_of_the_bare_template_has_no_unknown_token() -> No
     messages = template.messages([{"role": "user", "content": "07+08*13"}], ["07,15,15", "07,15"])
     text = prompt_format.decode(prompt_format.prompt_ids(messages))
     assert text == "[1]07,15,15[2]07,15<|user|>07+08*13<|assistant|>"
+
+
+def test_a_base_model_is_pretrained_and_gets_its_chat_template(tmp_path: Path) -> None:
+    settings = ["prompts.limit=40", "training.batch_size_per_worker=10", f"run.dir={tmp_path / 'run'}"]
+    config = load_config(ROOT / "configs" / "miniature" / "base.yaml", settings)
+    make_base(config, tmp_path / "base")
+    assert ChatFormat.load(str(tmp_path / "base")).has_template
+    metrics = (tmp_path / "run" / "checkpoints" / "documents" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in metrics]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    with pytest.raises(AftError, match="seed: was 1, is 2"):
+        make_base(load_config(ROOT / "configs" / "miniature" / "base.yaml", [*settings, "run.seed=2"]), tmp_path / "b")

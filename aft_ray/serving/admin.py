@@ -24,9 +24,10 @@ from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.adapters import VERSIONS, Adapter, check_name, found_in, keep_version, stamp_of
 from aft_ray.serving.caller import caller_of
 from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.openai_route import OpenAIRoute
 
 if TYPE_CHECKING:
-    from aft_ray.serving.ingress import Service
+    from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -101,7 +102,6 @@ async def keep_watching(service: Service) -> None:
 
 def admin_routes(service: Service) -> APIRouter:
     """The routes above."""
-    from aft_ray.serving.ingress import OpenAIRoute
 
     async def need_admin(request: Request) -> None:
         if not service.keys.is_asked_for:

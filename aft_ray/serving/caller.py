@@ -10,7 +10,7 @@ from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.keys import limits_of
 
 if TYPE_CHECKING:
-    from aft_ray.serving.ingress import Service
+    from aft_ray.serving.service import Service
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,13 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference import Role
 from aft_ray.inference.events import AnswerDelta, Event
 from aft_ray.inference.plan import Plan
+from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
 from aft_ray.serving.gate import Gate, local_ask
-from aft_ray.serving.ingress import Service, make_api, watched
 from aft_ray.serving.keys import KeyRing
 from aft_ray.serving.ledger import RequestLedger
+from aft_ray.serving.replies import watched
+from aft_ray.serving.service import Service
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
 
 SECRET = "the moon is made of cheese"

@@ -1,0 +1,140 @@
+"""The FastAPI app over a `Service`: the OpenAI API, what load balancers ask, the page and the admin routes."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from aft_ray.serving.admin import admin_routes
+from aft_ray.serving.caller import Caller, caller_of
+from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.openai_request import (
+    ChatBody,
+    CompletionBody,
+    call_of,
+    check_engine,
+    default_model,
+    model_names,
+    plan_limits,
+)
+from aft_ray.serving.openai_response import Reply
+from aft_ray.serving.openai_route import OpenAIRoute, error_response
+from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
+from aft_ray.serving.page import page_routes
+from aft_ray.serving.replies import EventStream, streamed_reply, whole_reply
+from aft_ray.serving.request_id import request_id_of, tell_request_id
+from aft_ray.serving.service import Service
+
+logger = logging.getLogger("ray.serve.aft_ray")
+
+
+def make_api(service: Service) -> FastAPI:
+    """The app. Knows nothing of Serve: any ASGI server can run it over any engines."""
+    api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
+
+    async def page_error(request: Request, error: Exception) -> Response:
+        response = error_response(as_http_error(error, request_id_of(request)))
+        response.headers.update(getattr(error, "headers", None) or {})  # a 405 owes the methods allowed
+        return tell_request_id(request, response)
+
+    api.state.max_body_bytes = service.config.max_body_bytes
+    if service.config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    api.add_exception_handler(HTTPException, page_error)
+    api.include_router(page_routes())
+    api.include_router(open_routes(service))
+    api.include_router(model_routes(service))
+    api.include_router(admin_routes(service))
+    return api
+
+
+def open_routes(service: Service) -> APIRouter:
+    """What a load balancer asks: no key needed."""
+    router = APIRouter(route_class=OpenAIRoute)
+
+    @router.get("/health", responses={200: {"model": Status}})
+    async def health() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @router.get("/ready", responses={200: {"model": Status}, 503: {"model": Status}})
+    async def ready(request: Request) -> JSONResponse:
+        """Every engine pool answers a one-token probe in time, and requests are let in."""
+        if service.gate.table.draining:
+            return JSONResponse({"status": "draining"}, 503)
+        try:
+            await service.probe()
+        except Exception as error:  # process boundary: not ready, whatever the reason; the log has its class
+            logger.warning("not ready: %s", type(error).__name__)
+            return JSONResponse({"status": "engines do not answer"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """The OpenAI API."""
+
+    def caller(request: Request) -> Caller:
+        return caller_of(request.headers.get("authorization"), service)
+
+    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=[Depends(caller)])
+    started = int(time.time())
+
+    def model_object(name: str) -> dict[str, Any]:
+        aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
+        aft = plan_limits(service.config) | {"default": name == default_model(service.settings)}
+        return {
+            "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
+        }  # fmt: skip
+
+    async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
+        call = call_of(body, service.settings)
+        check_engine(call, service.last_engine(call))
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        reply = Reply(
+            kind=kind,
+            call=call,
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            request_id=request_id_of(request),
+        )
+        opened = await service.open(call, caller(request), request_id_of(request), reply.id)
+        if call.stream:
+            return EventStream(streamed_reply(service, reply, opened, request_id_of(request)), opened)
+        return JSONResponse(await whole_reply(service, reply, opened))
+
+    @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
+    async def models() -> dict[str, Any]:
+        """The base model and the adapters, each with the aliases that choose a plan."""
+        return {"object": "list", "data": [model_object(name) for name in model_names(service.settings)]}
+
+    @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
+    async def model(name: str) -> dict[str, Any]:
+        if name not in model_names(service.settings):
+            names = ", ".join(model_names(service.settings))
+            raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
+        return model_object(name)
+
+    @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await answer("chat", body, request)
+
+    @router.post("/completions", response_model=None, responses=answers(TextCompletion))
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await answer("text", body, request)
+
+    return router

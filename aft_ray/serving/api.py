@@ -15,9 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 from aft_ray.serving.admin import admin_routes
 from aft_ray.serving.caller import Caller, caller_of
 from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.openai_body import ChatBody, CompletionBody
 from aft_ray.serving.openai_request import (
-    ChatBody,
-    CompletionBody,
     call_of,
     check_engine,
     default_model,

@@ -11,233 +11,36 @@ is refused by name, unless its value asks for nothing; so is an unknown one, wit
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from aft_ray.config import ServingConfig, merge
 from aft_ray.engines.base import EngineInfo, Sampling
 from aft_ray.inference.plan import FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_schema import aft_schema
+from aft_ray.serving.openai_body import (
+    LARGEST_TEMPERATURE,
+    LARGEST_TOP_K,
+    LONGEST_SCHEMA,
+    LONGEST_STOP,
+    MOST_STOPS,
+    SWITCHES,
+    Body,
+    ChatBody,
+    CompletionBody,
+    hint,
+)
 
 LONGEST_REQUEST_S = 900.0
 """No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
-LARGEST_TEMPERATURE = 2.0
-LARGEST_TOP_K = 2**31 - 1
-MOST_STOPS = 256
-"""Stop strings of one layer; each at most `LONGEST_STOP` characters long."""
-LONGEST_STOP = 256
-LONGEST_SCHEMA = 32_768
-"""Characters of a JSON schema: engines compile it before they answer."""
-
-HARMLESS = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
-)  # fmt: skip
-"""Parameters that change nothing about an answer: accepted."""
-NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "response_format": ({"type": "text"},),
-    "logprobs": (),
-    "top_logprobs": (),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "tools": (),
-    "functions": (),
-    "logit_bias": (),
-    "frequency_penalty": (),
-    "presence_penalty": (),
-    "prediction": (),
-    "audio": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "echo": (),
-    "suffix": (),
-}
-"""Parameters of the OpenAI API that would change the answer and are refused, with the values that ask for nothing
-(besides null, false, 0 and empty ones). A body that has such a field itself honours it."""
-
-
-SWITCHES = ("include_proposals", "progress")
-"""Keys of the `aft` object beside those of the plan."""
-
-
-def _tell_refusals(schema: dict[str, Any]) -> None:
-    """The parameters that are taken but change nothing, and those that may only ask for nothing, in the schema."""
-    nothing: list[Any] = [None, False, 0, "", [], {}]
-    refused = {name: {"enum": [*nothing, *values]} for name, values in NOT_HONOURED.items()}
-    schema["properties"] = refused | {name: {} for name in HARMLESS} | schema["properties"]
-    schema["additionalProperties"] = False
-
-
-def hint(key: str, known: Iterable[str]) -> str:
-    """`did you mean 'num_layers'?`, or the known names when none is near."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
-
-
-def _check_text(value: Any) -> None:
-    """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
-    if isinstance(value, bytes):  # what FastAPI makes of a body of another type
-        raise PydanticCustomError("invalid_json", "the body is not JSON; send it with content-type: application/json")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("invalid_text", "the body holds text that is not valid Unicode") from None
-    except RecursionError:
-        raise PydanticCustomError("invalid_json", "the body is nested too deeply") from None
-
-
-class Body(BaseModel):
-    """What chat and text completions share."""
-
-    # `_refuse` has judged every key by the time that the rest is ignored
-    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_tell_refusals)
-
-    model: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=LARGEST_TEMPERATURE)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=LARGEST_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | list[Stop] | None = Field(default=None, max_length=MOST_STOPS)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    aft: Annotated[dict[str, Any], WithJsonSchema(aft_schema(SWITCHES))] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        _check_text(value)
-        for key in value if isinstance(value, Mapping) else ():
-            if key in cls.model_fields or key in HARMLESS:
-                continue
-            name = str(key)[:100]
-            if key not in NOT_HONOURED:
-                context = {"param": name, "hint": hint(name, {*cls.model_fields, *HARMLESS})}
-                raise PydanticCustomError("unknown_parameter", "unknown parameter '{param}'; {hint}", context)
-            if value[key] and value[key] not in NOT_HONOURED[key]:
-                text = "parameter '{param}' is not supported by this server; leave it out"
-                raise PydanticCustomError("unsupported_parameter", text, {"param": name})
-        return value
-
-
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-
-
-class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    include_usage: bool = False
-
-
-class TextPart(BaseModel):
-    """A piece of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """One turn. `developer` is what newer clients call `system`."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def plain(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class JsonSchema(BaseModel):
-    """A named JSON schema. Structured outputs are always strict here."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    name: str = Field(max_length=64)
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
-class TextFormat(BaseModel):
-    """Plain text: what is written anyway."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(BaseModel):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(BaseModel):
-    """JSON that a schema allows."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-class ChatBody(Body):
-    """`POST /v1/chat/completions`."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
-        None
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("invalid_value", "top_logprobs needs logprobs: true", {"param": "top_logprobs"})
-        return self
-
-    def final_layer(self) -> FinalLayer:
-        asked = self.response_format
-        schema = None
-        if isinstance(asked, JsonObjectFormat):
-            schema = '{"type": "object"}'
-        elif isinstance(asked, JsonSchemaFormat):
-            schema = json.dumps(asked.json_schema.schema_)
-        top = (self.top_logprobs or 0) if self.logprobs else None
-        return FinalLayer(num_answers=self.n or 1, top_logprobs=top, json_schema=schema, is_read=self.stream)
-
-    def conversation(self) -> tuple[Message, ...]:
-        return tuple(message.plain() for message in self.messages)
-
-
-class CompletionBody(Body):
-    """`POST /v1/completions`: the prompt is one user turn."""
-
-    prompt: str
-
-    def final_layer(self) -> FinalLayer:
-        return FinalLayer(num_answers=self.n or 1, is_read=self.stream)
-
-    def conversation(self) -> tuple[Message, ...]:
-        return ({"role": "user", "content": self.prompt},)
-
-
-Body.model_rebuild()
 
 
 @dataclass(frozen=True, kw_only=True)

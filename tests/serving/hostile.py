@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from aft_ray.serving.openai_request import HARMLESS, NOT_HONOURED
+from aft_ray.serving.openai_body import HARMLESS, NOT_HONOURED
 
 VALID: dict[str, Any] = {
     "model": "base@k2-l1",

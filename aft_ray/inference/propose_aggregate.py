@@ -149,6 +149,7 @@ async def all_layers(run: Run, done: list[Layer], tell: Tell[Event]) -> None:
 
 
 def tell_finished(run: Run, done: Sequence[Layer], messages: Sequence[Message], tell: Tell[Event]) -> None:
+    """The last event: the final answer and all that led to it."""
     tell(
         Finished(
             answer=done[-1].answers[0],

@@ -47,6 +47,8 @@ class AdapterBody(BaseModel):
 
 
 class DrainBody(BaseModel):
+    """Whether to let nobody in any more."""
+
     model_config = ConfigDict(extra="forbid")
 
     drain: bool = True

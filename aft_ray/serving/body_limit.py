@@ -27,4 +27,5 @@ def limited(request: Request, max_bytes: int) -> Request:
 
 
 def too_large(max_bytes: int) -> HTTPException:
+    """A 413 that names the limit."""
     return HTTPException(413, f"the body is larger than max_body_bytes {max_bytes} of this server")

@@ -37,6 +37,7 @@ from aft_ray.config import AdmissionConfig, ReplicaConfig, ScriptedEngineConfig,
 from aft_ray.engines import Sampling
 from aft_ray.inference import Plan
 from aft_ray.serving import serve_app, stop
+from aft_ray.serving.http_errors import HttpError
 
 APP = "load"
 DEADLINE_S = 60.0
@@ -192,8 +193,12 @@ async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tu
 
 
 async def what_is_left(tasks_before: int) -> dict[str, Any]:
-    """Asked until it is nothing, for half a minute."""
+    """Asked until it is nothing, for half a minute after the killed actor is back."""
     ingress = serve.get_deployment_handle("Ingress", app_name=APP)
+    for _ in range(4):  # each time waits for it as long as a request would
+        with contextlib.suppress(HttpError):
+            await ingress.num_open.remote()
+            break
     end = time.monotonic() + 30
     while True:
         tasks = sum(status["num_tasks"] for status in (await states("Ingress")).values())

@@ -53,6 +53,10 @@ class HttpError(AftError):
         """Seconds after which the same request may be answered (the `Retry-After` header)."""
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ray moves it between processes; an exception is made again from its positional arguments alone."""
+        return HttpError, (self.status, str(self)), self.__dict__
+
 
 def as_http_error(error: Exception, request_id: str) -> HttpError:
     """The error object of anything a request may raise. Unexpected errors are logged here, without any prompt."""

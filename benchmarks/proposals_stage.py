@@ -66,7 +66,7 @@ def main() -> None:
     for number, found in enumerate(measure(config, arguments.rounds)):
         (num_tokens, seconds), bare = found["stage"], found["bare"]
         # Equal requests and seeds; the order of arrival changes the batches, and with them a few tokens in bfloat16.
-        assert all(abs(num_tokens - num) < 0.02 * num for num, _ in bare), f"token work: {num_tokens} and {bare}"
+        assert all(abs(num_tokens - num) < 0.05 * num for num, _ in bare), f"token work: {num_tokens} and {bare}"
         before, after = (num / spent for num, spent in bare)
         ratios.append(num_tokens / seconds / statistics.mean([before, after]))
         both, rate = f"{before:.1f}, {after:.1f}", num_tokens / seconds

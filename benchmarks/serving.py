@@ -3,14 +3,15 @@
     python benchmarks/serving.py [--parts added path ceiling placement saturation] [--rounds 3]
 
 added       one client, L=0, scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
-p50, p99) path        one client, K=5, L=1, scripted: time over HTTP / critical path (32 + 32 tokens of 10 ms) ceiling
-64 clients, L=0, scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. On two cores,
-            which the clients share, 2 replicas cannot show their worth; on a larger machine give --ingress 1 2 4 8
+            p50, p99); and what Serve alone takes: an app of two deployments that does nothing, one streamed call
+path        one client, K=5, L=1, scripted: time over HTTP / critical path (32 + 32 tokens of 10 ms)
+ceiling     64 clients, L=0, scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. On two
+            cores, which the clients share, 2 replicas cannot show their worth; on a larger machine give
+            --ingress 1 2 4 8
 placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: all four with one replica
             (prompt computed once) / two and two (twice, side by side), alone and with 6 clients
 saturation  24 clients, L=0, SmolLM2 on one vLLM engine, 64 tokens each: tokens/s over those of `vllm serve` with the
-same
-            engine settings (goal >= 0.95). The servers run one after the other
+            same engine settings (goal >= 0.95). The servers run one after the other
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from typing import Any
 
 import httpx
 import ray
+from fastapi import FastAPI
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from aft_ray.config import (
     AdmissionConfig,
@@ -46,7 +49,7 @@ from aft_ray.inference import Plan
 from aft_ray.inference.fan_in import Tell, fan_in
 from aft_ray.models import resolve_model
 from aft_ray.serving import serve_app, stop
-from aft_ray.serving.app import free_port
+from aft_ray.serving.app import free_port, quiet_logs
 from aft_ray.serving.handle_engine import HandleEngine
 
 APP = "bench"
@@ -88,16 +91,46 @@ async def asked(client: httpx.AsyncClient, **aft: Any) -> None:
     response.raise_for_status()
 
 
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class NoEngine:
+    """Two items at once."""
+
+    async def items(self) -> AsyncGenerator[int, None]:
+        for number in range(2):
+            yield number
+
+
+NO_API = FastAPI()
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+@serve.ingress(NO_API)
+class NoIngress:
+    """What Serve itself takes for a request that goes through two deployments."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self.items = engine.options(stream=True).items
+
+    @NO_API.post("/")
+    async def answer(self, body: dict[str, Any]) -> int:
+        return sum([number async for number in self.items.remote()])
+
+
 async def added(rounds: int) -> None:
     engine = ScriptedEngineConfig(num_tokens=8, seconds_per_token=0.005)
     url = served(engine)
-    print("added latency at L=0, ms      p50    p99", flush=True)
+    serve.run(NoIngress.bind(NoEngine.bind()), name="nothing", route_prefix="/nothing", logging_config=quiet_logs())
+    print("added latency at L=0, ms      p50    p99     Serve alone, ms      p50    p99", flush=True)
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         for _ in range(rounds):
             alone = await times(200, lambda: bare(ScriptedEngine(engine), 64))
             over = await times(200, lambda: asked(client, num_layers=0))
-            rows = [1000 * (quantile(over, share) - quantile(alone, share)) for share in (0.5, 0.99)]
-            print(f"                          {rows[0]:>7.1f} {rows[1]:>6.1f}", flush=True)
+            nothing = await times(200, lambda: client.post("/nothing/", json={"messages": MESSAGES}))
+            shares = (0.5, 0.99)
+            rows = [1000 * (quantile(over, share) - quantile(alone, share)) for share in shares]
+            rows += [1000 * quantile(nothing, share) for share in shares]
+            print("{:>33.1f} {:>6.1f} {:>26.1f} {:>6.1f}".format(*rows), flush=True)
+    serve.delete("nothing")
     stop(APP)
 
 

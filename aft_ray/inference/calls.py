@@ -11,11 +11,13 @@ from (run seed, prompt_id, layer, slot), so a run can be repeated whatever else 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from aft_ray.engines.base import GenerateRequest, Sampling
 from aft_ray.errors import ConfigError, PromptTooLong
@@ -25,6 +27,11 @@ from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
 from aft_ray.records import Message, derive_seed
 from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
+
+T = TypeVar("T")
+
+LONG_TEXT = 20_000
+"""Characters that take about 10 ms to tokenize; a megabyte takes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,21 @@ class _Prompt:
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     slots: tuple[Slot, ...]
+
+
+async def off_loop(num_characters: int, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which tokenizes: in a thread where the text is long, so that nobody else waits for it.
+
+    A short one is done at once, since a thread of its own would cost more than the tokenizing.
+    """
+    if num_characters < LONG_TEXT:
+        return function(*args)
+    return await asyncio.to_thread(function, *args)
+
+
+def num_characters(messages: Sequence[Message]) -> int:
+    """Of a conversation."""
+    return sum(len(message["content"]) for message in messages)
 
 
 def layer_calls(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[Call]:

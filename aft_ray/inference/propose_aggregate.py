@@ -23,7 +23,7 @@ from functools import partial
 from aft_ray.engines.base import TokenDelta
 from aft_ray.errors import DeadlineExceeded, EngineError, QuorumNotMet
 from aft_ray.inference.agreement import all_agree, break_tie, leading
-from aft_ray.inference.calls import Call, Run, layer_calls
+from aft_ray.inference.calls import Call, Run, layer_calls, num_characters, off_loop
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
 from aft_ray.inference.fan_in import Tell, fan_in
 from aft_ray.inference.layer import Ledger, run_layer
@@ -133,7 +133,7 @@ async def all_layers(run: Run, done: list[Layer], tell: Tell[Event]) -> None:
     plan = run.plan
     below: tuple[Answer, ...] = ()
     for layer in range(plan.num_layers):
-        calls = layer_calls(run, layer, below, num_slots=plan.num_proposals)
+        calls = await calls_of(run, layer, below, plan.num_proposals)
         done.append(await draft(run, layer, calls, tell))
         below = done[-1].answers
         if all_agree(below, plan.early_stop):
@@ -143,9 +143,15 @@ async def all_layers(run: Run, done: list[Layer], tell: Tell[Event]) -> None:
     if plan.num_layers and plan.aggregator == "vote":
         await vote(run, done, below, tell)
         return
-    calls = layer_calls(run, plan.num_layers, below, num_slots=run.final.num_answers)
+    calls = await calls_of(run, plan.num_layers, below, run.final.num_answers)
     done.append(await finish(run, calls, tell))
     tell_finished(run, done, calls[0].request.messages, tell)
+
+
+async def calls_of(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[Call]:
+    """`layer_calls`, off the event loop where there is much to tokenize."""
+    size = num_characters(run.messages) + sum(len(answer.text) for answer in below)
+    return await off_loop(size, layer_calls, run, layer, below, num_slots)
 
 
 def tell_finished(run: Run, done: Sequence[Layer], messages: Sequence[Message], tell: Tell[Event]) -> None:

@@ -7,8 +7,9 @@ import time
 import uuid
 from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -90,7 +91,10 @@ def model_routes(service: Service) -> APIRouter:
     def caller(request: Request) -> Caller:
         return caller_of(request.headers.get("authorization"), service)
 
-    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=[Depends(caller)])
+    dependencies = [Depends(caller)]
+    if service.keys.is_asked_for:  # for the OpenAPI document; it is `caller` that looks at the key
+        dependencies.append(Security(HTTPBearer(auto_error=False)))
+    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
     started = int(time.time())
 
     def model_object(name: str) -> dict[str, Any]:

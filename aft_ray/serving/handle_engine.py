@@ -47,6 +47,7 @@ class HandleEngine:
 
     def __init__(self, handle: DeploymentHandle, info: EngineInfo) -> None:
         self._handle = handle
+        self._generate = handle.options(stream=True).generate  # made once: making it costs half a millisecond
         self._info = info
 
     @classmethod
@@ -93,7 +94,7 @@ class HandleEngine:
         from ray.exceptions import RayActorError, RayError
         from ray.serve.exceptions import RayServeException
 
-        response: Any = self._handle.options(stream=True).generate.remote(request)
+        response: Any = self._generate.remote(request)
         done = False
         try:
             async for event in response:

@@ -39,6 +39,8 @@ from aft_ray.serving.openai_body import (
     hint,
 )
 
+PLANS = TypeAdapter(Plan)
+"""Made once: making it takes longer than all else that is done with a body."""
 LONGEST_REQUEST_S = 900.0
 """No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
 
@@ -155,7 +157,7 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
             raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
     raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
     try:
-        return TypeAdapter(Plan).validate_json(json.dumps(raw), strict=True)
+        return PLANS.validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise _of_plan_error(error.errors()[0], sampling_keys) from None
 

@@ -13,6 +13,7 @@ from aft_ray.config import ServingConfig
 from aft_ray.engines.base import EngineInfo, GenerateRequest, Sample, Sampling
 from aft_ray.errors import DeadlineExceeded, EngineError
 from aft_ray.inference import Role, propose_and_aggregate
+from aft_ray.inference.calls import num_characters, off_loop
 from aft_ray.inference.events import Event
 from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.admission import Ticket, cost_of
@@ -50,7 +51,8 @@ class Service:
     async def open(self, call: Call, key: Caller, request_id: str, reply_id: str) -> OpenRequest:
         """Let a call in, or HttpError. Whoever gets an open request closes it."""
         names = (self._adapter_name(call), self._proposer_adapter_name(call))
-        cost = cost_of(call.plan, self.aggregator.format.count(call.messages), call.final.num_answers)
+        num_tokens = await off_loop(num_characters(call.messages), self.aggregator.format.count, call.messages)
+        cost = cost_of(call.plan, num_tokens, call.final.num_answers)
         ticket = Ticket(id=reply_id, key=key.name, num_tokens=cost)
         try:
             async with asyncio.timeout(call.plan.deadline_s):

@@ -429,11 +429,13 @@ def _finish(stage: Stage, manifest: Manifest, max_failure_rate: float) -> Manife
     names = stage.output.names(".parquet")
     failed: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
+    first_failure = ""
     totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
     for name in names:
         receipt = read_receipt(stage.output, name)
         _list_failures(stage, name, receipt)  # again: a kill may have come between the shard and its list
         failed.update(why["error"] for why in receipt.failed.values())
+        first_failure = first_failure or next((why["message"] for why in receipt.failed.values()), "")
         filtered.update(receipt.filtered.values())
         totals = {field: total + getattr(receipt, field) for field, total in totals.items()}
     manifest = dataclasses.replace(manifest, failed=dict(failed), filtered=dict(filtered), **totals)
@@ -442,8 +444,8 @@ def _finish(stage: Stage, manifest: Manifest, max_failure_rate: float) -> Manife
         reasons = ", ".join(f"{count} {error}" for error, count in failed.most_common())
         raise TooManyFailures(
             f"{stage.name}: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
-            f"run.max_failure_rate {max_failure_rate:g} allows. Reasons by row: {stage.output.path}/failed; "
-            "to try these rows again: aft-ray run --retry-failed"
+            f"run.max_failure_rate {max_failure_rate:g} allows. The first: {first_failure}. Reasons by row: "
+            f"{stage.output.path}/failed; to try these rows again: aft-ray run --retry-failed"
         )
     manifest = dataclasses.replace(manifest, status="done", files={name: stage.output.sha256(name) for name in names})
     write_manifest(stage.output, manifest)

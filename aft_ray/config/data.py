@@ -55,12 +55,12 @@ class PromptsConfig(Strict):
     limit: int | None = Field(default=None, ge=1)
     held_out: int = Field(default=32, ge=0)
     """Prompts kept out of training, for evaluation: chosen by a seeded hash of the prompt id."""
-    on_bad_row: Literal["refuse", "fail"] = "refuse"
-    """`refuse`: a row that cannot be used ends the run at once. `fail`: it goes to prompts/failed/ with its reason."""
-    odd_text: Literal["keep", "fail"] = "keep"
-    """Text with NUL, half characters, control strings of a chat format, or more than half a million characters. `keep`:
-    half characters become U+FFFD, control strings are broken where text becomes ids, what fits no window fails there.
-    `fail`: it is a bad row (`on_bad_row`)."""
+    on_bad_row: Literal["refuse", "fail"] = "fail"
+    """`fail`: a row that cannot be used goes to prompts/failed/ with its reason. `refuse`: it ends the run at once."""
+    odd_text: Literal["keep", "fail"] = "fail"
+    """Text with NUL, half characters, control strings of a chat format, or more than half a million characters. `fail`:
+    it is a bad row (`on_bad_row`). `keep`: half characters become U+FFFD, control strings are broken where text becomes
+    ids, what fits no window fails there."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """Rows with the same conversation: an error, or all but the first left out and listed."""
     near_duplicates: float | None = Field(default=None, gt=0, le=1)

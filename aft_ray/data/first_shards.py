@@ -57,12 +57,12 @@ def make_prompts(run: Run) -> Manifest:
         reasons = ", ".join(f"{count} {error}" for error, count in survey.failed.most_common())
         raise TooManyFailures(
             f"prompts: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
-            f"run.max_failure_rate {run.config.run.max_failure_rate:g} allows; {_lists(folder)}. Mend the source and "
-            "choose another run.dir, or raise the rate"
+            f"run.max_failure_rate {run.config.run.max_failure_rate:g} allows. The first: {survey.first_failure}. "
+            f"{_lists(folder)}. Mend the source and choose another run.dir, or raise the rate"
         )
     num_kept = sum(survey.kept)
     if num_kept == 0:
-        raise InputError(f"prompts.source {config.source}: all {manifest.rows_in} rows are left out; {_lists(folder)}")
+        raise InputError(f"prompts.source {config.source}: all {manifest.rows_in} rows are left out. {_lists(folder)}")
     if config.held_out >= num_kept:
         raise ConfigError(
             f"prompts.held_out {config.held_out}: leaves none of the {num_kept} prompts for training. "
@@ -124,6 +124,8 @@ class Survey:
     held_out: set[int]
     """Row numbers of the prompts held out."""
     failed: Counter[str]
+    first_failure: str
+    """Its message."""
     filtered: Counter[str]
     digest: bytes
     """Hash over the ids of the kept prompts: the second reading must come to the same."""
@@ -134,12 +136,15 @@ def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
     kept, held_out, digest = bytearray(), HeldOut(config.held_out, seed), hashlib.blake2b()
     failed: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
+    first_failure = ""
     with JsonLines(folder.child("failed"), FAILED) as failures, JsonLines(folder, REMOVED) as removals:
         for number, sifted in enumerate(sift(config, seed)):
             kept.append(sifted.is_kept)
             if sifted.error is not None:
-                failed[type(sifted.error).__name__] += 1
-                failures.write({"prompt_id": None, "stage": "prompts", "place": sifted.place, **_why(sifted.error)})
+                what = _why(sifted.error)
+                first_failure = first_failure or what["message"]
+                failed[what["error"]] += 1
+                failures.write({"prompt_id": None, "stage": "prompts", "place": sifted.place, **what})
             elif sifted.reason is not None:
                 filtered[sifted.reason] += 1
                 why = {"reason": sifted.reason, "resembles": sifted.resembles}
@@ -147,7 +152,14 @@ def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
             else:
                 held_out.see(sifted.row["prompt_id"], number)
                 digest.update(f"{sifted.row['prompt_id']}\n".encode())
-    return Survey(kept=kept, held_out=held_out.rows, failed=failed, filtered=filtered, digest=digest.digest())
+    return Survey(
+        kept=kept,
+        held_out=held_out.rows,
+        failed=failed,
+        first_failure=first_failure,
+        filtered=filtered,
+        digest=digest.digest(),
+    )
 
 
 def _why(error: Exception) -> dict[str, str]:
@@ -155,7 +167,7 @@ def _why(error: Exception) -> dict[str, str]:
 
 
 def _lists(folder: Folder) -> str:
-    return f"reasons by row: {folder.path}/failed/{FAILED} and {folder.path}/{REMOVED}"
+    return f"Reasons by row: {folder.path}/failed/{FAILED} and {folder.path}/{REMOVED}"
 
 
 class JsonLines:

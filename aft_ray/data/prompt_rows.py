@@ -5,9 +5,9 @@ config names), as text or as a list of {role, content}; a text `input` beside `i
 bring `prompt_id`, `task` and `reference`, and answers where `prompts.responses` names their place. Every other column
 is kept in `metadata`.
 
-Text is taken as it is, whatever its length, NUL and control tokens included (the chat format breaks those where it
-matters), unless `prompts.odd_text` is fail. Only lone surrogates are replaced, by U+FFFD: they cannot be written as
-UTF-8.
+Text with NUL, lone surrogates, control strings of a chat format or half a million characters is wrong too, unless
+`prompts.odd_text` is keep. Then it is taken as it is (the chat format breaks control strings where it matters); only
+lone surrogates are replaced, by U+FFFD: they cannot be written as UTF-8.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _refuse_odd(prompt: str | Sequence[Message], column: str, place: str) -> Non
             found = f"the control string {control.group()}"
         else:
             continue
-        raise InputError(f"{place}: column '{column}': {found} in the text (prompts.odd_text: fail)")
+        raise InputError(f"{place}: column '{column}': {found} in the text (prompts.odd_text: keep would take it)")
 
 
 def conversation(

@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aft_ray.config import Config
 from aft_ray.data.arithmetic import MODULUS, Pair, documents
 from aft_ray.pipeline.cluster import RaySession
+from aft_ray.pipeline.steps import show_training
+from aft_ray.progress import Progress
 from aft_ray.records import TRAIN, TRAINING_SET
 from aft_ray.runs import Run
 from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE
-from aft_ray.training import TrainProgress, train_adapter
+from aft_ray.training import train_adapter
 
 USER, ASSISTANT, END, PAD, UNKNOWN = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>", "<|unknown|>"
 NUMBERS = [f"{number:02d}" for number in range(MODULUS)]
@@ -57,7 +59,7 @@ def make_base(config: Config, output: Path) -> None:
         write_fresh_model(fresh, config.run.seed)
     if not run.folder.child("training_set").names(".parquet"):
         write_documents(run.folder.child("training_set"), fresh, config.prompts.limit or 1000, config.run.seed)
-    with RaySession(config) as session:
+    with RaySession(config) as session, Progress("pretraining", total=0, unit="steps") as progress:
         session.connect()
         train_adapter(
             config=config.training,
@@ -68,15 +70,9 @@ def make_base(config: Config, output: Path) -> None:
             checkpoints=folder / "checkpoints",
             seed=config.run.seed,
             template_hashes={},
-            report=_show,
+            report=partial(show_training, progress, {}),
         )
     write_base(folder / "model" / VARIANT, output)
-
-
-def _show(state: TrainProgress) -> None:
-    if state.step % 100 == 0 and state.loss is not None:
-        line = f"step {state.step} of {state.num_steps}, loss {state.loss:.3f}, {state.tokens_per_second:,.0f} tok/s"
-        print(f"pretraining   {line}", file=sys.stderr)
 
 
 def write_fresh_model(folder: Path, seed: int) -> None:

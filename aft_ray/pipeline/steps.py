@@ -197,12 +197,12 @@ def train(run: Run, session: RaySession) -> None:
         return
     session.connect()
     with Progress("train", total=0, unit="steps") as progress:
-        summaries = fit(report=partial(_show_training, progress, {}))
+        summaries = fit(report=partial(show_training, progress, {}))
     for summary in summaries.values():
         run.event("trained", **dataclasses.asdict(summary))
 
 
-def _show_training(progress: Progress, seen: dict[str, TrainProgress], state: TrainProgress) -> None:
+def show_training(progress: Progress, seen: dict[str, TrainProgress], state: TrainProgress) -> None:
     """Steps and tokens of all variants so far, and what the present one is doing."""
     seen[state.variant] = state
     loss = "" if state.loss is None else f", loss {state.loss:.3f}"

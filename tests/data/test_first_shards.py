@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aft_ray.config import Config
+from aft_ray.config import Config, PromptsConfig
 from aft_ray.data.first_shards import HeldOut, JsonLines, kept_rows, make_prompts, survey_source
 from aft_ray.data.prompts import read_prompts
 from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
@@ -21,13 +21,27 @@ from tests.data.test_prompts import write_jsonl
 from tests.kills import kill_many_times
 
 
-def run_of(tmp_path: Path, source: str, rate: float = 0.1, name: str = "run", **settings: Any) -> Run:
+def run_of(
+    tmp_path: Path,
+    source: str,
+    rate: float = 0.1,
+    name: str = "run",
+    on_bad_row: str = "refuse",
+    odd_text: str = "keep",
+    **settings: Any,
+) -> Run:
     return Run.open(
         Config.model_validate(
             {
                 "run": {"dir": str(tmp_path / name), "max_failure_rate": rate, "seed": 7},
                 "engine": {"type": "scripted"},
-                "prompts": {"source": source, "held_out": 0, **settings},
+                "prompts": {
+                    "source": source,
+                    "held_out": 0,
+                    "on_bad_row": on_bad_row,
+                    "odd_text": odd_text,
+                    **settings,
+                },
             }
         )
     )
@@ -104,15 +118,16 @@ ODD = {
 }
 
 
-def test_odd_text_is_a_counted_failure_too_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_odd_text_is_a_counted_failure_too_unless_it_is_to_be_kept(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), {"prompt": "a <b>bold</b> [list] < 3"})
+    assert (PromptsConfig().on_bad_row, PromptsConfig().odd_text) == ("fail", "fail")
     run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", odd_text="fail")
     manifest = make_prompts(run)
     assert (manifest.num_failed, manifest.rows_out) == (len(ODD), len(FINE) + 1 - len(ODD))
     found = {line["place"].rpartition(":")[2]: line["message"] for line in lines_of(run, "failed/rows.jsonl")}
     for name, words in ODD.items():
         assert f"{words}" in found[str(list(FINE).index(name) + 1)]
-    with pytest.raises(InputError, match=r"p\.jsonl:1: .*1,080,000 characters in the text \(prompts\.odd_text: fail\)"):
+    with pytest.raises(InputError, match=r"p\.jsonl:1: .*1,080,000 characters in the text \(prompts\.odd_text: keep"):
         make_prompts(run_of(tmp_path, source, name="strict", odd_text="fail"))
 
 
@@ -127,7 +142,10 @@ def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_pa
 def test_more_failures_than_the_run_allows_stop_it_with_the_reasons_kept(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, "{")
     run = run_of(tmp_path, source, rate=0.4, on_bad_row="fail")
-    with pytest.raises(TooManyFailures, match=r"prompts: 2 of 4 rows failed \(2 InputError\), .*failed/rows\.jsonl"):
+    with pytest.raises(
+        TooManyFailures,
+        match=r"prompts: 2 of 4 rows failed \(2 InputError\), .*\. The first: .*p\.jsonl:2: .*failed/rows\.jsonl",
+    ):
         make_prompts(run)
     manifest = run.manifest("prompts")
     assert manifest and (manifest.status, manifest.num_failed, manifest.rows_in) == ("running", 2, 4)
@@ -174,7 +192,7 @@ def test_nothing_left_out_leaves_no_list_not_even_an_old_one(tmp_path: Path) -> 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "a"})
     run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}), decontaminate=[evaluation])
-    with pytest.raises(InputError, match=r"all 1 rows are left out; reasons by row: .*removed\.jsonl"):
+    with pytest.raises(InputError, match=r"all 1 rows are left out\. Reasons by row: .*removed\.jsonl"):
         make_prompts(run)
 
 

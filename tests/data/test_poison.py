@@ -26,7 +26,7 @@ def run(ray_cluster: None, chatml_tokenizer: str, tmp_path_factory: pytest.TempP
         {
             "run": {"dir": str(folder / "run"), "max_failure_rate": 1.0},
             "engine": {"type": "scripted", "tokenizer": chatml_tokenizer, "answers": ANSWERS},
-            "prompts": {"source": source, "held_out": 0, "on_bad_row": "fail", "license": "CC BY 4.0"},
+            "prompts": {"source": source, "held_out": 0, "odd_text": "keep", "license": "CC BY 4.0"},
             "proposals": {"num_per_prompt": 6, "sampling": {"max_tokens": 64}},
             "selection": {"num_proposals": 5},
             "targets": {

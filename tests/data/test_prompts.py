@@ -18,6 +18,7 @@ from aft_ray.errors import ConfigError, InputError
 from aft_ray.records import PROMPTS, metadata_of, prompt_id_of
 
 USER = {"role": "user", "content": "Name a river."}
+STRICT: Any = {"on_bad_row": "refuse", "odd_text": "keep"}
 
 
 def write_jsonl(path: Path, *rows: Any) -> str:
@@ -27,7 +28,7 @@ def write_jsonl(path: Path, *rows: Any) -> str:
 
 def read(tmp_path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
     source = write_jsonl(tmp_path / "prompts.jsonl", *rows)
-    return list(read_prompts(PromptsConfig(source=source, **settings)))
+    return list(read_prompts(PromptsConfig(source=source, **STRICT, **settings)))
 
 
 def test_the_packaged_prompts_are_rows_of_the_prompts_schema() -> None:
@@ -94,7 +95,7 @@ def test_the_limit_ends_the_reading_before_a_later_bad_row(tmp_path: Path) -> No
 def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\n\n')
-    assert len(list(read_prompts(PromptsConfig(source=str(path))))) == 2
+    assert len(list(read_prompts(PromptsConfig(source=str(path), **STRICT)))) == 2
 
 
 def test_half_characters_are_replaced_so_that_rows_can_be_written(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_line_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "ok"}\n{"prompt": "caf\xe9"}\n')
     with pytest.raises(InputError, match=r"prompts\.jsonl:2: not UTF-8"):
-        list(read_prompts(PromptsConfig(source=str(path))))
+        list(read_prompts(PromptsConfig(source=str(path), **STRICT)))
 
 
 def test_a_named_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b", ""]}), path)
     with pytest.raises(InputError, match=r"prompts\.parquet:row 3: .*the text is empty"):
-        list(read_prompts(PromptsConfig(source=str(path))))
+        list(read_prompts(PromptsConfig(source=str(path), **STRICT)))
 
 
 @pytest.mark.parametrize(

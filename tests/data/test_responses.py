@@ -29,7 +29,7 @@ ULTRAFEEDBACK_ROW = {
 def read_one(tmp_path: Path, row: dict[str, Any], responses: Any) -> dict[str, Any]:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    [prompt] = read_prompts(PromptsConfig(source=str(path), responses=responses))
+    [prompt] = read_prompts(PromptsConfig(source=str(path), responses=responses, on_bad_row="refuse"))
     return prompt
 
 

@@ -87,10 +87,14 @@ assert not list(pathlib.Path(".").iterdir()), "files written"
     ],
     ids=["unreadable", "empty", "no-prompt", "duplicate-id"],
 )
-def test_bad_prompts_end_with_2_and_name_the_line(config: Path, lines: list[str], words: list[str]) -> None:
+@pytest.mark.parametrize(("on_bad_row", "code"), [("fail", 3), ("refuse", 2)])
+def test_bad_prompts_end_the_run_and_the_line_is_named(
+    config: Path, lines: list[str], words: list[str], on_bad_row: str, code: int
+) -> None:
+    """One of two is more than may fail."""
     (config.parent / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    done = aft_ray("run", "--config", str(config), "--until", "prompts")
-    assert done.returncode == 2
+    done = aft_ray("run", "--config", str(config), "--until", "prompts", "--set", f"prompts.on_bad_row={on_bad_row}")
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +20,7 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference import Role
 from aft_ray.inference.events import AnswerDelta, Event
 from aft_ray.inference.plan import Plan
+from aft_ray.records import Message
 from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
 from aft_ray.serving.gate import Gate, local_ask
@@ -162,3 +165,35 @@ def test_closing_a_watched_run_closes_the_run_before_it_returns() -> None:
         return seen
 
     assert asyncio.run(look_once()) == [AnswerDelta(text="a", num_tokens=1), None]
+
+
+class SlowlyCounted(MessagesFormat):
+    """A tokenizer that takes a second for a megabyte."""
+
+    def count(self, messages: Sequence[Message]) -> int:
+        time.sleep(len(messages[-1]["content"]) / 1e6)
+        return super().count(messages)
+
+
+def test_a_long_prompt_holds_up_nobody_else() -> None:
+    service = service_over(
+        ScriptedEngine(ScriptedEngineConfig(num_tokens=1, max_model_len=9_999_999)), max_body_bytes=4_000_000
+    )
+    slow = dataclasses.replace(service.aggregator, format=SlowlyCounted())
+    service = dataclasses.replace(service, proposers=(slow,), aggregator=slow)
+
+    async def ask(client: httpx.AsyncClient, content: str) -> float:
+        body = {"messages": [{"role": "user", "content": content}], "aft": {"num_layers": 0}}
+        response = await client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        return time.monotonic()
+
+    async def run() -> tuple[float, float]:
+        transport = httpx.ASGITransport(make_api(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            long = asyncio.create_task(ask(client, "x" * 2_000_000))
+            await asyncio.sleep(0.2)  # it is being counted
+            return await ask(client, "short"), await long
+
+    short_done, long_done = asyncio.run(run())
+    assert short_done < long_done - 1

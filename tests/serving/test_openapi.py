@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
+import yaml
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -47,3 +49,17 @@ def test_the_document_has_every_route_with_its_errors() -> None:
 @pytest.mark.parametrize("name", ["model", "messages", "temperature", "n", "response_format", "aft", "tools", "user"])
 def test_the_document_knows_the_parameters(name: str) -> None:
     assert name in API.openapi()["components"]["schemas"]["ChatBody"]["properties"]
+
+
+def test_the_document_says_that_a_key_is_needed_where_one_is(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"ops": {"sha256": "0" * 64}}))
+    engine = ScriptedEngine(ScriptedEngineConfig())
+    for settings, schemes in (({}, None), ({"keys_file": str(keys)}, [{"HTTPBearer": []}])):
+        document = make_api(service_over(engine, **settings)).openapi()
+        needed = [
+            operations[method].get("security") for operations in document["paths"].values() for method in operations
+        ]
+        assert document["paths"]["/v1/chat/completions"]["post"].get("security") == schemes
+        assert document["paths"]["/health"]["get"].get("security") is None
+        assert needed.count(schemes) == (4 if schemes else len(needed))

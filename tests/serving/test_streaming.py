@@ -155,16 +155,18 @@ def test_a_client_that_goes_away_ends_every_sub_call_in_the_engine(
         async with httpx.AsyncClient(timeout=60) as client:
             await client.post(f"{base_url}/v1/chat/completions", json=BODY | SLOW | {"stream": stream})
 
-    async def ask_and_leave() -> None:
+    async def ask_and_leave() -> float:
+        """Seconds from the client's end to that of its last sample."""
         client = asyncio.create_task(ask())
         await asyncio.to_thread(wait_for, lambda: num_samples_running() == 6, 5)  # all six seeds of the drafts
         client.cancel()
         await asyncio.gather(client, return_exceptions=True)
+        gone = time.perf_counter()
+        return await asyncio.to_thread(wait_for, lambda: num_samples_running() == 0, 3) - gone
 
     wait_for(lambda: num_samples_running() == 0, timeout_s=10)
-    asyncio.run(ask_and_leave())
-    gone = time.perf_counter()
-    assert wait_for(lambda: num_samples_running() == 0, timeout_s=3) - gone < 2  # left alone it takes five seconds
+    seconds = [asyncio.run(ask_and_leave()) for _ in range(3)]  # left alone each takes five seconds
+    assert sorted(seconds)[1] < 1, seconds
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:

@@ -31,7 +31,8 @@ def drive(num_nodes: int, folder: Path) -> None:
 
     from aft_ray.config import PlacementConfig
     from aft_ray.runs import Manifest, write_manifest
-    from aft_ray.stages import Stage, run_stage, write_first_shards
+    from aft_ray.shards import Stage, write_first_shards
+    from aft_ray.stages import run_stage
     from aft_ray.storage import Folder
 
     schema = pa.schema([("prompt_id", pa.string())])

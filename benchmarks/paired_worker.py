@@ -14,7 +14,7 @@ from typing import Any
 from aft_ray.config import Config
 from aft_ray.data.proposals import Part, ProposalWorker, Sampler, sample_all
 from aft_ray.engines import GenerateRequest
-from aft_ray.stages import Processed
+from aft_ray.shards import Processed
 
 Rate = tuple[int, float]
 """Tokens, and the seconds they took."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from aft_ray.stages import Processed, RowWorker
+from aft_ray.shards import Processed, RowWorker
 
 
 class WaitingWorker(RowWorker):

@@ -22,7 +22,8 @@ import pytest
 from aft_ray.config import PlacementConfig
 from aft_ray.errors import ConfigError, EngineError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Manifest, read_manifest, write_manifest
-from aft_ray.stages import Processed, RowWorker, Stage, run_stage, write_first_shards
+from aft_ray.shards import Processed, RowWorker, Stage, write_first_shards
+from aft_ray.stages import run_stage
 from aft_ray.storage import Folder
 
 NUMBERS = pa.schema([("prompt_id", pa.string()), ("number", pa.int64())])

@@ -32,7 +32,7 @@ from aft_ray.data.prompts import raw_rows, sift
 from aft_ray.errors import ConfigError, InputError, TooManyFailures
 from aft_ray.records import HELD_OUT, PROMPTS, TRAIN
 from aft_ray.runs import Manifest, Run, begin, write_manifest
-from aft_ray.stages import finish_without_source, write_first_shards
+from aft_ray.shards import finish_without_source, write_first_shards
 from aft_ray.storage import PARTIAL, Folder
 from aft_ray.templates.control import without_surrogates
 

@@ -28,7 +28,7 @@ from aft_ray.engines import Engine, GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, InputError
 from aft_ray.records import PROPOSALS, Message, Proposal, derive_seed, to_row
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.templates import AggregatorTemplate, InContextPrompt, fit_prompt
 from aft_ray.templates.loading import load_format
 

@@ -15,7 +15,7 @@ from aft_ray.config import Config
 from aft_ray.data.scorers import Score, build_scorer
 from aft_ray.records import SCORES
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.templates import InContextPrompt
 
 

@@ -30,7 +30,7 @@ from aft_ray.data.similarity import similarity
 from aft_ray.errors import InputError
 from aft_ray.records import HELD_OUT, SELECTION, derive_seed
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.storage import Folder
 
 logger = logging.getLogger(__name__)

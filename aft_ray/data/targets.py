@@ -27,7 +27,7 @@ from aft_ray.engines import GenerateRequest, Sample, build_engine
 from aft_ray.errors import InputError
 from aft_ray.records import TARGETS, Message, Target, derive_seed, to_row
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
 from aft_ray.templates.loading import load_format
 

@@ -23,7 +23,7 @@ from aft_ray.errors import ConfigError, InputError, PromptTooLong
 from aft_ray.models import resolve_model, tokenizer_hash
 from aft_ray.records import TRAINING_SET, derive_seed
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, RowWorker, Stage
+from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.templates import (
     AggregatorTemplate,
     ChatFormat,

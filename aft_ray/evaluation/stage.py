@@ -19,7 +19,7 @@ from aft_ray.evaluation.ask import ANSWERS, answer_row, ask
 from aft_ray.inference.plan import Plan
 from aft_ray.records import HELD_OUT, derive_seed, to_row
 from aft_ray.runs import Run
-from aft_ray.stages import Processed, Stage
+from aft_ray.shards import Processed, Stage
 
 TIMEOUT_S = 600.0
 

@@ -17,7 +17,8 @@ from aft_ray.errors import ConfigError, PromptTooLong, ResumeRefused
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, Resume, Run
-from aft_ray.stages import Stage, run_stage
+from aft_ray.shards import Stage
+from aft_ray.stages import run_stage
 
 if TYPE_CHECKING:
     from aft_ray.training import TrainProgress

@@ -15,7 +15,7 @@ from aft_ray.data.first_shards import HeldOut, JsonLines, kept_rows, make_prompt
 from aft_ray.data.prompts import read_prompts
 from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Run, read_manifest
-from aft_ray.stages import shard_sizes
+from aft_ray.shards import shard_sizes
 from aft_ray.storage import Folder
 from tests.data.test_prompts import write_jsonl
 from tests.kills import kill_many_times

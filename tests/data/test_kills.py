@@ -14,7 +14,8 @@ from aft_ray.config import Config
 from aft_ray.data import proposals, scores, selection, targets, training_set
 from aft_ray.data.first_shards import make_prompts
 from aft_ray.runs import Run, begin, read_manifest
-from aft_ray.stages import Stage, _finish, _todo, make_shard
+from aft_ray.shards import Stage, make_shard
+from aft_ray.stages import _finish, _todo
 from aft_ray.storage import Folder
 from tests.kills import kill_many_times
 

@@ -10,7 +10,7 @@ import pytest
 from aft_ray.config import Config, ProposalsConfig
 from aft_ray.data.proposals import ProposalWorker, parts, shares
 from aft_ray.errors import ConfigError, EngineError, InputError
-from aft_ray.stages import Processed
+from aft_ray.shards import Processed
 
 SCRIPTED = {"type": "scripted"}
 OTHER = {"type": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "other"}

@@ -26,7 +26,7 @@ from aft_ray.data.similarity import similarity
 from aft_ray.errors import InputError
 from aft_ray.records import HELD_OUT, SCORES, TRAIN, Proposal, to_row
 from aft_ray.runs import Manifest, Run, write_manifest
-from aft_ray.stages import Processed
+from aft_ray.shards import Processed
 from aft_ray.storage import Folder
 
 STRATEGIES = ["top_k", "random", "stratified", "diverse"]

@@ -1,4 +1,4 @@
-"""The driver and its whole Ray killed in the middle of an epoch: run again, the training ends as if nothing had been.
+"""The driver and its Ray killed, or nodes lost, in the middle of an epoch: the training ends as if nothing had been.
 
 Dropout is on, so the order of batches, the optimizer, the schedule and the random state must all be picked up again.
 """
@@ -26,22 +26,23 @@ NUM_STEPS = 45
 SAVE_STEPS = 7  # of three steps per epoch: a checkpoint in the middle of one
 
 TRAIN = """
-import sys
+import re, subprocess, sys, threading, time
 from pathlib import Path
-import ray
+import psutil, ray
 from aft_ray.config import LoraSettings, TrainingConfig
 from aft_ray.training import train_adapter
 
 folder, model, training_set, *names = sys.argv[1:]
+# answers at every step take their time: long enough for a node to be lost meanwhile
 config = TrainingConfig(num_workers=2, batch_size_per_worker=4, num_epochs=15, learning_rate=5e-3, save_steps=7,
                         eval_steps=1, bf16=False, deepspeed="zero2", max_failures=1,
                         lora=LoraSettings(rank=4, dropout=0.2))
 
-def train(name):
+def train(name, report=None):
     place = Path(folder) / name
     summary = train_adapter(config=config, model=model, training_set=Path(training_set), variant="aft",
                             output=place / "model", checkpoints=place / "checkpoints", seed=7,
-                            template_hashes={"aggregator": "h"})
+                            template_hashes={"aggregator": "h"}, report=report)
     (place / "resumed_from").write_text(str(summary.resumed_from_step))
 """
 ONE_NODE = """
@@ -49,18 +50,77 @@ ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=Fal
 for name in names:
     train(name)
 """
+NODES = """
+from ray.cluster_utils import Cluster
+
+small = dict(object_store_memory=80_000_000)
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(3)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+cluster.wait_for_nodes()
+place = Path(folder) / names[0] / "checkpoints"
+config = config.model_copy(update={"save_steps": 1000})  # so nothing is saved but on notice, and at the end
+phases = []
+
+def steps():
+    metrics = place / "aft" / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+def saved():
+    kept = place / "ray_train" / "checkpoint_manager_snapshot.json"
+    return [int(step) for step in re.findall(r"aft-(\\d+)", kept.read_text() if kept.exists() else "")]
+
+def until(condition):
+    while not condition():
+        assert training.is_alive(), "the training ended too early"
+        time.sleep(0.02)
+
+def at_work(node):
+    try:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return any("RayTrainWorker" in one.name() for one in raylet.children())
+    except psutil.Error:  # one of them ended meanwhile
+        return False
+
+def lose_nodes():
+    until(lambda: steps() >= 5)
+    preempted = next(node for node in nodes if at_work(node))
+    subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id",
+                    preempted.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                    "--deadline-remaining-seconds", "2"], check=True)
+    until(saved)
+    on_notice = saved()[0]
+    (Path(folder) / "saved_on_notice").write_text(str(on_notice))
+    others = [node for node in nodes if node is not preempted]
+    until(lambda: all(at_work(node) for node in others))  # so the old workers are gone
+    moved_at, metrics = time.time(), place / "aft" / "metrics.jsonl"
+    until(lambda: metrics.stat().st_mtime > moved_at and steps() > on_notice)  # the new ones went on, by a step at least
+    cluster.remove_node(others[0], allow_graceful=False)
+    until(lambda: "waiting for nodes" in phases)
+    cluster.add_node(num_cpus=1, **small)
+
+training = threading.Thread(target=train, args=(names[0], lambda state: phases.append(state.phase)))
+training.start()
+lose_nodes()  # in the main thread, where a node can be added
+training.join()
+ray.shutdown()
+cluster.shutdown()
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
     (folder / "driver.py").write_text(TRAIN + ONE_NODE)
+    (folder / "nodes.py").write_text(TRAIN + NODES)
     return folder
 
 
-def start(folder: Path, model: Path, training_set: Path, *names: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(folder / "driver.py"), str(folder), str(model), str(training_set), *names]
+def start(
+    folder: Path, model: Path, training_set: Path, *names: str, script: str = "driver.py", **settings: str
+) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    command = [sys.executable, str(folder / script), str(folder), str(model), str(training_set), *names]
     log = (folder / "log.txt").open("ab")
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
 
@@ -97,6 +157,18 @@ def whole(folder: Path, tiny_model: Path, training_set: Path) -> Path:
 
 def test_the_driver_and_its_ray_killed_the_same_call_goes_on(whole: Path) -> None:
     assert check_equal_to_whole(whole, "killed") % SAVE_STEPS == 0
+
+
+def test_a_preempted_node_and_a_lost_one_cost_one_failure_and_the_training_goes_on_elsewhere(
+    whole: Path, tiny_model: Path, training_set: Path
+) -> None:
+    """`max_failures` is 1, so the preemption is not among the failures. The only checkpoint is the one that the workers
+    write when the preemption is announced.
+    """
+    quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+    quick["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
+    finish(start(whole, tiny_model, training_set, "moved", script="nodes.py", **quick), whole)
+    assert check_equal_to_whole(whole, "moved") == int((whole / "saved_on_notice").read_text())
 
 
 def check_equal_to_whole(folder: Path, name: str) -> int:

@@ -1,0 +1,62 @@
+"""`training.method: full` through every step of a run: two whole models are trained, each is served and asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import ANSWER, WORDS, write_model
+
+pytestmark = pytest.mark.timeout(1200)
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_every_step_of_a_run_with_full_fine_tuning(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", window=1024)
+    draw = random.Random(0)
+    prompts = [{"prompt": " ".join(draw.choices(WORDS, k=9)), "reference": ANSWER} for _ in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    short = {"temperature": 1.0, "max_tokens": 8}
+    plan = {"num_proposals": 2, "num_layers": 1, "proposal": short, "final": short}
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "engine": {"type": "transformers", "model": str(model), "max_model_len": 1024, "dtype": "float32"},
+        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "held_out": 4},
+        "proposals": {"num_per_prompt": 2, "sampling": short},
+        "scores": {"scorer": "length"},
+        "selection": {"num_proposals": 2},
+        "targets": {"source": "reference"},
+        "training_set": {"max_length": 1024},
+        "training": {"method": "full", "deepspeed": "none", "learning_rate": 1e-3, "num_epochs": 8, "eval_steps": 16},
+        "evaluation": {"plan": plan},
+        "serving": {"plan": plan},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    report = json.loads((tmp_path / "run" / "report" / "results.json").read_text())
+    assert [system["system"] for system in report["systems"]] == ["base", "sft", "aft"]
+    by_condition = {one["name"]: one["perplexity"] for one in report["perplexities"]}
+    measured = {"sft": by_condition["SFT, prompt only"], "aft": by_condition["AFT, prompt + proposals"]}
+    for training in report["training"]:
+        assert (tmp_path / "run" / "model" / training["variant"] / "model.safetensors").is_file()
+        assert training["num_trained_tokens"] == 8 * 16 * (len(ANSWER.split()) + 1)
+        curves = training["held_out"]
+        assert set(curves) == {"sft", "aft"}
+        steps, perplexities = zip(*curves[training["variant"]], strict=True)
+        assert steps == (16, 32)
+        assert perplexities[-1] < perplexities[0]
+        # the model that was served for the evaluation is the one whose training ended here
+        assert measured[training["variant"]] == pytest.approx(perplexities[-1], rel=1e-2)
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "held-out perplexity, aft in training" in page

@@ -94,7 +94,7 @@ def lose_nodes():
     others = [node for node in nodes if node is not preempted]
     until(lambda: all(at_work(node) for node in others))  # so the old workers are gone
     moved_at, metrics = time.time(), place / "aft" / "metrics.jsonl"
-    until(lambda: metrics.stat().st_mtime > moved_at and steps() > on_notice)  # the new ones went on, by a step at least
+    until(lambda: metrics.stat().st_mtime > moved_at and steps() > on_notice)  # the new ones went on
     cluster.remove_node(others[0], allow_graceful=False)
     until(lambda: "waiting for nodes" in phases)
     cluster.add_node(num_cpus=1, **small)

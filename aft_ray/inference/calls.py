@@ -4,7 +4,8 @@
                    models draft: each has its share of the K slots)
     layer l >= 1   each slot is shown answers of layer l-1; slots with equal prompts share one request
 
-With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request of K seeds. With M < K
+With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request of K seeds, and behind
+Serve goes to one replica: spreading it over two was never faster with other requests around (RESULTS.md). With M < K
 (recursive self-aggregation, arXiv 2509.26626) each slot draws its own M of them. Every draw and every seed is derived
 from (run seed, prompt_id, layer, slot), so a run can be repeated whatever else runs beside it.
 """

@@ -1,7 +1,8 @@
 """The questions of the paper, and what the answers of all seeds say to them.
 
 One evaluation with L=2 holds every way of answering: a draft of layer 0 is a single sample, an answer of layer 1 is an
-aggregation at L=1, the last answer is one at L=2; the vote and the oracle are taken over the same K drafts.
+aggregation at L=1, the last answer is one at L=2; the votes and the oracle are taken over the same K drafts, or over
+the K aggregations of layer 1.
 
 A difference holds where its 95 % interval over questions (of all seeds together, paired by question) excludes zero and
 every seed alone has its sign. Seeds have questions of their own, so the interval covers both.
@@ -19,9 +20,10 @@ from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.evaluation.statistics import Estimate, estimate, estimate_ratio, paired_difference
 from aft_ray.inference.answers import final_number
 
-Way = Literal["single", "vote", "best", "L=1", "L=2"]
-WAYS: tuple[Way, ...] = ("single", "vote", "L=1", "L=2", "best")
-"""`single`: mean over the K drafts. `vote`: the number most drafts end with, the first of equals. `best`: whether any
+Way = Literal["single", "vote", "best", "L=1", "vote L=1", "L=2"]
+WAYS: tuple[Way, ...] = ("single", "vote", "L=1", "vote L=1", "L=2", "best")
+"""`single`: mean over the K drafts. `vote`: the number most drafts end with, the first of equals; `vote L=1`: that most
+aggregations of layer 1 end with, so K drafts and K aggregations are written for it. `best`: whether any
 draft is right, an oracle. `L=1`: mean over the K aggregations of layer 1. `L=2`: the final answer."""
 
 
@@ -39,16 +41,21 @@ class Answered:
         """From a row of `ANSWERS` at L=2. A draft that failed counts as wrong."""
         wanted = final_number(row["reference"])
         drafts, aggregations = ([final_number(draft["text"]) for draft in layer] for layer in row["layers"][:2])
-        votes = Counter(number for number in drafts if number is not None)
-        winner = votes.most_common(1)[0][0] if votes else None
         right: dict[Way, float] = {
             "single": sum(number == wanted for number in drafts) / len(drafts),
-            "vote": float(winner == wanted),
+            "vote": float(_winner(drafts) == wanted),
             "best": float(wanted in drafts),
             "L=1": sum(number == wanted for number in aggregations) / len(aggregations),
+            "vote L=1": float(_winner(aggregations) == wanted),
             "L=2": float(final_number(row["answer"]) == wanted),
         }
         return cls(system=system, seed=seed, prompt_id=row["prompt_id"], right=right)
+
+
+def _winner(numbers: Sequence[Any]) -> Any:
+    """What most of them are; None where there is none."""
+    votes = Counter(number for number in numbers if number is not None)
+    return votes.most_common(1)[0][0] if votes else None
 
 
 Side = tuple[str, Way]
@@ -75,6 +82,8 @@ QUESTIONS = (
     Question("Does AFT aggregate better than the untrained model?", ("aft", "L=1"), ("base", "L=1")),
     Question("Does it beat a vote over the same K drafts?", ("aft", "L=1"), ("aft", "vote")),
     Question("Does it beat a vote over K drafts of SFT?", ("aft", "L=1"), ("sft", "vote")),
+    Question("Does a vote over K aggregations beat one over the K drafts?", ("aft", "vote L=1"), ("aft", "vote")),
+    Question("Does it beat one over K drafts of SFT?", ("aft", "vote L=1"), ("sft", "vote")),
     Question("Does a second layer add to the first?", ("aft", "L=2"), ("aft", "L=1"), "higher"),
     Question("Does AFT still answer alone as SFT does?", ("aft", "single"), ("sft", "single")),
     Question("Does joint training answer alone as SFT does?", ("joint", "single"), ("sft", "single")),

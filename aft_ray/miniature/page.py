@@ -18,6 +18,7 @@ NAMES: dict[Way, str] = {
     "single": "single answer",
     "vote": "vote over K drafts",
     "L=1": "aggregated, L=1",
+    "vote L=1": "vote over K aggregations",
     "L=2": "aggregated, L=2",
     "best": "any of K right (oracle)",
 }
@@ -89,7 +90,7 @@ def _interval(value: Estimate, form: str = ".3f") -> str:
 
 
 def _rates_chart(study: Study) -> str:
-    shown: tuple[Way, ...] = ("single", "vote", "L=1", "L=2")
+    shown: tuple[Way, ...] = ("single", "vote", "L=1", "L=2")  # four series can be told apart
     points = [
         _point(rate.system, NAMES[rate.way], rate.pooled)
         for way in shown

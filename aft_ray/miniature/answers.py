@@ -83,7 +83,7 @@ QUESTIONS = (
     Question("Does it beat a vote over the same K drafts?", ("aft", "L=1"), ("aft", "vote")),
     Question("Does it beat a vote over K drafts of SFT?", ("aft", "L=1"), ("sft", "vote")),
     Question("Does a vote over K aggregations beat one over the K drafts?", ("aft", "vote L=1"), ("aft", "vote")),
-    Question("Does it beat one over K drafts of SFT?", ("aft", "vote L=1"), ("sft", "vote")),
+    Question("Does that vote beat one over K drafts of SFT?", ("aft", "vote L=1"), ("sft", "vote")),
     Question("Does a second layer add to the first?", ("aft", "L=2"), ("aft", "L=1"), "higher"),
     Question("Does AFT still answer alone as SFT does?", ("aft", "single"), ("sft", "single")),
     Question("Does joint training answer alone as SFT does?", ("joint", "single"), ("sft", "single")),

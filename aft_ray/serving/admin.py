@@ -65,6 +65,7 @@ async def install(service: Service, name: str, folder: Path) -> Adapter:
     check_name(name, config.base_name)
     store = None if config.adapters_dir is None else Path(config.adapters_dir) / VERSIONS
     adapter = await asyncio.to_thread(keep_version, folder, store)
+    await service.gate.renew()  # another ingress replica may have moved the name a moment ago
     known = service.gate.table.adapters.get(name)
     if known == adapter:
         return adapter
@@ -150,6 +151,7 @@ def admin_routes(service: Service) -> APIRouter:
     @router.delete("/adapters/{name}")
     async def remove(name: str) -> dict[str, Any]:
         config = service.config
+        await service.gate.renew()
         if name not in service.gate.table.adapters:
             raise HttpError(404, f"no adapter is named '{name[:100]}'", param="name", code="model_not_found")
         if name in (config.default_model, config.proposer_adapter):

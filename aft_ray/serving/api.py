@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
@@ -105,7 +106,13 @@ def model_routes(service: Service) -> APIRouter:
         }  # fmt: skip
 
     async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
-        call = call_of(body, service.settings)
+        try:
+            call = call_of(body, service.settings)
+        except HttpError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            await service.gate.renew()  # another ingress replica may have been given this name a moment ago
+            call = call_of(body, service.settings)
         check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         reply = Reply(

@@ -12,6 +12,7 @@ comes back from the gates: each greets the new actor with its open requests and 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 import uuid
@@ -86,7 +87,7 @@ class ActorAsk:
             try:
                 actor = self._actor or await self._meet()
                 async with asyncio.timeout(CALL_S):
-                    return await getattr(actor, method).remote(*args, **kwargs)
+                    return await _call(actor, method, *args, **kwargs)
             except (RayActorError, TimeoutError, ValueError) as error:  # ValueError: no actor of that name yet
                 self._actor = None
                 if time.monotonic() > give_up:
@@ -109,6 +110,18 @@ class ActorAsk:
                 await self.greet(actor)
         self._actor = actor
         return actor
+
+
+def _call(actor: Any, method: str, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    """Call the actor as nobody's child: Ray cancels a request's actor calls with it when its client goes away.
+
+    A cancelled call must not happen here: `release` has to arrive, and an ordered actor waits for ever for the sequence
+    number of a call that was cancelled before it was sent, deaf to every later one of the same process
+    (ray-project/ray#66020 is of this kind). Ray knows the parent by a context variable, so the call has a context of
+    its own.
+    """
+    answer: Awaitable[Any] = contextvars.Context().run(lambda: getattr(actor, method).remote(*args, **kwargs))
+    return answer
 
 
 class Gate:
@@ -177,7 +190,7 @@ class Gate:
         self.table = await self.ask("renew", *self._what_is_open())
 
     async def _greet(self, actor: Any) -> None:
-        self.table = await actor.renew.remote(*self._what_is_open())
+        self.table = await _call(actor, "renew", *self._what_is_open())
 
     def _what_is_open(self) -> tuple[str, list[Ticket], set[str], Table]:
         return self._ingress, list(self._open.values()), set(self._asking), self.table

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -167,6 +169,25 @@ def test_a_client_that_goes_away_ends_every_sub_call_in_the_engine(
     wait_for(lambda: num_samples_running() == 0, timeout_s=10)
     seconds = [asyncio.run(ask_and_leave()) for _ in range(3)]  # left alone each takes five seconds
     assert min(seconds) < 1, seconds  # a busy machine may delay any one
+
+
+def test_clients_that_go_away_at_any_moment_leave_a_server_that_answers(base_url: str) -> None:
+    """Going away must not cancel what the ingress replica has to tell the actor that keeps the limits."""
+
+    rng = random.Random(0)
+
+    async def ask_and_leave(http: httpx.AsyncClient) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0, 0.4)):
+                await http.post(f"{base_url}/v1/chat/completions", json=BODY | {"stream": rng.random() < 0.5})
+
+    async def leave_and_ask() -> None:
+        async with httpx.AsyncClient(timeout=60) as http:
+            for _ in range(30):
+                await asyncio.gather(*(ask_and_leave(http) for _ in range(8)))
+                assert (await http.post(f"{base_url}/v1/chat/completions", json=BODY)).status_code == 200
+
+    asyncio.run(leave_and_ask())
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:

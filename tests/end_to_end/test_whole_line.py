@@ -144,10 +144,11 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
     shape = yaml.safe_load((ROOT / "serve_configs" / "quickstart.yaml").read_text())
     port = shape["http_options"]["port"] = free_port()
     (tmp_path / "shape.yaml").write_text(yaml.safe_dump(shape))
-    server = subprocess.Popen(["serve", "run", str(tmp_path / "shape.yaml")], env=cluster, cwd=ROOT)
+    command = ["serve", "run", str(tmp_path / "shape.yaml")]
+    server = subprocess.Popen(command, env=cluster, cwd=ROOT, preexec_fn=heed_interrupts)
     try:
         body = {"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 8}
-        end = time.monotonic() + 200
+        end = time.monotonic() + 400
         while (answer := post(port, body)) is None and time.monotonic() < end:
             time.sleep(1)
         assert answer is not None
@@ -156,6 +157,11 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(90) == 0
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def post(port: int, body: dict[str, Any]) -> dict[str, Any] | None:

@@ -144,8 +144,9 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
     shape = yaml.safe_load((ROOT / "serve_configs" / "quickstart.yaml").read_text())
     port = shape["http_options"]["port"] = free_port()
     (tmp_path / "shape.yaml").write_text(yaml.safe_dump(shape))
-    command = ["serve", "run", str(tmp_path / "shape.yaml")]
-    server = subprocess.Popen(command, env=cluster, cwd=ROOT, preexec_fn=heed_interrupts)
+    # what a shell starts in the background ignores SIGINT, and so does all that it starts
+    command = ["env", "--default-signal=INT", "serve", "run", str(tmp_path / "shape.yaml")]
+    server = subprocess.Popen(command, env=cluster, cwd=ROOT)
     try:
         body = {"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 8}
         end = time.monotonic() + 400
@@ -157,11 +158,6 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(90) == 0
-
-
-def heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def post(port: int, body: dict[str, Any]) -> dict[str, Any] | None:

@@ -87,14 +87,27 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
     with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
         trainer = build_trainer(plan, task, scratch, [sums, steps])
         check_first_batch(trainer, plan.model)
-        if checkpoint is None:
-            trainer.train()
-        else:
-            with checkpoint.as_directory() as folder:
-                trainer.train(resume_from_checkpoint=folder)
+        try:
+            if checkpoint is None:
+                trainer.train()
+            else:
+                with checkpoint.as_directory() as folder:
+                    trainer.train(resume_from_checkpoint=folder)
+        finally:
+            close_trackers(plan.config)
         summary = summarize(task, trainer.args.world_size, since, steps)
         finish(plan, task, trainer, sums, steps.first_step, summary)
     return summary
+
+
+def close_trackers(config: TrainingConfig) -> None:
+    """End this variant's wandb run. Its callback leaves that to the end of the process, which Ray does not wait for,
+    and the next variant would go on in the same run.
+    """
+    if "wandb" in config.report_to:
+        import wandb
+
+        wandb.finish()
 
 
 def check_first_batch(trainer: Any, model: str) -> None:

@@ -7,6 +7,7 @@ starting one takes longer than a training of this size.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -25,7 +26,7 @@ from aft_ray.training import TrainSummary
 from aft_ray.training.examples import batch_order, rows_to_train
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.packing import check_packing, fullest_row
-from aft_ray.training.run import _worker_environment, plan_training
+from aft_ray.training.run import TRACKERS, _worker_environment, plan_training
 from aft_ray.training.target_head import TargetHead
 from aft_ray.training.worker import WorkerPlan, run_worker
 from tests.kills import kill_a_train_worker, when
@@ -33,6 +34,7 @@ from tests.kills import kill_a_train_worker, when
 SEED = 7
 NUM_EPOCHS = 4
 PACK_LENGTH = 128
+INSTALLED = tuple(t for t, packages in TRACKERS.items() if any(map(importlib.util.find_spec, packages)))
 BASE = TrainingConfig(
     num_workers=2,
     batch_size_per_worker=4,
@@ -57,6 +59,7 @@ MODES: dict[str, dict[str, Any]] = {
     "second-round-zero3-bf16": {"init_adapter": "first-round", "deepspeed": "zero3", "bf16": True},
     "zero2-offload": {"deepspeed": "zero2_offload"},
     "zero3-offload": {"deepspeed": "zero3_offload"},
+    "tracked": {"report_to": INSTALLED},
     "zero3-killed": {"deepspeed": "zero3", "save_steps": 2},
 }
 DIVERGING = {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0}
@@ -99,6 +102,13 @@ def modes(
             template_hashes={"aggregator": "h"},
         )
 
+    trackers = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"file://{folder}/mlruns",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
+
     def train_all(loop: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {name: run_worker({"plan": plan}) for name, plan in loop["plans"].items()}
 
@@ -111,7 +121,7 @@ def modes(
             storage_path=str(folder),
             name="all",
             failure_config=FailureConfig(max_failures=1),
-            worker_runtime_env={"env_vars": _worker_environment(BASE)},
+            worker_runtime_env={"env_vars": _worker_environment(BASE) | trackers},
         ),
     )
     kept = folder / "all" / "checkpoint_manager_snapshot.json"
@@ -215,6 +225,22 @@ def test_a_worker_killed_under_zero3_changes_nothing(modes: dict[str, Mode]) -> 
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert (tensor - adapters[1][name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_is_told_of_every_step(tracker: str, modes: dict[str, Mode]) -> None:
+    if tracker not in INSTALLED:
+        pytest.skip(f"{tracker} is not installed")
+    num_steps, folder = modes["tracked"].summary.num_steps, modes["tracked"].folder
+    if tracker == "tensorboard":
+        [file] = (folder / "tensorboard").rglob("events.out.*")
+        assert file.read_bytes().count(b"train/loss") == num_steps
+    elif tracker == "wandb":
+        [file] = (folder.parents[2] / "wandb").glob("offline-run-*/*.wandb")
+        assert file.read_bytes().count(b"train/loss") >= num_steps
+    else:
+        [file] = (folder.parents[2] / "mlruns").rglob("metrics/loss")
+        assert len(file.read_text().splitlines()) == num_steps
 
 
 def test_packing_makes_fewer_rows_of_the_same_tokens(modes: dict[str, Mode], training_set: Path) -> None:

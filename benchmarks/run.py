@@ -1,7 +1,7 @@
 """All benchmarks, as tables of ratios:  make bench      (about an hour on 2 cores)
 
     python benchmarks/run.py [proposals_stage] [propose_aggregate] [scale] [nodes] [resume] [serving]
-                             [training_speed] [training_modes] [training_memory] [training_kill]
+                             [serving_saturation] [training_speed] [training_modes] [training_memory] [training_kill]
 
 Each benchmark is a process of its own and prints one table; a ratio compares two ways of doing the same token work in
 the same run on the same machine, since absolute times on shared machines mean little.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("proposals_stage", "propose_aggregate", "scale", "nodes", "resume", "serving")
+NAMES = ("proposals_stage", "propose_aggregate", "scale", "nodes", "resume", "serving", "serving_saturation")
 NAMES += ("training_speed", "training_modes", "training_memory", "training_kill")
 
 

@@ -1,6 +1,6 @@
 """What the endpoint costs over the engines behind it: latency, critical path, ceiling, and where the drafts should go.
 
-    python benchmarks/serving.py [--parts added path ceiling placement saturation] [--rounds 3]
+    python benchmarks/serving.py [--parts added path ceiling placement] [--rounds 3]
 
 added       one client, L=0, scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
             p50, p99); and what Serve alone takes: an app of two deployments that does nothing, one streamed call
@@ -10,22 +10,16 @@ ceiling     64 clients, L=0, scripted engine that answers at once: requests/s wi
             --ingress 1 2 4 8
 placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: all four with one replica
             (prompt computed once) / two and two (twice, side by side), alone and with 6 clients
-saturation  24 clients, L=0, SmolLM2 on one vLLM engine, 64 tokens each: tokens/s over those of `vllm serve` with the
-            same engine settings (goal >= 0.95). The servers run one after the other
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -41,15 +35,13 @@ from aft_ray.config import (
     ScriptedEngineConfig,
     ServingConfig,
     TransformersEngineConfig,
-    VllmEngineConfig,
 )
 from aft_ray.engines import EngineEvent, GenerateRequest, Sample, Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference import Plan
 from aft_ray.inference.fan_in import Tell, fan_in
-from aft_ray.models import resolve_model
 from aft_ray.serving import serve_app, stop
-from aft_ray.serving.app import free_port, quiet_logs
+from aft_ray.serving.app import quiet_logs
 from aft_ray.serving.handle_engine import HandleEngine
 
 APP = "bench"
@@ -244,75 +236,10 @@ async def placement(rounds: int) -> None:
     stop(APP)
 
 
-async def saturation(rounds: int) -> None:
-    vllm = VllmEngineConfig(
-        model="smollm2-135m-instruct", dtype="bfloat16", max_model_len=1024, max_num_seqs=32, seeds=False,
-        max_lora_rank=0,
-    )  # fmt: skip
-    with vllm_serve(vllm) as url:
-        theirs = [await tokens_per_second(url, "vllm") for _ in range(rounds + 1)][1:]
-    url = serve_app(ServingConfig(engine=vllm, port=0, ingress=TINY, proposer=ReplicaConfig(num_cpus=1)), name=APP)
-    ours = [await tokens_per_second(url, "base@single") for _ in range(rounds + 1)][1:]
-    stop(APP)
-    print("tokens/s, `vllm serve`:", ", ".join(f"{rate:.1f}" for rate in theirs))
-    print("tokens/s, the endpoint:", ", ".join(f"{rate:.1f}" for rate in ours))
-    print(f"ratio of medians {statistics.median(ours) / statistics.median(theirs):.2f}  (goal >= 0.95)", flush=True)
-
-
-@contextlib.contextmanager
-def vllm_serve(config: VllmEngineConfig) -> Iterator[str]:
-    """vLLM's own server on the same cores and settings."""
-    port = free_port("127.0.0.1")
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    settings = {
-        "--model": resolve_model(config.model), "--served-model-name": "vllm", "--port": str(port),
-        "--dtype": config.dtype, "--max-model-len": str(config.max_model_len), "--block-size": "32",
-        "--max-num-seqs": str(config.max_num_seqs), "--host": "127.0.0.1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "WARNING"}
-    server = subprocess.Popen(
-        [*command, *(word for pair in settings.items() for word in pair)], env={**os.environ, **own},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health", timeout=5).is_success:
-                    break
-            if server.poll() is not None:
-                raise SystemExit(f"vllm serve ended with {server.returncode}")
-            time.sleep(1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-async def tokens_per_second(url: str, model: str, clients: int = 24) -> float:
-    """All clients ask once, each a question of its own."""
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-
-        async def once(number: int) -> int:
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": f"Write a long story about the number {number}."}],
-                "max_tokens": 64, "temperature": 0.7, "top_k": 50, "top_p": 1.0,
-            }  # fmt: skip
-            response = await client.post(CHAT, json=body)
-            response.raise_for_status()
-            return int(response.json()["usage"]["completion_tokens"])
-
-        began = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(once(number) for number in range(clients))))
-        return tokens / (time.perf_counter() - began)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"added": added, "path": path, "placement": placement, "saturation": saturation}
-    names = ("added", "path", "ceiling", "placement", "saturation")
+    parts = {"added": added, "path": path, "placement": placement}
+    names = ("added", "path", "ceiling", "placement")
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ingress", type=int, nargs="+", default=[1, 2])

@@ -274,12 +274,12 @@ def test_new_content_in_the_same_folder_is_a_new_version(server: Server) -> None
 def test_every_ingress_replica_knows_a_name_as_soon_as_one_has_moved_it(server: Server) -> None:
     headers = {"authorization": "Bearer ops"}
     for number in range(5):  # whichever replica each of these meets
-        body = {"name": "fresh", "path": str(server.adapter(f"fresh {number}"))}
+        body = {"name": "again", "path": str(server.adapter(f"fresh {number}"))}
         version = server.post(body, key="ops", path="/admin/adapters").json()["version"]
-        assert [server.post(BODY | {"model": "fresh"}).status_code for _ in range(3)] == [200] * 3
+        assert [server.post(BODY | {"model": "again"}).status_code for _ in range(3)] == [200] * 3
         assert server.post(body, key="ops", path="/admin/adapters").json()["version"] == version
-        assert httpx.delete(f"{server.url}/admin/adapters/fresh", headers=headers, timeout=60).status_code == 200
-        assert [server.post(BODY | {"model": "fresh"}).status_code for _ in range(3)] == [404] * 3
+        assert httpx.delete(f"{server.url}/admin/adapters/again", headers=headers, timeout=60).status_code == 200
+        assert [server.post(BODY | {"model": "again"}).status_code for _ in range(3)] == [404] * 3
 
 
 def test_an_adapter_that_appears_in_the_watched_folder_is_served_and_can_be_removed(server: Server) -> None:

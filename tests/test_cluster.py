@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.runs import read_manifest
+from aft_ray.shards import Processed
 from aft_ray.storage import Folder
 from tests.test_stages import Squarer, source
 
@@ -103,16 +105,22 @@ if __name__ == "__main__":
 
 
 class WhereItRuns(Squarer):
-    """Writes down the node and the GPUs that its worker was given."""
+    """Writes down the node and the GPUs that its worker was given; takes no row before two have done so."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(seconds=0.3)
+        super().__init__()
+        self.folder = folder
         import ray
 
         folder.mkdir(exist_ok=True)
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids()["GPU"]
         (folder / str(os.getpid())).write_text(json.dumps({"node": context.get_node_id(), "gpus": gpus}))
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        while len(list(self.folder.iterdir())) < 2:  # noqa: ASYNC110  # the other one is another process
+            await asyncio.sleep(0.1)
+        return await super().process(row)
 
 
 def run_driver(tmp_path: Path, code: str, result: str) -> dict[str, Any]:

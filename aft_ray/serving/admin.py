@@ -92,14 +92,17 @@ async def keep_watching(service: Service) -> None:
             is_settled, seen[name] = seen.get(name) == stamp, stamp
             if not is_settled or done.get(name) == stamp:
                 continue
-            done[name] = stamp
             try:
-                if await service.gate.ask("claim", (name, stamp)):  # every ingress replica looks, one takes it
+                if await service.gate.claim((name, stamp)):  # every ingress replica looks, one takes it
                     await install(service, name, place)
-            except (ConfigError, EngineError, HttpError) as error:
+            except HttpError as error:  # control does not answer now: the next look tries again
+                logger.error("the adapter %s is not served yet: %s", place, error)
+                continue
+            except (ConfigError, EngineError) as error:
                 logger.error("the adapter %s is not served: %s", place, error)
             except Exception as error:  # process boundary: this task must not end before its replica
                 logger.error("the adapter %s is not served: %s", place, type(error).__name__)
+            done[name] = stamp
         await asyncio.sleep(WATCH_S)
 
 

@@ -24,7 +24,7 @@ class Control:
         self._table = Table(
             adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()}
         )
-        self._claimed: set[tuple[Any, ...]] = set()
+        self._claimed: dict[tuple[Any, ...], str] = {}
 
     def admit(
         self, ingress: str, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]
@@ -63,11 +63,9 @@ class Control:
         )
         return self._table
 
-    def claim(self, what: tuple[Any, ...]) -> bool:
-        """True for the first who asks: what one ingress replica does for all of them."""
-        is_first = what not in self._claimed
-        self._claimed.add(what)
-        return is_first
+    def claim(self, ingress: str, what: tuple[Any, ...]) -> bool:
+        """True for the first ingress replica that asks, however often: an answer may be lost on its way."""
+        return self._claimed.setdefault(what, ingress) == ingress
 
     def status(self) -> dict[str, Any]:
         """What is open now: for the admin routes and for draining."""

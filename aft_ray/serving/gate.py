@@ -115,12 +115,11 @@ class ActorAsk:
 def _call(actor: Any, method: str, *args: Any, **kwargs: Any) -> Awaitable[Any]:
     """Call the actor as nobody's child: Ray cancels a request's actor calls with it when its client goes away.
 
-    A cancelled call must not happen here: `release` has to arrive, and an ordered actor waits for ever for the sequence
-    number of a call that was cancelled before it was sent, deaf to every later one of the same process
-    (ray-project/ray#66020 is of this kind). Ray knows the parent by a context variable, so the call has a context of
-    its own.
+    A cancelled call must not happen here: `release` has to arrive, and once one had been cancelled before it was sent,
+    the actor answered no later call of this process (Ray 2.60; ray-project/ray#66020 tells of cancelled calls in the
+    queue of an actor that keeps their order). Ray knows the parent by a context variable: the call gets none.
     """
-    answer: Awaitable[Any] = contextvars.Context().run(lambda: getattr(actor, method).remote(*args, **kwargs))
+    answer: Awaitable[Any] = contextvars.Context().run(getattr(actor, method).remote, *args, **kwargs)
     return answer
 
 
@@ -184,6 +183,10 @@ class Gate:
     async def change(self, **changes: Any) -> None:
         """Move names, drain: `Control.change`."""
         self.table = await self.ask("change", **changes)
+
+    async def claim(self, what: tuple[Any, ...]) -> bool:
+        """Whether this ingress replica is the one to do what one of them shall do for all."""
+        return bool(await self.ask("claim", self._ingress, what))
 
     async def renew(self) -> None:
         """Tell what is open, hear what is new."""

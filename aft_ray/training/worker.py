@@ -15,6 +15,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,27 +89,31 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
     with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
         trainer = build_trainer(plan, task, scratch, [sums, steps])
         check_first_batch(trainer, plan.model)
-        try:
+        with tracked(plan.config):
             if checkpoint is None:
                 trainer.train()
             else:
                 with checkpoint.as_directory() as folder:
                     trainer.train(resume_from_checkpoint=folder)
-        finally:
-            close_trackers(plan.config)
         summary = summarize(task, trainer.args.world_size, since, steps)
         finish(plan, task, trainer, sums, steps.first_step, summary)
     return summary
 
 
-def close_trackers(config: TrainingConfig) -> None:
-    """End this variant's wandb run. Its callback leaves that to the end of the process, which Ray does not wait for,
-    and the next variant would go on in the same run.
+@contextmanager
+def tracked(config: TrainingConfig) -> Iterator[None]:
+    """End this variant's wandb run with its training, as failed where it failed. The callback leaves that to the end of
+    the process, which Ray does not wait for, and the next variant would go on in the same run.
     """
-    if "wandb" in config.report_to:
-        import wandb
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if "wandb" in config.report_to:
+            import wandb
 
-        wandb.finish()
+            wandb.finish(exit_code)
 
 
 def check_first_batch(trainer: Any, model: str) -> None:

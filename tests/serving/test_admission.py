@@ -8,6 +8,7 @@ from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.admission import LOST_S, Admission, Refusal, Ticket, cost_of
+from aft_ray.serving.control import Control
 
 NONE = KeyLimits()
 
@@ -140,3 +141,10 @@ def test_retry_after_follows_how_long_requests_take(seconds: float) -> None:
     refusal = gate.admit("a", ticket("more"), NONE)
     assert refusal is not None
     assert refusal.retry_after_s == {0.5: 1, 30: 15, 4000: 60}[seconds]
+
+
+def test_what_one_ingress_replica_has_claimed_stays_its_own_however_often_it_asks() -> None:
+    """The answer to its first asking may have been lost."""
+    control = Control(AdmissionConfig(), {})
+    assert [control.claim(ingress, ("aft", 1)) for ingress in ("a", "b", "a", "b")] == [True, False, True, False]
+    assert control.claim("b", ("aft", 2))

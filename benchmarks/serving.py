@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--parts added path ceiling placement] [--rounds 3]
 
 added       one client, L=0, scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
-            p50, p99); and what Serve alone takes: an app of two deployments that does nothing, one streamed call
+            p50, p99); and the same of Serve alone: two deployments, one streamed call, the same 40 ms, nothing else
 path        one client, K=5, L=1, scripted: time over HTTP / critical path (32 + 32 tokens of 10 ms)
 ceiling     64 clients, L=0, scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. On two
             cores, which the clients share, 2 replicas cannot show their worth; on a larger machine give
@@ -47,6 +47,7 @@ from aft_ray.serving.handle_engine import HandleEngine
 APP = "bench"
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Name three rivers."}]
+NUM_TOKENS, SECONDS_PER_TOKEN = 8, 0.005
 TINY = ReplicaConfig(num_cpus=0.1, max_ongoing_requests=1000)
 
 
@@ -85,11 +86,13 @@ async def asked(client: httpx.AsyncClient, **aft: Any) -> None:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class NoEngine:
-    """Two items at once."""
+    """What an engine replica sends when nobody reads along: the first token and the answer."""
 
     async def items(self) -> AsyncGenerator[int, None]:
-        for number in range(2):
-            yield number
+        for number in range(NUM_TOKENS):
+            await asyncio.sleep(SECONDS_PER_TOKEN)
+            if number in (0, NUM_TOKENS - 1):
+                yield number
 
 
 NO_API = FastAPI()
@@ -109,7 +112,7 @@ class NoIngress:
 
 
 async def added(rounds: int) -> None:
-    engine = ScriptedEngineConfig(num_tokens=8, seconds_per_token=0.005)
+    engine = ScriptedEngineConfig(num_tokens=NUM_TOKENS, seconds_per_token=SECONDS_PER_TOKEN)
     url = served(engine)
     serve.run(NoIngress.bind(NoEngine.bind()), name="nothing", route_prefix="/nothing", logging_config=quiet_logs())
     print("added latency at L=0, ms      p50    p99     Serve alone, ms      p50    p99", flush=True)
@@ -120,7 +123,7 @@ async def added(rounds: int) -> None:
             nothing = await times(200, lambda: client.post("/nothing/", json={"messages": MESSAGES}))
             shares = (0.5, 0.99)
             rows = [1000 * (quantile(over, share) - quantile(alone, share)) for share in shares]
-            rows += [1000 * quantile(nothing, share) for share in shares]
+            rows += [1000 * (quantile(nothing, share) - quantile(alone, share)) for share in shares]
             print("{:>33.1f} {:>6.1f} {:>26.1f} {:>6.1f}".format(*rows), flush=True)
     serve.delete("nothing")
     stop(APP)

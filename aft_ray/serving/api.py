@@ -89,10 +89,11 @@ def open_routes(service: Service) -> APIRouter:
 def model_routes(service: Service) -> APIRouter:
     """The OpenAI API."""
 
-    def caller(request: Request) -> Caller:
+    async def caller(request: Request) -> Caller:  # a plain function would be run in a thread, at two milliseconds
         return caller_of(request.headers.get("authorization"), service)
 
-    dependencies = [Depends(caller)]
+    caller_given = Depends(caller)
+    dependencies = [caller_given]
     if service.keys.is_asked_for:  # for the OpenAPI document; it is `caller` that looks at the key
         dependencies.append(Security(HTTPBearer(auto_error=False)))
     router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
@@ -105,7 +106,9 @@ def model_routes(service: Service) -> APIRouter:
             "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
         }  # fmt: skip
 
-    async def answer(kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request) -> Response:
+    async def answer(
+        kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request, key: Caller
+    ) -> Response:
         try:
             call = call_of(body, service.settings)
         except HttpError as error:
@@ -122,7 +125,7 @@ def model_routes(service: Service) -> APIRouter:
             created=int(time.time()),
             request_id=request_id_of(request),
         )
-        opened = await service.open(call, caller(request), request_id_of(request), reply.id)
+        opened = await service.open(call, key, request_id_of(request), reply.id)
         if call.stream:
             return EventStream(streamed_reply(service, reply, opened, request_id_of(request)), opened)
         return JSONResponse(await whole_reply(service, reply, opened))
@@ -140,11 +143,11 @@ def model_routes(service: Service) -> APIRouter:
         return model_object(name)
 
     @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
-        return await answer("chat", body, request)
+    async def chat_completions(body: ChatBody, request: Request, key: Caller = caller_given) -> Response:
+        return await answer("chat", body, request, key)
 
     @router.post("/completions", response_model=None, responses=answers(TextCompletion))
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        return await answer("text", body, request)
+    async def completions(body: CompletionBody, request: Request, key: Caller = caller_given) -> Response:
+        return await answer("text", body, request, key)
 
     return router

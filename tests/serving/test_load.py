@@ -1,21 +1,41 @@
-"""Clients, killed replicas, and nothing left behind: the load script in its short form."""
+"""Clients, killed replicas, and nothing left behind: the load script in its short form, by each way through Serve."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from aft_ray.serving.app import free_port
+
 ROOT = Path(__file__).parents[2]
+WAYS = {
+    "proxy": {},
+    "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"},
+    "haproxy": {
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    },
+}
+"""What docs/serving.md (A faster way through Serve) names."""
 
 
-def test_every_request_ends_typed_and_in_time_while_replicas_are_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_request_ends_typed_and_in_time_while_replicas_are_killed(tmp_path: Path, way: str) -> None:
     """Five minutes and 200 clients are run by hand (RESULTS.md); this is the same for half a minute."""
     report = tmp_path / "report.json"
     settings = ["--minutes", "0.5", "--clients", "40", "--kill-every", "6", "--json", str(report)]
     command = [sys.executable, "benchmarks/serving_load.py", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    own = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port("127.0.0.1")) for name in ("METRICS", "STATS")}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **WAYS[way], **own}, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
     assert report.exists(), done.stderr[-2000:]
     numbers = json.loads(report.read_text())
     assert numbers["problems"] == [], numbers

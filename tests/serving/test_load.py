@@ -22,7 +22,7 @@ WAYS = {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     },
 }
-"""What docs/serving.md (A faster way through Serve) names."""
+"""What docs/operations.md (A faster way through Serve) names."""
 
 
 @pytest.mark.parametrize("way", WAYS if sys.platform == "linux" else ["proxy", "grpc"])

@@ -10,6 +10,9 @@ ceiling     64 clients, L=0, scripted engine that answers at once: requests/s wi
             --ingress 1 2 4 8
 placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: all four with one replica
             (prompt computed once) / two and two (twice, side by side), alone and with 6 clients
+
+With the variables of docs/operations.md (A faster way through Serve) set, that way is measured; with HAProxy also
+RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0, or each server takes half a minute to end.
 """
 
 from __future__ import annotations

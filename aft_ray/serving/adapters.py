@@ -22,6 +22,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 VERSIONS = ".versions"
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, time of change and size of an adapter's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def found_in(folder: Path) -> dict[str, Path]:
     }
 
 
-def stamp_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def stamp_of(folder: Path) -> Stamp:
     """Changes whenever the adapter's files do: cheap to look at, unlike their content."""
     files = [folder / name for name in (CONFIG, *WEIGHTS)]
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from aft_ray.errors import ConfigError, EngineError
-from aft_ray.serving.adapters import VERSIONS, Adapter, check_name, found_in, keep_version, stamp_of
+from aft_ray.serving.adapters import VERSIONS, Adapter, Stamp, check_name, found_in, keep_version, stamp_of
 from aft_ray.serving.caller import caller_of
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.openai_route import OpenAIRoute
@@ -84,26 +85,35 @@ async def keep_watching(service: Service) -> None:
     if service.config.adapters_dir is None:
         return
     folder = Path(service.config.adapters_dir)
-    seen: dict[str, Any] = {}
-    done: dict[str, Any] = {}
+    seen: dict[str, Stamp] = {}
     while True:
-        for name, place in (await asyncio.to_thread(found_in, folder)).items():
-            stamp = await asyncio.to_thread(stamp_of, place)
-            is_settled, seen[name] = seen.get(name) == stamp, stamp
-            if not is_settled or done.get(name) == stamp:
-                continue
-            try:
-                if await service.gate.claim((name, stamp)):  # every ingress replica looks, one takes it
-                    await install(service, name, place)
-            except HttpError as error:  # control does not answer now: the next look tries again
-                logger.error("the adapter %s is not served yet: %s", place, error)
-                continue
-            except (ConfigError, EngineError) as error:
-                logger.error("the adapter %s is not served: %s", place, error)
-            except Exception as error:  # process boundary: this task must not end before its replica
-                logger.error("the adapter %s is not served: %s", place, type(error).__name__)
-            done[name] = stamp
+        try:
+            if await service.gate.may_watch():
+                seen = await _take_changed(service, folder, seen)
+        except HttpError as error:  # control does not answer now: the next look tries again
+            logger.error("the adapters in %s are not looked at: %s", folder, error)
+        except Exception as error:  # process boundary: this task must not end before its replica
+            logger.error("the adapters in %s are not looked at: %s", folder, type(error).__name__)
         await asyncio.sleep(WATCH_S)
+
+
+async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """One look: install what has not changed since it was `seen` and is not taken yet. Returns what is there now."""
+    places = await asyncio.to_thread(found_in, folder)
+    now = {name: await asyncio.to_thread(stamp_of, place) for name, place in places.items()}
+    for name, stamp in now.items():
+        if seen.get(name) != stamp or service.gate.table.taken.get(name) == stamp:
+            continue
+        try:
+            await install(service, name, places[name])
+        except HttpError:
+            raise
+        except (ConfigError, EngineError) as error:
+            logger.error("the adapter %s is not served: %s", places[name], error)
+        except Exception as error:  # process boundary: the other adapters must not wait for this one
+            logger.error("the adapter %s is not served: %s", places[name], type(error).__name__)
+        await service.gate.change(taken={name: stamp})
+    return now
 
 
 def admin_routes(service: Service) -> APIRouter:

@@ -75,9 +75,8 @@ class Admission:
 
     def admit(self, ingress: str, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
         """Let it in, or say why not. Asked twice for the same ticket it counts once."""
-        self._forget_the_lost()
+        self.hear(ingress)
         mine = self._open.setdefault(ingress, {})
-        self._heard[ingress] = self.clock()
         if ticket.id in mine:
             return None
         refusal = self._refusal(ticket, limits)
@@ -107,8 +106,17 @@ class Admission:
             **{number: known[number] for number in asking if number in known},
             **{ticket.id: known.get(ticket.id, (ticket, now)) for ticket in tickets},
         }
-        self._heard[ingress] = now
+        self.hear(ingress)
+
+    def hear(self, ingress: str) -> None:
+        """An ingress replica lives: it has just said something."""
+        self._heard[ingress] = self.clock()
         self._forget_the_lost()
+
+    def is_lost(self, ingress: str) -> bool:
+        """Whether it has said nothing for `LOST_S` (or never did)."""
+        self._forget_the_lost()
+        return ingress not in self._heard
 
     def _refusal(self, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
         everyone = self.tickets

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from aft_ray.config import AdmissionConfig, KeyLimits
-from aft_ray.serving.adapters import Adapter
+from aft_ray.serving.adapters import Adapter, Stamp
 from aft_ray.serving.admission import Admission, Refusal, Ticket
 from aft_ray.serving.gate import Admitted, Table
 
@@ -24,7 +24,7 @@ class Control:
         self._table = Table(
             adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()}
         )
-        self._claimed: dict[tuple[Any, ...], str] = {}
+        self._watcher: str | None = None
 
     def admit(
         self, ingress: str, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]
@@ -53,19 +53,31 @@ class Control:
             self._table = table
         return self._table
 
-    def change(self, *, move: Mapping[str, Adapter | None] | None = None, drain: bool | None = None) -> Table:
-        """Move names to adapters (None: away), or begin or end draining. One step for every ingress replica."""
+    def change(
+        self,
+        *,
+        move: Mapping[str, Adapter | None] | None = None,
+        taken: Mapping[str, Stamp] | None = None,
+        drain: bool | None = None,
+    ) -> Table:
+        """Move names to adapters (None: away), note which of the watched folder are done with, or begin or end
+        draining. One step for every ingress replica.
+        """
         adapters = {**self._table.adapters, **(move or {})}
         self._table = Table(
             version=max(self._table.version + 1, time.time_ns()),  # an actor that starts anew counts on
             adapters={name: adapter for name, adapter in adapters.items() if adapter is not None},
+            taken={**self._table.taken, **(taken or {})},
             draining=self._table.draining if drain is None else drain,
         )
         return self._table
 
-    def claim(self, ingress: str, what: tuple[Any, ...]) -> bool:
-        """True for the first ingress replica that asks, however often: an answer may be lost on its way."""
-        return self._claimed.setdefault(what, ingress) == ingress
+    def may_watch(self, ingress: str) -> bool:
+        """True for one ingress replica at a time, however often it asks: the first, until it is lost."""
+        self._admission.hear(ingress)
+        if self._watcher is None or self._admission.is_lost(self._watcher):
+            self._watcher = ingress
+        return self._watcher == ingress
 
     def status(self) -> dict[str, Any]:
         """What is open now: for the admin routes and for draining."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aft_ray.config import KeyLimits, ServingConfig
-from aft_ray.serving.adapters import Adapter
+from aft_ray.serving.adapters import Adapter, Stamp
 from aft_ray.serving.admission import Ticket
 from aft_ray.serving.http_errors import HttpError
 
@@ -44,6 +44,8 @@ class Table:
     version: int = 0
     """Grows with every change: of two tables the one with the larger version is the newer."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    taken: Mapping[str, Stamp] = field(default_factory=dict)
+    """By name, the adapters of the watched folder that are done with: served, or found to be impossible to serve."""
     draining: bool = False
     """No request is let in any more."""
 
@@ -181,12 +183,12 @@ class Gate:
             return
 
     async def change(self, **changes: Any) -> None:
-        """Move names, drain: `Control.change`."""
+        """Move names, note what is taken, drain: `Control.change`."""
         self.table = await self.ask("change", **changes)
 
-    async def claim(self, what: tuple[Any, ...]) -> bool:
-        """Whether this ingress replica is the one to do what one of them shall do for all."""
-        return bool(await self.ask("claim", self._ingress, what))
+    async def may_watch(self) -> bool:
+        """Whether this ingress replica is the one that looks at the watched folder, for all of them."""
+        return bool(await self.ask("may_watch", self._ingress))
 
     async def renew(self) -> None:
         """Tell what is open, hear what is new."""

@@ -143,8 +143,7 @@ def test_retry_after_follows_how_long_requests_take(seconds: float) -> None:
     assert refusal.retry_after_s == {0.5: 1, 30: 15, 4000: 60}[seconds]
 
 
-def test_what_one_ingress_replica_has_claimed_stays_its_own_however_often_it_asks() -> None:
+def test_one_ingress_replica_watches_however_often_all_ask() -> None:
     """The answer to its first asking may have been lost."""
     control = Control(AdmissionConfig(), {})
-    assert [control.claim(ingress, ("aft", 1)) for ingress in ("a", "b", "a", "b")] == [True, False, True, False]
-    assert control.claim("b", ("aft", 2))
+    assert [control.may_watch(ingress) for ingress in ("a", "b", "a", "b")] == [True, False, True, False]

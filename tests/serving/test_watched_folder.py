@@ -1,0 +1,150 @@
+"""The watched folder over several ingress replicas on one control: whoever of them dies, an adapter is served once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aft_ray.config import AdmissionConfig, ScriptedEngineConfig
+from aft_ray.engines.base import EngineEvent, GenerateRequest
+from aft_ray.engines.scripted import ScriptedEngine
+from aft_ray.serving import admin, admission, gate
+from aft_ray.serving.adapters import VERSIONS, version_of
+from aft_ray.serving.control import Control
+from aft_ray.serving.gate import Gate, local_ask
+from aft_ray.serving.service import Service
+from tests.serving.test_ingress import service_over
+
+
+class HangingEngine(ScriptedEngine):
+    """Answers nothing."""
+
+    was_asked = False
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        self.was_asked = True
+        await asyncio.Event().wait()
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "WATCH_S", 0.02)
+    monkeypatch.setattr(gate, "RENEW_S", 0.02)
+    monkeypatch.setattr(admission, "LOST_S", 0.3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "watched"
+
+
+def put(folder: Path, name: str = "aft", weights: str = "some") -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "adapter_config.json").write_text("{}")
+    (folder / name / "adapter_model.safetensors").write_text(weights)
+
+
+def replica(control: Control, folder: Path, engine: ScriptedEngine | None = None) -> Service:
+    service = service_over(engine or ScriptedEngine(ScriptedEngineConfig()), adapters_dir=str(folder))
+    return dataclasses.replace(service, gate=Gate(local_ask(control), service.config))
+
+
+@contextmanager
+def living(service: Service) -> Iterator[None]:
+    """Its background tasks, until it dies."""
+    tasks = [asyncio.create_task(service.gate.keep_renewing()), asyncio.create_task(admin.keep_watching(service))]
+    yield
+    for task in tasks:
+        task.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def names(service: Service) -> set[str]:
+    return set(service.gate.table.adapters)
+
+
+def test_an_adapter_whose_installer_dies_is_installed_by_another(folder: Path) -> None:
+    async def run() -> None:
+        control = Control(AdmissionConfig(), {})
+        engine = HangingEngine(ScriptedEngineConfig())
+        first, second = replica(control, folder, engine), replica(control, folder)
+        with living(second):
+            with living(first):
+                assert await first.gate.may_watch()
+                put(folder)
+                await until(lambda: engine.was_asked)
+                await asyncio.sleep(2 * admission.LOST_S)
+                assert names(second) == set()
+            await until(lambda: names(second) == {"aft"})
+
+    asyncio.run(run())
+
+
+def test_a_name_that_was_removed_stays_so_whoever_watches_next(folder: Path) -> None:
+    async def run() -> None:
+        control = Control(AdmissionConfig(), {})
+        first, second = replica(control, folder), replica(control, folder)
+        with living(second):
+            with living(first):
+                put(folder)
+                await until(lambda: names(second) == {"aft"} and "aft" in second.gate.table.taken)
+                await first.gate.change(move={"aft": None})
+            put(folder, "next")
+            await until(lambda: names(second) == {"next"})
+
+    asyncio.run(run())
+
+
+def test_a_new_control_hears_what_has_been_taken(folder: Path) -> None:
+    async def run() -> None:
+        first = replica(Control(AdmissionConfig(), {}), folder)
+        with living(first):
+            put(folder)
+            await until(lambda: "aft" in first.gate.table.taken)
+            await first.gate.change(move={"aft": None})
+            first.gate.ask = local_ask(Control(AdmissionConfig(), {}))
+            put(folder, "next")
+            await until(lambda: names(first) == {"next"})
+
+    asyncio.run(run())
+
+
+def test_what_cannot_be_served_is_told_once_and_holds_up_no_other(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin.logger, "propagate", True)
+
+    broken: list[str | None] = []
+
+    class Refusing(ScriptedEngine):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+            if request.adapter in broken:
+                raise ZeroDivisionError
+            async for event in super().generate(request):
+                yield event
+
+    async def run() -> None:
+        service = replica(Control(AdmissionConfig(), {}), folder, Refusing(ScriptedEngineConfig()))
+        with living(service):
+            put(folder, "bad", "bad weights")
+            broken.append(str(folder / VERSIONS / version_of(folder / "bad")))
+            put(folder, "good")
+            await until(lambda: set(service.gate.table.taken) == {"bad", "good"})
+            await asyncio.sleep(0.3)
+            assert names(service) == {"good"}
+            assert caplog.text.count("is not served") == 1
+            put(folder, "bad", "mended weights")
+            await until(lambda: names(service) == {"bad", "good"})
+
+    asyncio.run(run())

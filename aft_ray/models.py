@@ -60,6 +60,23 @@ def resolve_model(reference: str) -> str:
     return reference
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices (on x86 with AVX-512).
+
+    Elsewhere torch does it number by number: with AVX2 alone, SmolLM2-135M generates 30 and trains 14 times slower than
+    in float32.
+    """
+    import torch
+
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
+    return bool(probe is not None and probe())
+
+
+def dtype_to_load(stated: str, device: str) -> str:
+    """What `auto` means on `device` ("cpu", "cuda"): as the model was saved, or float32 where that would crawl."""
+    return "float32" if stated == "auto" and device == "cpu" and not cpu_has_bfloat16() else stated
+
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 
 

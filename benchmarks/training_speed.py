@@ -35,7 +35,9 @@ def ours(training_set: Path, folder: Path) -> dict[str, float]:
 
     called_at = time.time()
     summary = train_adapter(
-        config=TrainingConfig(cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=BATCH_SIZE),
+        config=TrainingConfig(
+            cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=BATCH_SIZE, bf16=True
+        ),
         model=resolve_model(MODEL),
         training_set=training_set,
         variant="aft",

@@ -31,6 +31,7 @@ class VllmEngineConfig(_Engine):
     max_model_len: int | None = Field(default=None, ge=16)
     """Window in tokens, prompt + answer. None: the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: as the model was saved; float32 on a CPU that cannot multiply in bfloat16."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
@@ -56,6 +57,7 @@ class TransformersEngineConfig(_Engine):
     model: str
     max_model_len: int | None = Field(default=None, ge=16)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: as the model was saved; float32 on a CPU that cannot multiply in bfloat16."""
     max_batch_size: int = Field(default=32, ge=1)
     """Samples generated together."""
     trust_remote_code: bool = False

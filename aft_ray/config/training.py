@@ -61,7 +61,8 @@ class TrainingConfig(Strict):
     num_eval_answers: int = Field(default=2, ge=0)
     """Of these, how many are answered (greedily), to be read in held_out.jsonl."""
     save_steps: int = Field(default=200, ge=1)
-    bf16: bool = True
+    bf16: bool | None = None
+    """Compute in bfloat16. None: where the workers' processors multiply in it, else in float32."""
     gradient_checkpointing: bool = False
     max_failures: int = Field(default=2, ge=0)
     """Times Ray Train restarts the workers from the last checkpoint after a failure. Preempted nodes do not count."""
@@ -85,7 +86,7 @@ class TrainingConfig(Strict):
                 self.method == "lora" and any("lm_head" in target for target in targets)
             ),
             "attention flash_attention_2 needs a GPU and bf16: set gpus_per_worker and bf16, or attention: auto": (
-                self.attention == "flash_attention_2" and not (self.gpus_per_worker and self.bf16)
+                self.attention == "flash_attention_2" and not (self.gpus_per_worker and self.bf16 is not False)
             ),
             "init_adapter starts from a LoRA: with method full start from a merged model (aft-ray export --merged)": (
                 self.init_adapter is not None and self.method == "full"

@@ -22,7 +22,7 @@ from typing import Any
 
 from aft_ray.data.scorers import Row, Score, Scorer, Scores
 from aft_ray.errors import ConfigError
-from aft_ray.models import resolve_model
+from aft_ray.models import dtype_to_load, resolve_model
 from aft_ray.records import Message
 from aft_ray.templates.control import ControlTokens
 
@@ -44,7 +44,7 @@ class RewardModel(Scorer):
         path = resolve_model(reference)
         self.reference = reference
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = _load_classifier(path, reference).to(self.device).eval()
+        self.model = _load_classifier(path, reference, self.device)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.control = ControlTokens.of(self.tokenizer, self.tokenizer.chat_template)
         self.pad_id = _padding_id(self.tokenizer)
@@ -132,13 +132,17 @@ def _batches(items: Iterable[int], size: int) -> Iterator[list[int]]:
         yield part
 
 
-def _load_classifier(path: str, reference: str) -> Any:
+def _load_classifier(path: str, reference: str, device: str) -> Any:
     """The classifier with its one logit; ConfigError when the checkpoint has another head, or none."""
     from transformers import AutoModelForSequenceClassification
 
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            num_labels=1,
+            dtype=dtype_to_load("auto", device),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"scores.reward_model {reference}: cannot be loaded: {error}") from None
@@ -148,7 +152,7 @@ def _load_classifier(path: str, reference: str) -> Any:
             f"scores.reward_model {reference}: not in the checkpoint, or of another shape: {', '.join(missing[:4])}. "
             "Expected a sequence-classification model with one label"
         )
-    return model
+    return model.to(device).eval()
 
 
 def _padding_id(tokenizer: Any) -> int | None:

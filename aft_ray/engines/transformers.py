@@ -18,7 +18,7 @@ from typing import Any
 from aft_ray.config import TransformersEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
 from aft_ray.errors import EngineError
-from aft_ray.models import resolve_model
+from aft_ray.models import dtype_to_load, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,9 @@ class TransformersEngine:
         self.config = config
         self.model_path = resolve_model(config.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             self.model_path,
-            dtype=dtype,
+            dtype=dtype_to_load(config.dtype, self.device),
             trust_remote_code=config.trust_remote_code,
             device_map=self.device,
             # torch's fused attention decodes long contexts on a CPU at a quarter of the plain one's speed

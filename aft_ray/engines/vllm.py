@@ -24,7 +24,7 @@ from aft_ray.config import VllmEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.engines.watchdog import children, watch_over
 from aft_ray.errors import EngineError, InputError
-from aft_ray.models import resolve_model
+from aft_ray.models import dtype_to_load, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _start(config: VllmEngineConfig, model: str, on_cpu: bool) -> Any:
     settings: dict[str, Any] = {
         "model": model,
         "max_model_len": config.max_model_len,
-        "dtype": config.dtype,
+        "dtype": dtype_to_load(config.dtype, "cpu" if on_cpu else "cuda"),
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code,

@@ -13,6 +13,7 @@ import torch
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import ConfigError
+from aft_ray.models import cpu_has_bfloat16
 
 
 def load_base(config: TrainingConfig, model: str, device_map: Any = None) -> Any:
@@ -69,6 +70,13 @@ def load_trained(config: TrainingConfig, model: str, folder: Path) -> Any:
     return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
 
 
+def is_bf16(config: TrainingConfig) -> bool:
+    """Whether this worker computes in bfloat16."""
+    if config.bf16 is not None:
+        return config.bf16
+    return torch.cuda.is_bf16_supported(including_emulation=False) if config.gpus_per_worker else cpu_has_bfloat16()
+
+
 def dtype_name(config: TrainingConfig) -> str:
     """The dtype that weights are loaded in.
 
@@ -76,7 +84,7 @@ def dtype_name(config: TrainingConfig) -> str:
     plain data parallelism trains on what is loaded.
     """
     needs_own_precision = config.method == "full" and config.deepspeed == "none"
-    return "bfloat16" if config.bf16 and not needs_own_precision else "float32"
+    return "bfloat16" if is_bf16(config) and not needs_own_precision else "float32"
 
 
 def attention_of(config: TrainingConfig) -> str:
@@ -84,7 +92,7 @@ def attention_of(config: TrainingConfig) -> str:
     if config.attention != "auto":
         return config.attention
     has_flash = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash and config.gpus_per_worker and config.bf16 else "sdpa"
+    return "flash_attention_2" if has_flash and config.gpus_per_worker and is_bf16(config) else "sdpa"
 
 
 def quantization_of(config: TrainingConfig) -> Any | None:
@@ -101,5 +109,5 @@ def quantization_of(config: TrainingConfig) -> Any | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if is_bf16(config) else torch.float32,
     )

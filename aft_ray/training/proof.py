@@ -15,7 +15,7 @@ import torch
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import TrainingFailed
-from aft_ray.training.loading import load_trained
+from aft_ray.training.loading import is_bf16, load_trained
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
@@ -108,7 +108,7 @@ def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Pa
     if not config.gpus_per_worker:
         trained = trained.to(ending.batch["input_ids"].device)
     found = batch_loss(trained, ending.batch)
-    computed_in = "bfloat16" if config.bf16 else "float32"  # whatever the weights are kept in
+    computed_in = "bfloat16" if is_bf16(config) else "float32"  # whatever the weights are kept in
     if not same_loss(found, ending.loss, computed_in):
         raise TrainingFailed(
             f"variant {task.variant}: what was saved, reloaded, has loss {found:.5f} on a batch where the trained "

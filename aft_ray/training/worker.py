@@ -172,6 +172,8 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
     """The settings as TRL's `SFTConfig`."""
     from trl import SFTConfig
 
+    from aft_ray.training.loading import is_bf16
+
     config = plan.config
     on_cpu = config.gpus_per_worker == 0
     if "tensorboard" in config.report_to:
@@ -185,7 +187,7 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         save_steps=config.save_steps,
-        bf16=config.bf16,
+        bf16=is_bf16(config),
         gradient_checkpointing=config.gradient_checkpointing,
         deepspeed=preset(config.deepspeed),
         use_cpu=on_cpu,

@@ -40,7 +40,7 @@ class Bench:
             # float32: in bfloat16 a batch of another size may round to other tokens, on some processors
             VllmEngineConfig(model=MODEL, max_model_len=512, dtype="float32", max_num_seqs=16, max_lora_rank=8)
             if kind == "vllm"
-            else TransformersEngineConfig(model=MODEL, max_model_len=512, dtype="bfloat16")
+            else TransformersEngineConfig(model=MODEL, max_model_len=512)
         )
         self.engine: Engine = self.run(self._build(config))
         self.format = ChatFormat.load(str(self.engine.info.tokenizer))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as `aft-ray` sets it for its own clusters
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail at once
 
 

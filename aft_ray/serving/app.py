@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from aft_ray.serving.handle_engine import HandleEngine
 
 APP_NAME = "aft_ray"
+PROXY_READY = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+"""Serve kills an HTTP server that is not ready after so long and starts another: its own five seconds are too few where
+the cores are busy. A cluster's processes take it from who starts the cluster."""
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -165,6 +169,7 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str 
     app = application(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized():
+        os.environ.setdefault(PROXY_READY, "30")
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     base_url = start_http(config.host, config.port) + route_prefix.rstrip("/")
     try:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +147,8 @@ def test_limits_outlive_the_actor_that_keeps_them(server: Server) -> None:
     named = ray.util.list_named_actors(all_namespaces=True)
     [control] = [actor for actor in named if "control" in actor["name"] and "guarded" in actor["name"]]
     ray.kill(ray.get_actor(control["name"], namespace=control["namespace"]))
-    responses = ask_together(server, 16, SLOW)
-    answered = {response.json()["id"] for response in responses if response.status_code == 200}
-    assert {response.status_code for response in responses} == {200, 429}
-    wait_for(lambda: answered <= {entry["id"] for entry in server.ledger()})
-    # The replicas may find the new actor seconds apart, so more than six may be let in, but no more than six at once.
-    mine = [entry for entry in server.ledger() if entry["id"] in answered]
-    ends = [datetime.fromisoformat(entry["time"]).timestamp() for entry in mine]
-    spans = [(end - entry["seconds"], end) for entry, end in zip(mine, ends, strict=True)]
-    assert max(sum(start <= begun < end for start, end in spans) for begun, _ in spans) == 6
+    statuses = [response.status_code for response in ask_together(server, 16, SLOW)]
+    assert sorted(statuses) == [200] * 6 + [429] * 10
     assert server.get("/admin/status")["num_requests"] == 0
 
 

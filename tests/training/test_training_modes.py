@@ -35,8 +35,6 @@ SEED = 7
 NUM_EPOCHS = 4
 PACK_LENGTH = 128
 INSTALLED = tuple(t for t, packages in TRACKERS.items() if any(map(importlib.util.find_spec, packages)))
-pytestmark = pytest.mark.timeout(1800)  # the first test waits until all ways are trained
-
 BASE = TrainingConfig(
     num_workers=2,
     batch_size_per_worker=4,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from aft_ray.config import Config
-from aft_ray.serving.app import PROXY_READY
+from aft_ray.serving.app import give_http_time_to_start
 
 
 class RaySession:
@@ -30,7 +30,7 @@ class RaySession:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Ray's C++ core prints what its own restarts already mend; a cluster that is joined keeps its own level.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault(PROXY_READY, "30")  # the evaluation serves
+        give_http_time_to_start()  # the evaluation serves
         import ray
 
         if ray.is_initialized():

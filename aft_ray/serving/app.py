@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from aft_ray.serving.handle_engine import HandleEngine
 
 APP_NAME = "aft_ray"
-PROXY_READY = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
-"""Serve kills an HTTP server that is not ready after so long and starts another: its own five seconds are too few where
-the cores are busy. A cluster's processes take it from who starts the cluster."""
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -169,7 +166,7 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str 
     app = application(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized():
-        os.environ.setdefault(PROXY_READY, "30")
+        give_http_time_to_start()
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     base_url = start_http(config.host, config.port) + route_prefix.rstrip("/")
     try:
@@ -221,6 +218,13 @@ def why_not_started(name: str) -> str:
         if deployment.status == "DEPLOY_FAILED" and deployment.message.strip()
     ]
     return "; ".join(lines)
+
+
+def give_http_time_to_start() -> None:
+    """Before a cluster is started, whose processes take it from here: Serve kills an HTTP server that is not ready after
+    so many seconds, and its own five are too few where the cores are busy.
+    """
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 
 
 def start_http(host: str, port: int) -> str:

@@ -221,8 +221,8 @@ def why_not_started(name: str) -> str:
 
 
 def give_http_time_to_start() -> None:
-    """Before a cluster is started, whose processes take it from here: Serve kills an HTTP server that is not ready after
-    so many seconds, and its own five are too few where the cores are busy.
+    """Before a cluster is started, whose processes take it from here: Serve kills an HTTP server that is not ready
+    after so many seconds, and its own five are too few where the cores are busy.
     """
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 

@@ -59,16 +59,21 @@ class Admitted:
 
 
 class Ask(Protocol):
-    """How a gate reaches its control: `await ask("status")`."""
+    """How a gate reaches its control: `await ask("status")`.
 
-    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any: ...
+    A call may wait for an actor that is being replaced: `state` gives its last arguments as they are when it leaves.
+    """
+
+    async def __call__(
+        self, method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any
+    ) -> Any: ...
 
 
 def local_ask(control: Control) -> Ask:
     """A control in this process: for one API without Serve."""
 
-    async def ask(method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(control, method)(*args, **kwargs)
+    async def ask(method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any) -> Any:
+        return getattr(control, method)(*args, *state(), **kwargs)
 
     return ask
 
@@ -81,7 +86,9 @@ class ActorAsk:
         self.greet: Callable[[Any], Awaitable[None]] | None = None
         """Told each actor that is met for the first time, before it is asked anything."""
 
-    async def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def __call__(
+        self, method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any
+    ) -> Any:
         from ray.exceptions import RayActorError
 
         give_up = time.monotonic() + PATIENCE_S
@@ -89,7 +96,7 @@ class ActorAsk:
             try:
                 actor = self._actor or await self._meet()
                 async with asyncio.timeout(CALL_S):
-                    return await _call(actor, method, *args, **kwargs)
+                    return await _call(actor, method, *args, *state(), **kwargs)
             except (RayActorError, TimeoutError, ValueError) as error:  # ValueError: no actor of that name yet
                 self._actor = None
                 if time.monotonic() > give_up:
@@ -191,8 +198,11 @@ class Gate:
         return bool(await self.ask("may_watch", self._ingress))
 
     async def renew(self) -> None:
-        """Tell what is open, hear what is new."""
-        self.table = await self.ask("renew", *self._what_is_open())
+        """Tell what is open, hear what is new.
+
+        What was open before a new actor was met would make it forget the requests that it has let in since.
+        """
+        self.table = await self.ask("renew", state=self._what_is_open)
 
     async def _greet(self, actor: Any) -> None:
         self.table = await _call(actor, "renew", *self._what_is_open())

@@ -121,7 +121,9 @@ def _make_shards(
 
 
 class _Watch:
-    """Copies the actors' counts into the progress line, from a thread, while the driver waits for shards."""
+    """Copies the actors' counts into the progress line, from a thread, while the driver waits for shards, and ends the
+    counter with them.
+    """
 
     def __init__(self, counter: Any, progress: Progress, already: int) -> None:
         self.counter, self.progress, self.already = counter, progress, already
@@ -146,8 +148,11 @@ class _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        import ray
+
         self.stop.set()
         self.thread.join()
+        ray.kill(self.counter)  # the data set holds it too, and would keep its process to the end of the run
 
 
 def _check_placement(stage: Stage) -> None:

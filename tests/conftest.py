@@ -5,25 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadGroupScheduling
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as `aft-ray` sets it for its own clusters
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a worker starves beside another test's own processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail at once
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadGroupScheduling:
-    """Who runs what: a group of tests, or a file of those without a group, stays on one worker."""
-
-    class ByGroupOrFile(LoadGroupScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return super()._split_scope(nodeid).split("::")[0]
-
-    return ByGroupOrFile(config, log)
 
 
 @pytest.fixture(scope="session")

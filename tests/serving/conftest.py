@@ -46,41 +46,26 @@ SPLIT = ServingConfig(
 )
 
 
-@pytest.fixture(scope="session")
-def served(ray_cluster: None) -> tuple[str, str]:
-    """Base URLs of the shared and the split application."""
+@pytest.fixture(scope="module")
+def served(ray_cluster: None) -> Iterator[tuple[str, str]]:
+    """Base URLs of the shared and the split application.
+
+    They end with the file that asks them: idle, they would take a third of two cores from all other tests.
+    """
     os.environ[KEYS_VARIABLE] = "key-one, key-two"
     shared = serve_app(SHARED, name="shared", route_prefix="/shared")
     split = serve_app(SPLIT, name="split", route_prefix="/split")
-    return shared, split
+    yield shared, split
+    stop("split")
+    stop("shared")
 
 
-def _asks(item: pytest.Item | None) -> bool:
-    """Whether a test asks these applications."""
-    return "served" in getattr(item, "fixturenames", ())
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that do come first and stay together."""
-    items.sort(key=_asks, reverse=True)
-    for item in filter(_asks, items):
-        item.add_marker(pytest.mark.xdist_group("served"))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The applications end with the last of them: idle, they would take half a core from all other tests."""
-    if _asks(item) and not _asks(nextitem):
-        stop("split")
-        stop("shared")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base_url(served: tuple[str, str]) -> str:
     return served[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def split_url(served: tuple[str, str]) -> str:
     return served[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import httpx
@@ -34,6 +35,16 @@ def test_a_question_gets_an_answer(client: openai.OpenAI) -> None:
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(client: openai.OpenAI) -> None:
     assert text_of(ask(client, seed=1)) == text_of(ask(client, seed=1))
     assert text_of(ask(client, seed=1)) != text_of(ask(client, seed=2))
+
+
+def test_the_stock_client_reads_n_choices_with_log_probabilities(client: openai.OpenAI) -> None:
+    completion = ask(client, n=2, logprobs=True, top_logprobs=1, seed=5)
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    for choice in completion.choices:
+        assert choice.logprobs is not None
+        tokens = choice.logprobs.content or []
+        assert "".join(token.token for token in tokens) == choice.message.content
+        assert all(math.isclose(token.logprob, token.top_logprobs[0].logprob) for token in tokens)
 
 
 def test_usage_sums_every_sub_call(client: openai.OpenAI) -> None:
@@ -183,6 +194,30 @@ def test_split_pools_draft_and_aggregate_with_their_own_models(split_url: str) -
     texts = [[draft["text"] for draft in layer] for layer in completion.aft["layers"]]
     by_aggregator = "written by the aggregator"
     assert texts == [["first draft", "second draft"], [by_aggregator, by_aggregator], [by_aggregator]]
+
+
+def test_a_vote_is_asked_for_in_the_body_and_told_in_the_usage(client: openai.OpenAI) -> None:
+    aft = {"num_proposals": 3, "aggregator": "vote", "include_proposals": True}
+    completion: Any = ask(client, aft=aft)
+    drafts, [answer] = completion.aft["layers"]
+    assert [layer["decided_by"] for layer in completion.usage.aft["layers"]] == ["model", "vote"]
+    assert text_of(completion) == answer["text"] == drafts[0]["text"]  # three different: a tie
+    assert answer["inputs"] == [0]
+    assert completion.usage.completion_tokens == 3 * 8
+
+
+def test_agreement_skips_layers_and_a_stream_brings_the_answer_in_one_piece(split_url: str) -> None:
+    with openai.OpenAI(base_url=f"{split_url}/v1", api_key="key-one", max_retries=0) as client:
+        aft: dict[str, Any] = {"num_proposals": 2, "num_layers": 3, "early_stop": "exact", "include_proposals": True}
+        completion: Any = ask(client, aft=aft)
+        stream = client.chat.completions.create(model="base", messages=USER, stream=True, extra_body={"aft": aft})
+        pieces = [
+            chunk.choices[0].delta.content for chunk in stream if chunk.choices and chunk.choices[0].delta.content
+        ]
+    assert [len(layer) for layer in completion.aft["layers"]] == [2, 2, 0, 1]
+    decided = [layer["decided_by"] for layer in completion.usage.aft["layers"]]
+    assert decided == ["model", "model", "agreement", "agreement"]
+    assert pieces == [text_of(completion)] == ["written by the aggregator"]
 
 
 @pytest.mark.parametrize("header", [{}, {"authorization": "Bearer key-three"}, {"authorization": "key-one"}])

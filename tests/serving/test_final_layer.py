@@ -4,14 +4,12 @@ and nowhere else, or refused by name."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from aft_ray.config import ScriptedEngineConfig
@@ -202,14 +200,3 @@ def test_a_seed_fixes_every_request_to_the_engine() -> None:
         post(service_over(scripted), seed=seed)
     seeds = [[request.seeds for request in scripted.requests] for scripted in (one, same, other)]
     assert seeds[0] == seeds[1] and seeds[0] != seeds[2]
-
-
-def test_the_stock_client_reads_n_choices_with_log_probabilities(client: openai.OpenAI) -> None:
-    user: Any = [{"role": "user", "content": "Name three rivers."}]
-    completion = client.chat.completions.create(model="base", messages=user, n=2, logprobs=True, top_logprobs=1, seed=5)
-    assert [choice.index for choice in completion.choices] == [0, 1]
-    for choice in completion.choices:
-        assert choice.logprobs is not None
-        tokens = choice.logprobs.content or []
-        assert "".join(token.token for token in tokens) == choice.message.content
-        assert all(math.isclose(token.logprob, token.top_logprobs[0].logprob) for token in tokens)

@@ -121,8 +121,8 @@ def _make_shards(
 
 
 class _Watch:
-    """Copies the actors' counts into the progress line, from a thread, while the driver waits for shards, and ends the
-    counter with them.
+    """Copies the actors' counts into the progress line, from a thread, while the driver waits for shards; then ends
+    their counter.
     """
 
     def __init__(self, counter: Any, progress: Progress, already: int) -> None:

@@ -24,14 +24,14 @@ import httpx
 import ray
 
 from aft_ray.config import ReplicaConfig, ServingConfig, VllmEngineConfig
-from aft_ray.models import resolve_model
+from aft_ray.models import dtype_to_load, resolve_model
 from aft_ray.serving import serve_app, stop
 from aft_ray.serving.app import free_port
 
 APP = "bench"
 NUM_CLIENTS, NUM_QUESTIONS, NUM_TOKENS = 24, 4, 64
 VLLM = VllmEngineConfig(
-    model="smollm2-135m-instruct", dtype="bfloat16", max_model_len=1024, max_num_seqs=32, seeds=False, max_lora_rank=0
+    model="smollm2-135m-instruct", max_model_len=1024, max_num_seqs=32, seeds=False, max_lora_rank=0
 )
 
 
@@ -51,7 +51,7 @@ def vllm_serve() -> Iterator[str]:
     port = free_port("127.0.0.1")
     settings = {
         "--model": resolve_model(VLLM.model), "--served-model-name": "vllm", "--port": str(port),
-        "--dtype": VLLM.dtype, "--max-model-len": str(VLLM.max_model_len), "--block-size": "32",
+        "--dtype": dtype_to_load(VLLM.dtype, "cpu"), "--max-model-len": str(VLLM.max_model_len), "--block-size": "32",
         "--max-num-seqs": str(VLLM.max_num_seqs), "--host": "127.0.0.1",
     }  # fmt: skip
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from aft_ray.models import let_waiting_threads_sleep
+
+let_waiting_threads_sleep()  # each of pytest's workers has tests that compute on all cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as `aft-ray` sets it for its own clusters
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a worker starves beside another test's own processes

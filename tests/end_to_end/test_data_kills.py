@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from aft_ray.data import DATA_STAGES
@@ -77,6 +78,7 @@ def kill(driver: subprocess.Popen[bytes], *, cluster_first: bool) -> None:
         process.kill()
 
 
+@pytest.mark.timeout(1000)  # a run and six more starts of one: 500 s beside another test that keeps the cores busy
 def test_killed_in_every_stage_the_run_ends_up_as_an_uninterrupted_one(tmp_path: Path, chatml_tokenizer: str) -> None:
     whole = config_of(tmp_path / "whole", chatml_tokenizer)
     assert start(whole).wait(timeout=300) == 0

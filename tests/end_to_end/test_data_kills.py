@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 import yaml
 
 from aft_ray.data import DATA_STAGES
@@ -74,11 +73,12 @@ def kill(driver: subprocess.Popen[bytes], *, cluster_first: bool) -> None:
             process.kill()
     driver.kill()
     driver.wait()
-    for process in psutil.wait_procs(started, timeout=60)[1]:  # Ray ends with its driver; leave nothing behind
+    for process in psutil.wait_procs(started, timeout=20)[
+        1
+    ]:  # Ray ends with its driver, but for its agents; leave nothing behind
         process.kill()
 
 
-@pytest.mark.timeout(1000)  # a run and six more starts of one: 500 s beside another test that keeps the cores busy
 def test_killed_in_every_stage_the_run_ends_up_as_an_uninterrupted_one(tmp_path: Path, chatml_tokenizer: str) -> None:
     whole = config_of(tmp_path / "whole", chatml_tokenizer)
     assert start(whole).wait(timeout=300) == 0

@@ -15,6 +15,9 @@ Each also inherits the built-in a caller would expect, takes one message, and is
 processes).
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class AftError(Exception):
     """Base of every error this package raises on purpose."""
@@ -68,3 +71,14 @@ class QuorumNotMet(AftError, RuntimeError):
 
 class DeadlineExceeded(AftError, TimeoutError):
     """The plan's deadline passed before the answer was done."""
+
+
+def nearest(name: object, known: Iterable[str], kind: str = "keys") -> str:
+    """The end of a message about an unknown name: the most similar known name, or all of them.
+
+    nearest("sed", ["dir", "seed"])    "did you mean 'seed'?"
+    nearest("poem", ["dir", "seed"])   "known keys: dir, seed"
+    """
+    names = list(known)
+    similar = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean '{similar[0]}'?" if similar else f"known {kind}: {', '.join(names)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
@@ -11,17 +10,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from aft_ray.engines.base import Sampling
+from aft_ray.errors import nearest
 from aft_ray.inference.plan import Plan
 
 
 def _refuse_unknown(value: Any, known: Iterable[str]) -> Any:
     if isinstance(value, Mapping):
-        names = list(known)
+        names = sorted(known)
         for key in value:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(names))}"
-                raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": str(key), "hint": hint})
+                context = {"key": str(key), "hint": nearest(key, names)}
+                raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", context)
     return value
 
 

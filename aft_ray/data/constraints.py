@@ -12,7 +12,6 @@ words are compared without it, and with typographic quotes read as plain ones.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aft_ray.errors import InputError
+from aft_ray.errors import InputError, nearest
 
 BULLET = re.compile(r"^\s*[-*•–]\s+\S")
 NUMBERED = re.compile(r"^\s*(\d+)[.)]\s+\S")
@@ -230,8 +229,7 @@ def parse(constraint: Any) -> Constraint:
         )
     name = constraint.get("type")
     if name not in CONSTRAINTS:
-        near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known types: {', '.join(CONSTRAINTS)}"
+        hint = nearest(name, CONSTRAINTS, kind="types")
         raise InputError(f"constraint {dict(constraint)}: unknown type {name!r}; {hint}")
     try:
         return CONSTRAINTS[name].model_validate(dict(constraint))

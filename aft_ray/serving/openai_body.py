@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from aft_ray.errors import nearest
 from aft_ray.inference.plan import FinalLayer
 from aft_ray.records import Message
 from aft_ray.serving.openai_schema import aft_schema
@@ -63,13 +63,6 @@ def _tell_refusals(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = False
 
 
-def hint(key: str, known: Iterable[str]) -> str:
-    """`did you mean 'num_layers'?`, or the known names when none is near."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
-
-
 def _check_text(value: Any) -> None:
     """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
     if isinstance(value, bytes):  # what FastAPI makes of a body of another type
@@ -111,7 +104,8 @@ class Body(BaseModel):
                 continue
             name = str(key)[:100]
             if key not in NOT_HONOURED:
-                context = {"param": name, "hint": hint(name, {*cls.model_fields, *HARMLESS})}
+                known = sorted({*cls.model_fields, *HARMLESS})
+                context = {"param": name, "hint": nearest(name, known, kind="parameters")}
                 raise PydanticCustomError("unknown_parameter", "unknown parameter '{param}'; {hint}", context)
             if value[key] and value[key] not in NOT_HONOURED[key]:
                 text = "parameter '{param}' is not supported by this server; leave it out"

@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from aft_ray.config import ServingConfig, merge
 from aft_ray.engines.base import EngineInfo, Sampling
+from aft_ray.errors import nearest
 from aft_ray.inference.plan import FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
@@ -36,7 +37,6 @@ from aft_ray.serving.openai_body import (
     Body,
     ChatBody,
     CompletionBody,
-    hint,
 )
 
 PLANS = TypeAdapter(Plan)
@@ -153,7 +153,7 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
     for key in changes:
         if key not in plan_keys:
             name = key[:100]
-            message = f"unknown key 'aft.{name}'; {hint(name, {*plan_keys, *SWITCHES})}"
+            message = f"unknown key 'aft.{name}'; {nearest(name, sorted({*plan_keys, *SWITCHES}))}"
             raise HttpError(400, message, param=f"aft.{name}", code="unknown_parameter")
     raw = merge(_fitted(dataclasses.asdict(default), changes), changes)
     try:
@@ -176,7 +176,7 @@ def _fitted(default: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def _of_plan_error(error: ErrorDetails, sampling_keys: set[str]) -> HttpError:
     param = ".".join(["aft", *(str(part) for part in error["loc"])])[:200]
     if error["type"] == "unexpected_keyword_argument":
-        message = f"unknown key '{param}'; {hint(str(error['loc'][-1])[:100], sampling_keys)}"
+        message = f"unknown key '{param}'; {nearest(str(error['loc'][-1])[:100], sorted(sampling_keys))}"
         return HttpError(400, message, param=param, code="unknown_parameter")
     message = error["msg"].removeprefix("Value error, ")
     return HttpError(400, f"{param}: {message[0].lower()}{message[1:]}", param=param, code="invalid_value")

@@ -8,14 +8,13 @@ Unknown keys are refused with the nearest known name; a key that is missing or o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from aft_ray.errors import ConfigError
+from aft_ray.errors import ConfigError, nearest
 
 _FOLDER = Path(__file__).parent
 
@@ -34,9 +33,7 @@ def read_fields(
     known = {**required, **optional}
     for key in fields:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{path}: unknown key '{key}' in {kind}; {hint}")
+            raise ConfigError(f"{path}: unknown key '{key}' in {kind}; {nearest(key, known)}")
     for key in required:
         if key not in fields:
             raise ConfigError(f"{path}: {kind} has no '{key}'; required keys: {', '.join(required)}")

@@ -12,6 +12,7 @@ from aft_ray.evaluation.charts import Point, interval_chart
 from aft_ray.evaluation.report import environment
 from aft_ray.evaluation.statistics import Estimate
 from aft_ray.miniature.answers import Study, Way
+from aft_ray.miniature.headline import headline, headline_chart
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NAMES: dict[Way, str] = {
@@ -40,7 +41,12 @@ def write_page(study: Study, folder: Path, config: Config, commit: str | None, m
             num_train=(config.prompts.limit or 0) - config.prompts.held_out,
             commit=commit,
             minutes=minutes,
-            charts={"rates": _rates_chart(study), "differences": _differences_chart(study)},
+            headline=headline(study),
+            charts={
+                "headline": headline_chart(study),
+                "rates": _rates_chart(study),
+                "differences": _differences_chart(study),
+            },
         )
     )
     page.write_text(html, encoding="utf-8")
@@ -54,7 +60,7 @@ def results(study: Study, commit: str | None, minutes: float) -> dict[str, Any]:
 
 
 def print_study(study: Study) -> None:
-    """Rates and answers, as tables."""
+    """Print the headline, then rates and differences as tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -79,6 +85,7 @@ def print_study(study: Study) -> None:
         difference = _interval(surprise.difference, "+.3f")
         targets.add_row(surprise.condition, f"{surprise.perplexity or float('nan'):.3f}", difference)
     console.print(targets)
+    console.print(*headline(study), sep="\n")
 
 
 def _interval(value: Estimate, form: str = ".3f") -> str:

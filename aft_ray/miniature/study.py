@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import Config
+from aft_ray.config import Config, load_config
+from aft_ray.errors import InputError
 from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.miniature.answers import Answered, Study, study_of
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.pipeline.evaluate import PERPLEXITY, systems_of
 from aft_ray.pipeline.steps import run_steps
-from aft_ray.runs import Run, commit
+from aft_ray.runs import RESOLVED, Run, commit
 from aft_ray.storage import Folder
 
 STEPS = (
@@ -35,13 +36,17 @@ STEPS = (
 
 
 def run_study(config: Config, num_seeds: int) -> Study:
-    """Run seeds `run.seed`, `run.seed` + 1, ... into folders below `run.dir`, and write the page over all of them."""
+    """Run seeds `run.seed`, `run.seed` + 1, ... into folders below `run.dir`, and write the page over all of them.
+
+    A connection to Ray that is there is used. A finished study is read again in seconds, without starting Ray.
+    """
     from aft_ray.miniature.page import print_study, write_page
 
     started = time.monotonic()
     configs = [_of_seed(config, config.run.seed + number) for number in range(num_seeds)]
     with RaySession(config) as session:
-        session.connect()  # once for all seeds
+        if not all(_has_report(one) for one in configs):
+            session.connect()  # once for all seeds
         for one in configs:
             print(f"── seed {one.run.seed} {'─' * 60}", file=sys.stderr)
             run_steps(one, STEPS)
@@ -56,6 +61,18 @@ def run_study(config: Config, num_seeds: int) -> Study:
 def _of_seed(config: Config, seed: int) -> Config:
     run = config.run.model_copy(update={"dir": f"{config.run.dir}/seed-{seed}", "seed": seed})
     return config.model_copy(update={"run": run})
+
+
+def _has_report(config: Config) -> bool:
+    return Path(config.run.dir, "report", "report.html").is_file()
+
+
+def load_study(folder: Path) -> Study:
+    """Return the finished study below `folder`, read from the runs of its seeds again."""
+    runs = sorted(folder.glob("seed-*"), key=lambda run: int(run.name.removeprefix("seed-")))
+    if not runs:
+        raise InputError(f"{folder}: no finished study there (no folder seed-N)")
+    return collect([load_config(run / RESOLVED, [f"run.dir={run}"]) for run in runs])
 
 
 def collect(configs: list[Config]) -> Study:

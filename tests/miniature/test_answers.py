@@ -77,7 +77,7 @@ def test_a_difference_is_called_where_the_interval_and_every_seed_agree(
 def test_the_page_holds_the_numbers_and_loads_nothing(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "miniature" / "method.yaml")
     page = write_page(study([0.9, 0.95]), tmp_path, config, commit="0123456789abcdef", minutes=12.5).read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "Does AFT + aggregation beat SFT alone?" in page
     assert "+0.425" in page
     assert "12 min 30 s" in page

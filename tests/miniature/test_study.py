@@ -25,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     page = (folder / "report" / "miniature.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     return json.loads((folder / "report" / "results.json").read_text())
 

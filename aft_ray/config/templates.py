@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aft_ray.config.strict import Strict
-from aft_ray.inference.plan import LengthPolicy
+from aft_ray.templates.budget import LengthPolicy
 
 
 class TemplatesConfig(Strict):

@@ -10,14 +10,10 @@ the one piece of concurrency under all of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
-from aft_ray.inference.plan import FinalLayer, LengthPolicy, Plan
+from aft_ray.inference.plan import FinalLayer, Plan
+from aft_ray.inference.propose_aggregate import propose_and_aggregate, run_to_end
 from aft_ray.inference.role import Role
-
-if TYPE_CHECKING:
-    from aft_ray.inference.propose_aggregate import propose_and_aggregate, run_to_end
 
 __all__ = [
     "Answer",
@@ -27,19 +23,9 @@ __all__ = [
     "Finished",
     "LayerDone",
     "LayerUsage",
-    "LengthPolicy",
     "Plan",
     "ProposalDone",
     "Role",
     "propose_and_aggregate",
     "run_to_end",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The loop is loaded when first asked for: it imports `templates`, which imports `plan` from here."""
-    if name in {"propose_and_aggregate", "run_to_end"}:
-        from aft_ray.inference import propose_aggregate
-
-        return getattr(propose_aggregate, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

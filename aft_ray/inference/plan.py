@@ -20,15 +20,7 @@ from annotated_types import Ge, Gt
 
 from aft_ray.engines.base import Sampling
 from aft_ray.errors import ConfigError
-
-LengthPolicy = Literal["drop_longest", "truncate_each", "fewer", "error"]
-"""What gives way when prompt + K proposals + answer do not fit the window:
-
-`drop_longest`   the longest proposal goes, until the rest fits
-`truncate_each`  every proposal is cut to the same number of tokens, as many as fit
-`fewer`          the last proposal goes, until the rest fits
-`error`          PromptTooLong
-"""
+from aft_ray.templates.budget import LengthPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

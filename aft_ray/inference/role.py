@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from aft_ray.engines.base import Engine
-
-if TYPE_CHECKING:
-    from aft_ray.templates import PromptFormat
+from aft_ray.templates import PromptFormat
 
 
 @dataclass(frozen=True, kw_only=True)

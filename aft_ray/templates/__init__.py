@@ -12,7 +12,7 @@ Importing this loads neither torch nor transformers; `ChatFormat.load` does.
 """
 
 from aft_ray.templates.aggregator import AggregatorTemplate
-from aft_ray.templates.budget import Fitted, fit_aggregation, fit_prompt
+from aft_ray.templates.budget import Fitted, LengthPolicy, fit_aggregation, fit_prompt
 from aft_ray.templates.chat import ChatFormat, Style
 from aft_ray.templates.format import MessagesFormat, PromptFormat
 from aft_ray.templates.in_context import InContextPrompt
@@ -24,6 +24,7 @@ __all__ = [
     "ChatFormat",
     "Fitted",
     "InContextPrompt",
+    "LengthPolicy",
     "MessagesFormat",
     "PromptFormat",
     "Style",

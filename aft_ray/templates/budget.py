@@ -13,15 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from aft_ray.errors import ConfigError, InputError, PromptTooLong
 from aft_ray.records import Message
 from aft_ray.templates.aggregator import AggregatorTemplate
 from aft_ray.templates.format import PromptFormat
 
-if TYPE_CHECKING:
-    from aft_ray.inference.plan import LengthPolicy
+LengthPolicy = Literal["drop_longest", "truncate_each", "fewer", "error"]
+"""What is shortened when prompt + K proposals + answer do not fit the window:
+
+`drop_longest`   drop the longest proposal, until the rest fits
+`truncate_each`  cut every proposal to the same number of tokens, as many as fit
+`fewer`          drop the last proposal, until the rest fits
+`error`          raise PromptTooLong
+"""
 
 ELLIPSIS = "…"
 

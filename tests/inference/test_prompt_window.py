@@ -23,8 +23,8 @@ from scripted_runs import (
 from aft_ray.engines.base import Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import PromptTooLong
-from aft_ray.inference import LengthPolicy, Plan, Role
-from aft_ray.templates import AggregatorTemplate, ChatFormat
+from aft_ray.inference import Plan, Role
+from aft_ray.templates import AggregatorTemplate, ChatFormat, LengthPolicy
 
 DRAFTS = tuple(" ".join([name] * length) for name, length in [("nile", 10), ("rhine", 40), ("oder", 20), ("elbe", 30)])
 TEMPLATE = AggregatorTemplate.load("aft")

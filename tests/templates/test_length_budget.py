@@ -10,8 +10,15 @@ import pytest
 from families import format_of, user
 
 from aft_ray.errors import ConfigError, InputError, PromptTooLong
-from aft_ray.inference.plan import LengthPolicy
-from aft_ray.templates import AggregatorTemplate, Fitted, MessagesFormat, PromptFormat, fit_aggregation, fit_prompt
+from aft_ray.templates import (
+    AggregatorTemplate,
+    Fitted,
+    LengthPolicy,
+    MessagesFormat,
+    PromptFormat,
+    fit_aggregation,
+    fit_prompt,
+)
 
 TEMPLATE = AggregatorTemplate(name="short", system="{proposals}", slot="[{index}]\n{proposal}\n[/{index}]")
 CONVERSATION = [user("Hello there")]

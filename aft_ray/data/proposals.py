@@ -26,6 +26,7 @@ from aft_ray.config import Config, EngineConfig, ProposalsConfig, ProposerConfig
 from aft_ray.data import DATA_STAGES
 from aft_ray.engines import Engine, GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, InputError
+from aft_ray.inference.shares import apportion
 from aft_ray.records import PROPOSALS, Message, Proposal, derive_seed, to_row
 from aft_ray.runs import Run
 from aft_ray.shards import Processed, RowWorker, Stage
@@ -50,18 +51,6 @@ def processed(row: dict[str, Any], samples: Sequence[Sample], engine: EngineConf
     return Processed(rows=[row], prompt_tokens=num_prompt, completion_tokens=num_completion, cost_usd=cost)
 
 
-def shares(config: ProposalsConfig) -> list[int]:
-    """How many of `num_per_prompt` each proposer writes: by share, largest remainders first, at least one each."""
-    proposers = config.all_proposers
-    total = sum(proposer.share for proposer in proposers)
-    exact = [config.num_per_prompt * proposer.share / total for proposer in proposers]
-    counts = [max(1, int(part)) for part in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
-    for i in by_remainder[: max(0, config.num_per_prompt - sum(counts))]:
-        counts[i] += 1
-    return counts
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One proposer's place among the others."""
@@ -80,8 +69,9 @@ class Part:
 
 
 def parts(config: ProposalsConfig) -> list[Part]:
-    """The proposers in order, with what each has to write."""
-    counts = shares(config)
+    """The proposers in order, with what each has to write: its share of `num_per_prompt`, and at least one."""
+    proposers = config.all_proposers
+    counts = apportion(config.num_per_prompt, [proposer.share for proposer in proposers], least=1)
     return [
         Part(
             proposer=proposer,
@@ -90,7 +80,7 @@ def parts(config: ProposalsConfig) -> list[Part]:
             num_before=sum(counts[:i]),
             is_last=i == len(counts) - 1,
         )
-        for i, proposer in enumerate(config.all_proposers)
+        for i, proposer in enumerate(proposers)
     ]
 
 

@@ -26,6 +26,7 @@ from aft_ray.inference.events import Answer, LayerUsage
 from aft_ray.inference.layer import Call, Slot
 from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
+from aft_ray.inference.shares import apportion
 from aft_ray.records import Message, derive_seed
 from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
 
@@ -132,22 +133,15 @@ def _draw(run: Run, layer: int, slot: int, candidates: Sequence[Answer], size: i
     return tuple(candidates[p] for p in (positions if run.plan.shuffle else sorted(positions)))
 
 
-def allot(num_slots: int, roles: Sequence[Role]) -> list[range]:
-    """The slots of each role, by share: largest remainders first, so that they add up. A small share may get none."""
-    total = sum(role.share for role in roles)
-    exact = [num_slots * role.share / total for role in roles]
-    counts = [int(number) for number in exact]
-    by_remainder = sorted(range(len(roles)), key=lambda n: counts[n] - exact[n])
-    for number in by_remainder[: num_slots - sum(counts)]:
-        counts[number] += 1
-    ends = list(itertools.accumulate(counts))
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
 def _proposal_prompts(run: Run, num_slots: int) -> list[_Prompt]:
     roles = run.proposers if run.plan.num_layers else [max(run.proposers, key=lambda role: role.share)]
-    allotted = zip(roles, allot(num_slots, roles), strict=True)
-    return [_proposal_prompt(run, role, slots) for role, slots in allotted if slots]
+    counts = apportion(num_slots, [role.share for role in roles])  # a small share may get none
+    ends = itertools.accumulate(counts)
+    return [
+        _proposal_prompt(run, role, range(end - count, end))
+        for role, count, end in zip(roles, counts, ends, strict=True)
+        if count
+    ]
 
 
 def _proposal_prompt(run: Run, role: Role, slots: range) -> _Prompt:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aft_ray.config import Config, ProposalsConfig
-from aft_ray.data.proposals import ProposalWorker, parts, shares
+from aft_ray.data.proposals import ProposalWorker, parts
 from aft_ray.errors import ConfigError, EngineError, InputError
 from aft_ray.shards import Processed
 
@@ -54,11 +54,14 @@ def through(config: Config, row: dict[str, Any]) -> Processed:
         (5, [1, 1], [3, 2]),
         (4, [100, 1], [3, 1]),
         (7, [2, 1], [5, 2]),
+        (4, [10, 1, 1, 1], [1, 1, 1, 1]),
+        (8, [10, 1, 1, 1], [5, 1, 1, 1]),
     ],
 )
 def test_the_shares_add_up_and_nobody_is_left_out(num: int, weights: list[float], expected: list[int]) -> None:
-    made = shares(ProposalsConfig.model_validate({"num_per_prompt": num, "proposers": [{"share": w} for w in weights]}))
-    assert sorted(made) == sorted(expected)
+    settings = {"num_per_prompt": num, "proposers": [{"share": w} for w in weights]}
+    made = [part.num_proposals for part in parts(ProposalsConfig.model_validate(settings))]
+    assert made == expected
     assert sum(made) == num
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 from scripted_runs import drafts, finished, role, run_plan, scripted
 
 from aft_ray.inference import Plan
-from aft_ray.inference.calls import allot
+from aft_ray.inference.shares import apportion
 
 
 @pytest.mark.parametrize(
@@ -16,9 +17,31 @@ from aft_ray.inference.calls import allot
     [([1, 1], 4, [2, 2]), ([1, 1], 5, [3, 2]), ([3, 1], 4, [3, 1]), ([1, 1, 1], 2, [1, 1, 0]), ([1], 3, [3])],
 )
 def test_slots_are_allotted_by_share_and_add_up(shares: list[float], num_slots: int, expected: list[int]) -> None:
-    ranges = allot(num_slots, [dataclasses.replace(role(scripted()), share=share) for share in shares])
-    assert [len(slots) for slots in ranges] == expected
-    assert [slot for slots in ranges for slot in slots] == list(range(num_slots))
+    assert apportion(num_slots, shares) == expected
+
+
+@pytest.mark.parametrize("least", [0, 1, 3])
+def test_the_counts_always_add_up_and_nobody_gets_less_than_the_least_where_that_is_possible(least: int) -> None:
+    draw = random.Random(least)
+    for _ in range(2000):
+        total = draw.randrange(40)
+        weights = sorted((draw.choice([0.1, 1, 3, 10, 1e6]) for _ in range(draw.randint(1, 8))), reverse=True)
+        counts = apportion(total, weights, least=least)
+        assert sum(counts) == total
+        assert min(counts) >= min(least, total // len(weights))
+        assert counts == sorted(counts, reverse=True), (
+            "a larger weight never gets less; of equal ones the first gets more"
+        )
+
+
+def test_slots_are_handed_out_in_order_and_each_is_written_once() -> None:
+    engines = [scripted(), scripted(), scripted()]
+    proposers = [
+        dataclasses.replace(role(engine), share=share) for engine, share in zip(engines, (2, 2, 0.1), strict=True)
+    ]
+    events = run_plan(Plan(num_proposals=5, num_layers=1), proposers, scripted())
+    assert sorted(answer.index for answer in drafts(events, 0)) == [0, 1, 2, 3, 4]
+    assert [[len(request.seeds) for request in engine.requests] for engine in engines] == [[3], [2], []]
 
 
 def test_each_proposer_writes_its_slots_in_one_request_and_the_aggregator_sees_all() -> None:

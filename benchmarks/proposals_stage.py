@@ -24,7 +24,7 @@ from paired_worker import PairedWorker
 
 from aft_ray.config import Config, load_config
 from aft_ray.data import proposals
-from aft_ray.data.first_shards import make_prompts
+from aft_ray.data.prompts.stage import make_prompts
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.runs import Run
 from aft_ray.stages import run_stage

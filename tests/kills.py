@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["aft_ray.data.first_shards", "aft_ray.data.targets", "datasketch", "transformers"])
+PROCESSES.set_forkserver_preload(["aft_ray.data.prompts.stage", "aft_ray.data.targets", "datasketch", "transformers"])
 
 
 def kill_many_times(work: Callable[..., object], *arguments: Any, num_kills: int, seed: int) -> int:

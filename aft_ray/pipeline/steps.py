@@ -123,7 +123,7 @@ def _run_stage(stage: Stage, run: Run, session: RaySession) -> bool:
 
 def prompts(run: Run, session: RaySession) -> None:
     """Read, check and shard the prompts."""
-    from aft_ray.data.first_shards import make_prompts
+    from aft_ray.data.prompts.stage import make_prompts
 
     _say(make_prompts(run))
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.decontamination import EvaluationSets, words_of
-from aft_ray.data.near_duplicates import plain_text
-from aft_ray.data.prompts import sift
+from aft_ray.data.prompts.decontamination import EvaluationSets, words_of
+from aft_ray.data.prompts.duplicates import plain_text
+from aft_ray.data.prompts.removal import sift
 from aft_ray.errors import InputError
 from tests.data.test_prompts import write_jsonl
 

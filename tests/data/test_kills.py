@@ -12,7 +12,7 @@ from typing import Any
 
 from aft_ray.config import Config
 from aft_ray.data import proposals, scores, selection, targets, training_set
-from aft_ray.data.first_shards import make_prompts
+from aft_ray.data.prompts.stage import make_prompts
 from aft_ray.runs import Run, begin, read_manifest
 from aft_ray.shards import Stage, make_shard
 from aft_ray.stages import _finish, _todo

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.near_duplicates import NearDuplicates, plain_text, shingles
-from aft_ray.data.prompts import sift
+from aft_ray.data.prompts.duplicates import NearDuplicates, plain_text, shingles
+from aft_ray.data.prompts.removal import sift
 from aft_ray.errors import ConfigError
 from tests.data.test_prompts import write_jsonl
 
@@ -84,10 +84,10 @@ def test_every_threshold_works(threshold: float) -> None:
     assert [near.earlier(name, LONG) for name in ("a", "b")] == [None, "a"]
 
 
-def test_an_index_that_cannot_grow_says_where_it_wants_room() -> None:
+def test_an_index_that_cannot_grow_names_the_folder_that_needs_space() -> None:
     near = NearDuplicates(0.8, seed=1)
-    near._index.execute("PRAGMA max_page_count = 40")  # a full disk
-    with pytest.raises(ConfigError, match=r"prompts\.near_duplicates: the index of \d+ prompts .*full.*SQLITE_TMPDIR"):
+    near._index._database.execute("PRAGMA max_page_count = 40")  # a full disk
+    with pytest.raises(ConfigError, match=r"prompts\.near_duplicates: the temporary index .*full.*SQLITE_TMPDIR"):
         for n in range(1000):
             near.earlier(f"p-{n}", f"{random.Random(n).random()}")
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.hash_set import HashSet, hash_of
-from aft_ray.data.prompts import read_prompts
+from aft_ray.data.prompts import duplicates, read_prompts
+from aft_ray.data.prompts.duplicates import SeenPrompts
 from aft_ray.errors import ConfigError, InputError
 from aft_ray.records import PROMPTS, metadata_of, prompt_id_of
 
@@ -186,15 +186,24 @@ def test_the_same_prompt_with_ids_of_its_own_is_two_prompts_also_when_duplicates
     assert len(read(tmp_path, *rows, duplicates="drop")) == 3
 
 
-def test_ids_are_remembered_as_hashes_in_a_set_that_grows() -> None:
-    numbers = [hash_of(str(n)) for n in range(5_000)]
-    seen = HashSet()
-    assert not any(seen.add(number) or number + 1 in seen for number in numbers)
-    assert len(seen) == 5_000
-    assert all(number in seen for number in numbers)
-    for number in (0, 0, 1):
-        seen.add(number)
-    assert len(seen) == 5_001  # 0 marks a free slot and is kept as 1
+def test_every_id_is_remembered_with_its_first_place() -> None:
+    seen = SeenPrompts()
+    names = [f"p-{n}" for n in range(5_000)] + ["", "a\0b", "a\0c", "ü"]
+    for number, name in enumerate(names):
+        assert seen.first_use(name) is None
+        seen.add(name, f"prompts.jsonl:{number}", has_given_id=number % 2 == 0)
+    assert [seen.first_use(name) for name in names] == [
+        (f"prompts.jsonl:{number}", number % 2 == 0) for number in range(len(names))
+    ]
+
+
+def test_an_index_of_ids_that_cannot_grow_ends_the_run_and_is_no_bad_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"Number {n}"} for n in range(2_000)))
+    monkeypatch.setattr(duplicates, "PRAGMAS", f"{duplicates.PRAGMAS}PRAGMA max_page_count = 20;")  # a full disk
+    with pytest.raises(ConfigError, match=r"prompts\.source: the temporary index .*full.*SQLITE_TMPDIR"):
+        list(read_prompts(PromptsConfig(source=source, on_bad_row="fail")))
 
 
 def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
@@ -213,8 +222,8 @@ def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
         ("packaged:poems", "no such prompts in the package; expected constraints"),
         ("folder.jsonl", "folder.jsonl: cannot be opened"),
         ("broken.parquet", "broken.parquet: not readable as Parquet"),
-        ("empty.jsonl", "empty.jsonl: no rows in it"),
-        ("empty.parquet", "empty.parquet: no rows in it"),
+        ("empty.jsonl", "empty.jsonl: the source has no rows"),
+        ("empty.parquet", "empty.parquet: the source has no rows"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_refused(

@@ -19,7 +19,7 @@ from typing import Any
 
 from aft_ray.config import PromptsConfig
 from aft_ray.data.constraints import parse_all
-from aft_ray.data.responses import columns_of, excerpt, kind_of, layout_of, read_responses
+from aft_ray.data.prompts.responses import columns_of, excerpt, kind_of, layout_of, read_responses
 from aft_ray.errors import InputError
 from aft_ray.inference.answers import final_number
 from aft_ray.records import Message, prompt_id_of

@@ -27,8 +27,8 @@ from typing import Any, Self
 from uuid import uuid4
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.prompt_rows import to_prompt
-from aft_ray.data.prompts import raw_rows, sift
+from aft_ray.data.prompts.removal import raw_rows, sift
+from aft_ray.data.prompts.rows import to_prompt
 from aft_ray.errors import ConfigError, InputError, TooManyFailures
 from aft_ray.records import HELD_OUT, PROMPTS, TRAIN
 from aft_ray.runs import Manifest, Run, begin, write_manifest

@@ -3,7 +3,7 @@
     known = EvaluationSets.read(["gsm8k_test.jsonl"], ngram=13, seed=0)
     known.overlap("natalia sold clips to ...")     # None, or ("gsm8k_test.jsonl", "gsm8k_test.jsonl:17")
 
-Words are runs of letters and digits after the normalisation of `near_duplicates.plain_text`, without accents and vowel
+Words are runs of letters and digits after the normalisation of `duplicates.plain_text`, without accents and vowel
 signs, which would cut words of Indic scripts apart. Scripts written without spaces between words (Chinese, Japanese,
 Thai, Lao, Khmer, Burmese, Tibetan) are compared by character: each counts as one word, so n words are n characters.
 An evaluation prompt of fewer than n words is found only where the whole prompt is the same.
@@ -15,9 +15,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from aft_ray.data.near_duplicates import plain_text
-from aft_ray.data.prompt_rows import conversation
-from aft_ray.data.sources import read_source
+from aft_ray.data.prompts.duplicates import plain_text
+from aft_ray.data.prompts.rows import conversation
+from aft_ray.data.prompts.sources import read_source
 from aft_ray.errors import InputError
 
 _UNSPACED = (

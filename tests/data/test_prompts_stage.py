@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from aft_ray.config import Config, PromptsConfig
-from aft_ray.data.first_shards import HeldOut, JsonLines, kept_rows, make_prompts, survey_source
 from aft_ray.data.prompts import read_prompts
+from aft_ray.data.prompts.stage import HeldOut, JsonLines, kept_rows, make_prompts, survey_source
 from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Run, read_manifest
 from aft_ray.shards import shard_sizes

@@ -1,4 +1,5 @@
-# make demo    set everything up on a fresh machine and run the quickstart      make test    set everything up and test
+# make demo    set everything up on a fresh machine and run the quickstart
+# make test    set everything up and run the first tier of tests      make soak   the second      make test-all   both
 # make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
 # make miniature   the method on a model of a million parameters, three seeds      make miniature-base   its base model
 # ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve.
@@ -16,7 +17,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/|/vllm/model_executor/models/'
 INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test serve bench miniature miniature-base check clean
+.PHONY: setup demo test soak test-all serve bench miniature miniature-base check clean
 setup: $(STAMP)
 
 $(STAMP): requirements/$(DEVICE).txt pyproject.toml
@@ -35,6 +36,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	@$(BIN)/python -m pytest -m soak
+
+test-all: $(STAMP)
+	@$(BIN)/python -m pytest -m ""
 
 serve: $(STAMP)
 	@$(BIN)/aft-ray serve --config configs/quickstart.yaml $(ARGS)

@@ -1,12 +1,17 @@
-"""Shared by all tests: one local Ray cluster, one converted SmolLM2. Only the language model is ever replaced."""
+"""Shared by all tests: one local Ray cluster, one converted SmolLM2, and who runs what when.
+
+Only the language model is ever replaced. README.md beside this file says what the two tiers prove.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from aft_ray.models import let_waiting_threads_sleep
 
@@ -15,6 +20,59 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as `aft-ray` sets it for its own clusters
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a worker starves beside another test's own processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail at once
+
+GROUPS = {
+    "whole line": ["end_to_end/test_whole_line.py", "miniature/test_study.py"],
+    "training": [
+        "training/test_training_modes.py",
+        "training/test_train_adapters.py",
+        "training/test_failures.py",
+        "training/test_train_kills.py",
+    ],
+    "serving": [
+        "serving/test_adapter_swap.py",
+        "serving/test_control.py",
+        "serving/test_several_proposers.py",
+        "serving/test_hostile_drafts.py",
+        "serving/test_gate.py",
+        "serving/test_app.py",
+        "serving/test_endpoint.py",
+        "serving/test_hostile_bodies.py",
+        "serving/test_metrics.py",
+        "serving/test_request_id.py",
+        "serving/test_streaming.py",
+    ],
+    "full line": ["training/test_full_line.py"],
+    "stages": ["end_to_end/test_command_line.py", "data/test_poison.py", "test_stages.py"],
+    "load": ["serving/test_load.py"],
+    "kills": ["end_to_end/test_data_kills.py"],
+    "engines": ["engines/test_real_models.py", "training/test_export.py"],
+    "README": ["test_readme.py", "test_cluster.py"],
+    "miniature": ["miniature/test_base.py"],
+}
+"""Files that one worker runs one after the other, because they share a cluster, an application or a group of training
+workers; the longest groups first. Every other file is a group of its own."""
+FILES = [file for files in GROUPS.values() for file in files]
+GROUP_OF = {f"tests/{file}": name for name, files in GROUPS.items() for file in files}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The groups come first and in their order; a test keeps its place within its file."""
+    places = {f"tests/{file}": place for place, file in enumerate(FILES)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Distribute whole groups over the workers, in the order of collection."""
+    config.option.loadscopereorder = False
+
+    class ByGroup(LoadScopeScheduling):
+        # `--dist=loadgroup` cannot be used: it writes the group into `item._nodeid`, which pytest 9.2 does not read.
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return GROUP_OF.get(file, file)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

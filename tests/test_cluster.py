@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from aft_ray.runs import read_manifest
 from aft_ray.shards import Processed
 from aft_ray.storage import Folder
 from tests.test_stages import Squarer, source
+
+pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parent.parent
 

@@ -42,6 +42,7 @@ def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) > 8
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(tuple(RUN_ELSEWHERE))])
 def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, chatml_tokenizer: str) -> None:
     (tmp_path / "my_prompts.jsonl").write_text(
@@ -55,6 +56,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, chatml_token
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.soak
 def test_the_scripts_of_the_readme_run_one_after_the_other(tmp_path: Path, chatml_tokenizer: str) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     scripts = [shlex.split(command)[1:] for command in COMMANDS if command.startswith(".venv/bin/python jobs/")]

@@ -295,6 +295,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_and_run_again_it_holds_every_row_once(tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=45)
     script = tmp_path / "driver.py"

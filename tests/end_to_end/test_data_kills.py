@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from aft_ray.data import DATA_STAGES
 from aft_ray.runs import read_manifest
 from aft_ray.storage import Folder
 from tests.data.test_kills import content
+
+pytestmark = pytest.mark.soak
 
 NUM_ROWS, ROWS_PER_SHARD = 48, 2
 ONE_AT_A_TIME = {"max_shards_in_flight": 1}

@@ -21,6 +21,8 @@ import psutil
 import pytest
 import yaml
 
+pytestmark = pytest.mark.soak
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 

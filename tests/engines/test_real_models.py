@@ -67,7 +67,7 @@ class Bench:
         return sorted((e for e in events if isinstance(e, Sample)), key=lambda sample: sample.index)
 
 
-@pytest.fixture(scope="module", params=["transformers", "vllm"])
+@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.soak)])
 def bench(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Bench]:
     bench = Bench(request.param)
     yield bench
@@ -300,6 +300,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.soak
 def test_a_killed_owner_leaves_no_engine_process_behind(tmp_path: Path, smollm2: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(KILLED_OWNER)

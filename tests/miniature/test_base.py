@@ -41,6 +41,7 @@ def test_an_aggregation_prompt_of_the_bare_template_has_no_unknown_token() -> No
     assert text == "[1]07,15,15[2]07,15<|user|>07+08*13<|assistant|>"
 
 
+@pytest.mark.soak
 def test_a_base_model_is_pretrained_and_gets_its_chat_template(tmp_path: Path) -> None:
     settings = ["prompts.limit=40", "training.batch_size_per_worker=10", f"run.dir={tmp_path / 'run'}"]
     config = load_config(ROOT / "configs" / "miniature" / "base.yaml", settings)

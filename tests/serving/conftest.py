@@ -46,11 +46,11 @@ SPLIT = ServingConfig(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served(ray_cluster: None) -> Iterator[tuple[str, str]]:
     """Base URLs of the shared and the split application.
 
-    They end with the file that asks them: idle, they would take a third of two cores from all other tests.
+    They end with the last test of this folder: idle, they would take a third of two cores from all other tests.
     """
     os.environ[KEYS_VARIABLE] = "key-one, key-two"
     shared = serve_app(SHARED, name="shared", route_prefix="/shared")
@@ -60,12 +60,12 @@ def served(ray_cluster: None) -> Iterator[tuple[str, str]]:
     stop("shared")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def base_url(served: tuple[str, str]) -> str:
     return served[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def split_url(served: tuple[str, str]) -> str:
     return served[1]
 

@@ -60,7 +60,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     return Truth(write_model(tmp_path_factory.mktemp("model"), hidden_size=128))  # heads that vLLM has a CPU kernel for
 
 
-@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.model)])
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=[pytest.mark.model, pytest.mark.soak])])
 def server(request: pytest.FixtureRequest, truth: Truth, ray_cluster: None, tmp_path: Path) -> Iterator[str]:
     engine: EngineConfig = (
         TransformersEngineConfig(model=str(truth.model), max_model_len=128, dtype="float32")

@@ -12,6 +12,8 @@ import pytest
 
 from aft_ray.serving.app import free_port
 
+pytestmark = pytest.mark.soak
+
 ROOT = Path(__file__).parents[2]
 WAYS = {
     "proxy": {},

@@ -339,6 +339,7 @@ def test_a_merge_that_changes_the_model_is_not_exported(examples: list[dict[str,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.soak
 @pytest.mark.model
 def test_vllm_gives_the_tokens_of_transformers_and_stops_as_it_does(merged: Path, run: FinishedRun) -> None:
     from aft_ray.engines import GenerateRequest, Sample, Sampling, build_engine

@@ -19,6 +19,8 @@ from aft_ray.training import train_adapter
 from aft_ray.training.metrics import read_metrics
 from tests.kills import kill_a_train_worker, when
 
+pytestmark = pytest.mark.soak
+
 
 def train(config: dict[str, Any], model: Path, training_set: Path, folder: Path) -> None:
     train_adapter(

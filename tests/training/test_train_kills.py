@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from aft_ray.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 NUM_STEPS = 45
 SAVE_STEPS = 7  # of three steps per epoch: a checkpoint in the middle of one
 

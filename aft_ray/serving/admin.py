@@ -16,19 +16,16 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.adapters import VERSIONS, Adapter, Stamp, check_name, found_in, keep_version, stamp_of
-from aft_ray.serving.caller import caller_of
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.openai_route import OpenAIRoute
-
-if TYPE_CHECKING:
-    from aft_ray.serving.service import Service
+from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -123,7 +120,7 @@ def admin_routes(service: Service) -> APIRouter:
         if not service.keys.is_asked_for:
             message = "this server has no keys, so nobody may change it: name a serving.keys_file with an admin key"
             raise HttpError(403, message, code="admin_key_required", type="permission_error")
-        if not caller_of(request.headers.get("authorization"), service).is_admin:
+        if not service.caller(request.headers.get("authorization")).is_admin:
             message = "this key may not use /admin: set admin: true for it in the keys file"
             raise HttpError(403, message, code="admin_key_required", type="permission_error")
 

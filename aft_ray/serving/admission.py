@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.inference.plan import Plan
+from aft_ray.serving.adapters import Adapter, Stamp
 
 LOST_S = 10.0
 """An ingress replica that has said nothing for so long is gone, and its requests with it."""
@@ -44,6 +45,27 @@ class Refusal:
 
     message: str
     retry_after_s: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What every ingress replica knows: which adapter each model name stands for, and whether the server drains."""
+
+    version: int = 0
+    """Grows with every change: of two tables, the one with the larger version is the newer."""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    taken: Mapping[str, Stamp] = field(default_factory=dict)
+    """The adapters of the watched folder that need no further look, by name: served, or found impossible to serve."""
+    draining: bool = False
+    """Whether new requests are refused because the server is about to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A request may run. Its ticket names the adapters it runs with."""
+
+    ticket: Ticket
+    table: Table
 
 
 def cost_of(plan: Plan, num_prompt_tokens: int, num_answers: int = 1) -> int:

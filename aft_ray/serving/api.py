@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from aft_ray.serving.admin import admin_routes
-from aft_ray.serving.caller import Caller, caller_of
 from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.keys import Caller
 from aft_ray.serving.openai_body import ChatBody, CompletionBody
 from aft_ray.serving.openai_request import (
     call_of,
@@ -90,7 +90,7 @@ def model_routes(service: Service) -> APIRouter:
     """The OpenAI API."""
 
     async def caller(request: Request) -> Caller:  # a plain function would be run in a thread, at two milliseconds
-        return caller_of(request.headers.get("authorization"), service)
+        return service.caller(request.headers.get("authorization"))
 
     caller_given = Depends(caller)
     dependencies = [caller_given]

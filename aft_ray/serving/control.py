@@ -1,7 +1,7 @@
 """The actor that all ingress replicas ask: who is let in, and which adapter a model's name stands for.
 
 Serve keeps it beside the Ingress deployment and starts another when it dies; `gate.py` tells how that is survived.
-Serve ships this module by value, so records that cross to other processes live elsewhere (`gate.py`, `admission.py`).
+Serve pickles this module by value, so the records that travel to other processes are defined in `admission.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.serving.adapters import Adapter, Stamp
-from aft_ray.serving.admission import Admission, Refusal, Ticket
-from aft_ray.serving.gate import Admitted, Table
+from aft_ray.serving.admission import Admission, Admitted, Refusal, Table, Ticket
 
 
 class Control:

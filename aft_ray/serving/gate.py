@@ -16,17 +16,13 @@ import contextvars
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from aft_ray.config import KeyLimits, ServingConfig
-from aft_ray.serving.adapters import Adapter, Stamp
-from aft_ray.serving.admission import Ticket
+from aft_ray.serving.adapters import Adapter
+from aft_ray.serving.admission import Admitted, Table, Ticket
 from aft_ray.serving.http_errors import HttpError
-
-if TYPE_CHECKING:
-    from aft_ray.serving.control import Control
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -35,27 +31,6 @@ PATIENCE_S = 30.0
 """How long a request waits for an actor that is being replaced. Serve looks for lost ones every ten seconds."""
 CALL_S = 2.0
 RENEW_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """What every ingress replica knows."""
-
-    version: int = 0
-    """Grows with every change: of two tables the one with the larger version is the newer."""
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    taken: Mapping[str, Stamp] = field(default_factory=dict)
-    """By name, the adapters of the watched folder that are done with: served, or found to be impossible to serve."""
-    draining: bool = False
-    """No request is let in any more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admitted:
-    """A request may run, with these adapters (None: the base model)."""
-
-    ticket: Ticket
-    table: Table
 
 
 class Ask(Protocol):
@@ -67,15 +42,6 @@ class Ask(Protocol):
     async def __call__(
         self, method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any
     ) -> Any: ...
-
-
-def local_ask(control: Control) -> Ask:
-    """A control in this process: for one API without Serve."""
-
-    async def ask(method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any) -> Any:
-        return getattr(control, method)(*args, *state(), **kwargs)
-
-    return ask
 
 
 class ActorAsk:

@@ -17,11 +17,13 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from aft_ray.config import KeyConfig, KeyLimits, ServingConfig, validate
 from aft_ray.config.loading import read_yaml
 from aft_ray.errors import ConfigError
+from aft_ray.serving.http_errors import HttpError
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -88,6 +90,17 @@ def refuse_open_server(host: str, has_keys: bool) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """The sender of a request, as its key identifies it."""
+
+    name: str
+    """Name of the key; empty where the server asks for none."""
+    limits: KeyLimits
+    is_admin: bool = False
+    """Whether the key may use `/admin`."""
+
+
 class KeyRing:
     """The accepted keys of one ingress replica."""
 
@@ -113,6 +126,20 @@ class KeyRing:
         if scheme.lower() != "bearer" or not matches:
             return None
         return matches[0], keys[matches[0]]
+
+    def caller(self, authorization: str | None, default: KeyLimits) -> Caller:
+        """Return the sender of a request from its `Authorization` header. `default`: limits of keys without their own.
+
+        Raises HttpError 401 where the server asks for keys and the header holds none that it accepts.
+        """
+        if not self.is_asked_for:
+            return Caller(name="", limits=KeyLimits())
+        found = self.find(authorization)
+        if found is None:
+            message = "no valid API key: send Authorization: Bearer <key>"
+            raise HttpError(401, message, code="invalid_api_key", type="authentication_error")
+        name, key = found
+        return Caller(name=name, limits=limits_of(key, default), is_admin=key.admin)
 
     def _refresh(self) -> None:
         if self._file is None or time.monotonic() - self._looked < LOOK_S:

@@ -17,9 +17,8 @@ from aft_ray.inference.calls import num_characters, off_loop
 from aft_ray.inference.events import Event
 from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.admission import Ticket, cost_of
-from aft_ray.serving.caller import Caller
 from aft_ray.serving.gate import Gate
-from aft_ray.serving.keys import KeyRing
+from aft_ray.serving.keys import Caller, KeyRing
 from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
 from aft_ray.serving.metrics import METRICS, count_layer
 from aft_ray.serving.openai_request import Call, plan_name
@@ -41,6 +40,10 @@ class Service:
     keys: KeyRing
     gate: Gate
     ledger: RequestLedger
+
+    def caller(self, authorization: str | None) -> Caller:
+        """Return the sender of a request from its `Authorization` header, or raise HttpError 401."""
+        return self.keys.caller(authorization, self.config.admission.per_key)
 
     @property
     def settings(self) -> ServingConfig:

@@ -23,7 +23,7 @@ from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
 from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
-from aft_ray.serving.gate import Gate, local_ask
+from aft_ray.serving.gate import Ask, Gate
 from aft_ray.serving.keys import KeyRing
 from aft_ray.serving.ledger import RequestLedger
 from aft_ray.serving.replies import watched
@@ -40,6 +40,15 @@ class CrashingEngine(ScriptedEngine):
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         raise ZeroDivisionError(request.messages)
         yield
+
+
+def local_ask(control: Control) -> Ask:
+    """Ask a control in this process, without Serve."""
+
+    async def ask(method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any) -> Any:
+        return getattr(control, method)(*args, *state(), **kwargs)
+
+    return ask
 
 
 def service_over(engine: ScriptedEngine, plan: Plan | None = None, **settings: Any) -> Service:

@@ -16,9 +16,9 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.serving import admin, admission, gate
 from aft_ray.serving.adapters import VERSIONS, version_of
 from aft_ray.serving.control import Control
-from aft_ray.serving.gate import Gate, local_ask
+from aft_ray.serving.gate import Gate
 from aft_ray.serving.service import Service
-from tests.serving.test_ingress import service_over
+from tests.serving.test_ingress import local_ask, service_over
 
 
 class HangingEngine(ScriptedEngine):

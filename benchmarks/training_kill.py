@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from aft_ray.config import TrainingConfig
     from aft_ray.models import resolve_model
-    from aft_ray.training import TrainProgress, train_adapter
+    from aft_ray.training import TrainingJob, TrainProgress, train_adapters
 
     config = TrainingConfig(
         num_workers=2, batch_size_per_worker=1, save_steps=1, max_failures=arguments.rounds, deepspeed="zero2"
@@ -71,17 +71,15 @@ def main() -> None:
         folder = Path(place)
         metrics = folder / "checkpoints" / "aft" / "metrics.jsonl"
         threading.Thread(target=kill_often, args=(metrics, arguments.rounds, seconds), daemon=True).start()
-        train_adapter(
+        job = TrainingJob(
             config=config,
             model=resolve_model(MODEL),
             training_set=write_rows(folder / "rows", 12 * (arguments.rounds + 1), (40, 240)),
-            variant="aft",
-            output=folder / "model",
+            outputs={"aft": folder / "model"},
             checkpoints=folder / "checkpoints",
             seed=1,
-            template_hashes={},
-            report=watch,
         )
+        train_adapters(job, report=watch)
     print(f"from a killed worker to the first new step: {MODEL}, two workers, ZeRO-2, a checkpoint at every step")
     print(f"start-up to the first step: {first_step[0]:.1f} s (Ray included)")
     print(f"kill to the first new step: {', '.join(f'{one:.1f}' for one in seconds)} s")

@@ -34,6 +34,7 @@ def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, f
 
     from aft_ray.config import TrainingConfig
     from aft_ray.models import resolve_model
+    from aft_ray.training import TrainingJob
     from aft_ray.training.metrics import read_metrics
     from aft_ray.training.run import _worker_environment, plan_training
 
@@ -42,13 +43,14 @@ def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, f
         for way, changes in WAYS.items():
             place = folder / f"{number}-{way}"
             plans[number, way], _ = plan_training(
-                config=TrainingConfig.model_validate({**BASE, **changes}),
-                model=resolve_model(MODEL),
-                training_set=training_set,
-                outputs={"aft": place / "model"},
-                checkpoints=place / "checkpoints",
-                seed=1,
-                template_hashes={},
+                TrainingJob(
+                    config=TrainingConfig.model_validate({**BASE, **changes}),
+                    model=resolve_model(MODEL),
+                    training_set=training_set,
+                    outputs={"aft": place / "model"},
+                    checkpoints=place / "checkpoints",
+                    seed=1,
+                )
             )
 
     def train_all(loop: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py [--rows 32] [--rounds 3]
 
 SmolLM2-135M, LoRA r=8, bf16, batches of 4, one process with two threads on either side. Plain TRL is `SFTTrainer` with
-its defaults in one Python process: random batches, padded, the head on every position. Ours is `train_adapter`: Ray
+its defaults in one Python process: random batches, padded, the head on every position. Ours is `train_adapters`: Ray
 Train, batches of like length, the head on target positions. Tokens are counted without padding, between the end of
 the first step and the end of the last. Start-up runs from the start of the process to the first step.
 """
@@ -30,22 +30,21 @@ NUM_THREADS = 2
 def ours(training_set: Path, folder: Path) -> dict[str, float]:
     from aft_ray.config import TrainingConfig
     from aft_ray.models import resolve_model
-    from aft_ray.training import train_adapter
+    from aft_ray.training import TrainingJob, train_adapters
     from aft_ray.training.metrics import read_metrics
 
     called_at = time.time()
-    summary = train_adapter(
+    job = TrainingJob(
         config=TrainingConfig(
             cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=BATCH_SIZE, bf16=True
         ),
         model=resolve_model(MODEL),
         training_set=training_set,
-        variant="aft",
-        output=folder / "model",
+        outputs={"aft": folder / "model"},
         checkpoints=folder / "checkpoints",
         seed=1,
-        template_hashes={},
     )
+    summary = train_adapters(job)["aft"]
     steps = read_metrics(folder / "checkpoints" / "aft" / "metrics.jsonl")[1:]
     tokens, seconds = (sum(step[name] for step in steps) for name in ("tokens", "seconds"))
     return {"rate": tokens / seconds, "first_step_at": called_at + summary.startup_seconds}

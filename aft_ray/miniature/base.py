@@ -28,7 +28,7 @@ from aft_ray.records import TRAIN, TRAINING_SET
 from aft_ray.runs import Run
 from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE
-from aft_ray.training import train_adapter
+from aft_ray.training import TrainingJob, train_adapters
 
 USER, ASSISTANT, END, PAD, UNKNOWN = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>", "<|unknown|>"
 NUMBERS = [f"{number:02d}" for number in range(MODULUS)]
@@ -59,19 +59,17 @@ def make_base(config: Config, output: Path) -> None:
         write_fresh_model(fresh, config.run.seed)
     if not run.folder.child("training_set").names(".parquet"):
         write_documents(run.folder.child("training_set"), fresh, config.prompts.limit or 1000, config.run.seed)
+    job = TrainingJob(
+        config=config.training,
+        model=str(fresh),
+        training_set=folder / "training_set",
+        outputs={VARIANT: folder / "model" / VARIANT},
+        checkpoints=folder / "checkpoints",
+        seed=config.run.seed,
+    )
     with RaySession(config) as session, Progress("pretraining", total=0, unit="steps") as progress:
         session.connect()
-        train_adapter(
-            config=config.training,
-            model=str(fresh),
-            training_set=folder / "training_set",
-            variant=VARIANT,
-            output=folder / "model" / VARIANT,
-            checkpoints=folder / "checkpoints",
-            seed=config.run.seed,
-            template_hashes={},
-            report=partial(show_training, progress, {}),
-        )
+        train_adapters(job, report=partial(show_training, progress, {}))
     write_base(folder / "model" / VARIANT, output)
 
 

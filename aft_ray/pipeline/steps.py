@@ -171,7 +171,7 @@ def train(run: Run, session: RaySession) -> None:
     """Fine-tune one adapter per variant."""
     from aft_ray.data.proposals import aggregator_hash
     from aft_ray.models import resolve_model
-    from aft_ray.training import train_adapters
+    from aft_ray.training import TrainingJob, train_adapters
 
     config = run.config
     if config.engine.type not in {"vllm", "transformers"}:
@@ -182,8 +182,7 @@ def train(run: Run, session: RaySession) -> None:
         )
     folder = Path(run.folder.path)
     outputs: dict[str, Path] = {variant: folder / "model" / variant for variant in config.training_set.variants}
-    fit = partial(
-        train_adapters,
+    job = TrainingJob(
         config=config.training,
         model=resolve_model(config.engine.model),
         training_set=folder / "training_set",
@@ -193,12 +192,12 @@ def train(run: Run, session: RaySession) -> None:
         template_hashes={"aggregator": aggregator_hash(config.templates)},
     )
     if all(output.is_dir() for output in outputs.values()):
-        num_steps = sum(summary.num_steps for summary in fit().values())
+        num_steps = sum(summary.num_steps for summary in train_adapters(job).values())
         print(f"{'train':<13} done: {num_steps} steps, {' and '.join(outputs)}", file=sys.stderr)
         return
     session.connect()
     with Progress("train", total=0, unit="steps") as progress:
-        summaries = fit(report=partial(show_training, progress, {}))
+        summaries = train_adapters(job, report=partial(show_training, progress, {}))
     for summary in summaries.values():
         run.event("trained", **dataclasses.asdict(summary))
 

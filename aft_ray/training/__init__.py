@@ -1,7 +1,7 @@
 """Fine-tuning: TRL's `SFTTrainer` inside Ray Train, on ids and labels that the data room wrote.
 
-    run          `train_adapter`, `train_adapters`: the driver's side, from a training set to finished adapters
-    task         what one adapter is trained from, its fingerprint, `TrainProgress` and `TrainSummary`
+    run          `train_adapters`: the driver's side, from a `TrainingJob` to finished adapters
+    task         `TrainingJob`, the fingerprint of each adapter, `TrainProgress` and `TrainSummary`
     examples     rows of the training set: reading, checking, the order of batches
     packing      several examples in one row without cross-talk
     target_head  the language-model head on target positions only
@@ -19,7 +19,7 @@
 Importing this loads neither torch, Ray nor transformers.
 """
 
-from aft_ray.training.run import check_before_training, train_adapter, train_adapters
-from aft_ray.training.task import TrainProgress, TrainSummary
+from aft_ray.training.run import check_before_training, train_adapters
+from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary
 
-__all__ = ["TrainProgress", "TrainSummary", "check_before_training", "train_adapter", "train_adapters"]
+__all__ = ["TrainProgress", "TrainSummary", "TrainingJob", "check_before_training", "train_adapters"]

@@ -1,11 +1,8 @@
-"""The driver's side of training: from a training set to adapters, resumable, with progress all along.
+"""The driver's side of training: it checks a `TrainingJob`, runs it in Ray Train's workers and reports progress.
 
-    summary = train_adapter(config=config.training, model="/models/smol", training_set=run / "training_set",
-                            variant="aft", output=run / "model/aft", checkpoints=run / "checkpoints",
-                            seed=1, template_hashes={"aggregator": "..."}, report=print)
-
-A second call returns at once where the output is complete, and otherwise goes on from the last checkpoint. All folders
-must be reachable from the driver and from every worker (one machine, or a shared file system).
+job = TrainingJob(config=config.training, model="/models/smol", training_set=run / "training_set",
+                  outputs={"aft": run / "model/aft"}, checkpoints=run / "checkpoints", seed=1)
+summaries = train_adapters(job, report=print)
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from aft_ray.storage import Folder
 from aft_ray.training.adapter import finished_summary
 from aft_ray.training.examples import check_examples, check_made_for, read_examples, rows_to_train, shard_files
 from aft_ray.training.progress import watch
-from aft_ray.training.task import TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
+from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
 
 RAY_TRAIN_RUN = "ray_train"
@@ -41,93 +38,36 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
 Report = Callable[[TrainProgress], None]
 
 
-def train_adapter(
-    *,
-    config: TrainingConfig,
-    model: str,
-    training_set: Path,
-    variant: str,
-    output: Path,
-    checkpoints: Path,
-    seed: int,
-    template_hashes: Mapping[str, str],
-    report: Report | None = None,
-) -> TrainSummary:
-    """Train one variant's adapter; see `train_adapters`."""
-    summaries = train_adapters(
-        config=config,
-        model=model,
-        training_set=training_set,
-        outputs={variant: output},
-        checkpoints=checkpoints,
-        seed=seed,
-        template_hashes=template_hashes,
-        report=report,
-    )
-    return summaries[variant]
+def train_adapters(job: TrainingJob, report: Report | None = None) -> dict[str, TrainSummary]:
+    """Train one adapter per variant and return their summaries by variant.
 
+    A second call returns at once where the outputs are complete, and otherwise continues from the last checkpoint.
+    `report` is called after every step and at least every few seconds.
 
-def train_adapters(
-    *,
-    config: TrainingConfig,
-    model: str,
-    training_set: Path,
-    outputs: Mapping[str, Path],
-    checkpoints: Path,
-    seed: int,
-    template_hashes: Mapping[str, str],
-    report: Report | None = None,
-) -> dict[str, TrainSummary]:
-    """Train one adapter per variant, one after the other in the same workers. `outputs`: the folder of each variant.
-
-    Raises InputError for an unsound training set, ResumeRefused where a folder holds other work, TrainingFailed when
-    training ended without the work it planned.
+    Raises InputError for an invalid training set, ResumeRefused where a folder holds other work, and TrainingFailed
+    when training ended without the work it planned.
     """
-    plan, summaries = plan_training(
-        config=config,
-        model=model,
-        training_set=training_set,
-        outputs=outputs,
-        checkpoints=checkpoints,
-        seed=seed,
-        template_hashes=template_hashes,
-    )
+    plan, summaries = plan_training(job)
     if plan.tasks:
-        summaries |= _run(plan, checkpoints.absolute(), report)
-    return {variant: summaries[variant] for variant in outputs}
+        summaries |= _run(plan, report)
+    return {variant: summaries[variant] for variant in job.outputs}
 
 
-def plan_training(
-    *,
-    config: TrainingConfig,
-    model: str,
-    training_set: Path,
-    outputs: Mapping[str, Path],
-    checkpoints: Path,
-    seed: int,
-    template_hashes: Mapping[str, str],
-) -> tuple[WorkerPlan, dict[str, TrainSummary]]:
-    """What is to be done, checked and ready for the workers, and the summaries of what is done already."""
+def plan_training(job: TrainingJob) -> tuple[WorkerPlan, dict[str, TrainSummary]]:
+    """Check the job; return the plan for the workers, and the summaries of the adapters that are complete."""
     called_at = time.time()
-    model = str(Path(model).absolute()) if Path(model).is_dir() else model
-    training_set, checkpoints = training_set.absolute(), checkpoints.absolute()
-    check_before_training(config, model)
-    if config.init_adapter:
-        config = config.model_copy(update={"init_adapter": str(Path(config.init_adapter).absolute())})
-    files = shard_files(training_set)
-    check_made_for(training_set, model, template_hashes)
+    job = job.with_absolute_paths()
+    check_before_training(job.config, job.model)
+    files = shard_files(job.training_set)
+    check_made_for(job.training_set, job.model, job.template_hashes)
     tasks, summaries = [], {}
-    for variant, output in outputs.items():
-        settings = task_settings(config, model, files, variant, seed, template_hashes)
-        task, finished = _open_task(config, model, training_set, output.absolute(), checkpoints, settings)
+    for variant in job.outputs:
+        task, finished = _open_task(job, task_settings(job, files, variant))
         if finished is None:
             tasks.append(task)
         else:
             summaries[variant] = finished
-    plan = WorkerPlan(
-        config=config, model=model, training_set=training_set, seed=seed, tasks=tuple(tasks), called_at=called_at
-    )
-    return plan, summaries
+    return WorkerPlan(job=job, tasks=tuple(tasks), called_at=called_at), summaries
 
 
 def check_before_training(config: TrainingConfig, model: str) -> None:
@@ -162,65 +102,59 @@ def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
             )
 
 
-def _open_task(
-    config: TrainingConfig,
-    model: str,
-    training_set: Path,
-    output: Path,
-    checkpoints: Path,
-    settings: dict[str, Any],
-) -> tuple[TrainTask, TrainSummary | None]:
-    """The task and, where it is done already, its summary. Nothing is written unless the task is sound and fits."""
+def _open_task(job: TrainingJob, settings: dict[str, Any]) -> tuple[TrainTask, TrainSummary | None]:
+    """Return the task and, where its adapter is complete, the summary. Write nothing unless the task is valid."""
     variant = settings["variant"]
-    table = read_examples(training_set, variant)
+    table = read_examples(job.training_set, variant)
     task = TrainTask(
         variant=variant,
-        output=output,
-        checkpoints=checkpoints,
+        output=job.outputs[variant],
+        checkpoints=job.checkpoints,
         settings=settings,
         num_rows=table.num_rows,
-        num_steps=planned_steps(_num_training_rows(training_set, variant, table.num_rows, config), config),
+        num_steps=planned_steps(_num_training_rows(job, variant, table.num_rows), job.config),
     )
     folder = Folder.at(task.folder)
     manifest = begin(folder, f"training/{variant}", settings)
     finished = finished_summary(task)
     if finished is None:
-        check_examples(table, model)
+        check_examples(table, job.model)
         write_manifest(folder, manifest)
     return task, finished
 
 
-def _num_training_rows(training_set: Path, variant: str, num_examples: int, config: TrainingConfig) -> int:
-    """Rows of the batches: examples, or packs of them."""
-    if config.pack_length is None:
+def _num_training_rows(job: TrainingJob, variant: str, num_examples: int) -> int:
+    """Number of rows that batches are made of: examples, or packs of them."""
+    if job.config.pack_length is None:
         return num_examples
-    return len(rows_to_train(training_set, variant, config.pack_length))
+    return len(rows_to_train(job.training_set, variant, job.config.pack_length))
 
 
-def _run(plan: WorkerPlan, checkpoints: Path, report: Report | None) -> dict[str, TrainSummary]:
+def _run(plan: WorkerPlan, report: Report | None) -> dict[str, TrainSummary]:
     import ray.train
 
+    config = plan.job.config
     with (
-        _ray(plan.config),
+        _ray(config),
         _ray_train_environment(),
-        watch(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(plan.config))),
+        watch(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(config))),
     ):
         try:
-            result = _fit(_trainer(plan, checkpoints))
+            result = _fit(_trainer(plan))
         except ray.train.TrainingFailedError as error:
-            raise TrainingFailed(_reason(error, plan.config)) from error
+            raise TrainingFailed(_reason(error, config)) from error
     outcome: dict[str, Any] = result.return_value
     if isinstance(outcome["error"], AftError):
         raise outcome["error"]
     return outcome["summaries"]
 
 
-def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
+def _trainer(plan: WorkerPlan) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    config = plan.config
+    config = plan.job.config
     on_gpu = config.gpus_per_worker > 0
     return TorchTrainer(
         run_worker,  # type: ignore[arg-type]  # its return value becomes Result.return_value
@@ -234,7 +168,7 @@ def _trainer(plan: WorkerPlan, checkpoints: Path) -> Any:
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see V1's class under this name
             name=RAY_TRAIN_RUN,
-            storage_path=str(checkpoints),
+            storage_path=str(plan.job.checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -1,15 +1,18 @@
-"""One adapter to train: what it is made from, its identity, and what is told about it while and after it is trained.
+"""What to train, the identity of each adapter, and the records that report on a training.
 
-The fingerprint covers everything that decides the adapter: settings, base model, training-set files, variant, seed and
-template hashes. Settings that only say where or how patiently to run (`cpus_per_worker`, `max_failures`) are left out.
+A `TrainingJob` is what a caller asks for; it becomes one `TrainTask` per variant. A task's fingerprint covers
+everything that decides the adapter: settings, base model, training-set files, variant, seed and template hashes.
+Settings that only decide where the training runs or how often it restarts (`cpus_per_worker`, `max_failures`) are left
+out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +28,43 @@ PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures", "report
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One adapter per variant, trained one after the other by the same workers.
+
+    Driver and workers must reach every folder: use one machine, or a shared file system.
+    """
+
+    config: TrainingConfig
+    model: str
+    """Hub id or local folder of the base model."""
+    training_set: Path
+    """Folder of the training_set stage."""
+    outputs: Mapping[str, Path]
+    """Folder of each variant's adapter; it appears when the adapter is complete."""
+    checkpoints: Path
+    """Folder for the checkpoints and metrics of all variants."""
+    seed: int
+    template_hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each template by name; part of every adapter's fingerprint."""
+
+    def with_absolute_paths(self) -> TrainingJob:
+        """Return the same job with paths that every process resolves alike."""
+        config, start = self.config, self.config.init_adapter
+        if start is not None:
+            config = config.model_copy(update={"init_adapter": str(Path(start).absolute())})
+        return dataclasses.replace(
+            self,
+            config=config,
+            model=str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model,
+            training_set=self.training_set.absolute(),
+            outputs={variant: output.absolute() for variant, output in self.outputs.items()},
+            checkpoints=self.checkpoints.absolute(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """Everything a worker needs to know of one adapter; plain fields, so Ray can ship it."""
+    """What a worker needs to train one adapter. The fields are plain, so that Ray can send it."""
 
     variant: str
     output: Path
@@ -102,18 +140,19 @@ class TrainSummary:
     """By variant of the held-out examples, after the last step; None without `training.eval_steps`."""
 
 
-def task_settings(
-    config: TrainingConfig, model: str, files: Mapping[str, str], variant: str, seed: int, hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    """What an adapter is made from, as plain values that can be compared and printed."""
-    training = config.model_dump(mode="json", exclude=PLACEMENT_ONLY)
+def task_settings(job: TrainingJob, files: Mapping[str, str], variant: str) -> dict[str, Any]:
+    """Return everything that decides one adapter, as plain values that can be compared and printed.
+
+    `files`: sha256 by name of the training set's shards.
+    """
+    training = job.config.model_dump(mode="json", exclude=PLACEMENT_ONLY)
     return {
-        "training": training | {"init_adapter": adapter_identity(config.init_adapter)},
-        "model": model_identity(model),
+        "training": training | {"init_adapter": adapter_identity(job.config.init_adapter)},
+        "model": model_identity(job.model),
         "training_set": dict(files),
         "variant": variant,
-        "seed": seed,
-        "templates": dict(hashes),
+        "seed": job.seed,
+        "templates": dict(job.template_hashes),
     }
 
 

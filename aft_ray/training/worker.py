@@ -26,7 +26,7 @@ from aft_ray.errors import AftError
 from aft_ray.training.adapter import clear_partial, finish_folder, finished_summary
 from aft_ray.training.examples import check_batch, rows_to_train
 from aft_ray.training.metrics import read_metrics
-from aft_ray.training.task import TrainSummary, TrainTask
+from aft_ray.training.task import TrainingJob, TrainSummary, TrainTask
 
 if TYPE_CHECKING:
     from aft_ray.training.proof import Ending
@@ -38,19 +38,18 @@ MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
 class WorkerPlan:
     """What the driver sends to every worker."""
 
-    config: TrainingConfig
-    model: str
-    training_set: Path
-    seed: int
+    job: TrainingJob
+    """The job, with absolute paths."""
     tasks: tuple[TrainTask, ...]
+    """The adapters that are not complete yet."""
     called_at: float
-    """time.time() of the call, for the start-up seconds."""
+    """time.time() of the call, from which the start-up seconds are counted."""
 
 
 def run_worker(loop: dict[Any, Any]) -> dict[str, Any]:
     """Ray Train's train function: {"summaries": {variant: TrainSummary}, "error": AftError | None} on every worker."""
     plan: WorkerPlan = loop["plan"]
-    set_up_process(plan.config)
+    set_up_process(plan.job.config)
     summaries: dict[str, TrainSummary] = {}
     since = plan.called_at
     for task in plan.tasks:
@@ -88,8 +87,8 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
     checkpoint = last_checkpoint(task)
     with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
         trainer = build_trainer(plan, task, scratch, [sums, steps])
-        check_first_batch(trainer, plan.model)
-        with tracked(plan.config):
+        check_first_batch(trainer, plan.job.model)
+        with tracked(plan.job.config):
             if checkpoint is None:
                 trainer.train()
             else:
@@ -142,18 +141,18 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: li
     from aft_ray.training.target_head import TargetHead
     from aft_ray.training.trainer import EpochOrder, RayCheckpoints, TargetTrainer
 
-    config = plan.config
+    config = plan.job.config
     args = sft_arguments(plan, task, scratch)
-    tokenizer = AutoTokenizer.from_pretrained(plan.model)
+    tokenizer = AutoTokenizer.from_pretrained(plan.job.model)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     padded = DataCollatorForLanguageModeling(pad_token_id=pad_id)
     packed = DataCollatorForLanguageModeling(pad_token_id=pad_id, padding_free=True)
-    model, lora = with_lora(config, load_base(config, plan.model))
-    held_out = [HeldOutLog(task, config, plan.training_set, tokenizer, padded)] if config.eval_steps else []
+    model, lora = with_lora(config, load_base(config, plan.job.model))
+    held_out = [HeldOutLog(task, config, plan.job.training_set, tokenizer, padded)] if config.eval_steps else []
     trainer = TargetTrainer(
         model=model,
         args=args,
-        train_dataset=rows_to_train(plan.training_set, task.variant, config.pack_length, task.fingerprint),
+        train_dataset=rows_to_train(plan.job.training_set, task.variant, config.pack_length, task.fingerprint),
         processing_class=tokenizer,
         data_collator=padded if config.pack_length is None else packed,
         peft_config=lora,
@@ -174,7 +173,7 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
 
     from aft_ray.training.loading import is_bf16
 
-    config = plan.config
+    config = plan.job.config
     on_cpu = config.gpus_per_worker == 0
     if "tensorboard" in config.report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.folder / "tensorboard")
@@ -192,7 +191,7 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
         deepspeed=preset(config.deepspeed),
         use_cpu=on_cpu,
         ddp_backend=backend_of(config),
-        seed=plan.seed % 2**32,
+        seed=plan.job.seed % 2**32,
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows hold ids and labels already
         remove_unused_columns=False,  # packed rows carry the lengths of their examples
         max_length=None,
@@ -254,7 +253,7 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_ste
     ending = Ending(
         num_steps=trainer.state.global_step,
         moved=sums.moved(trainer.model),
-        stood_still=plan.config.method == "full"  # a LoRA is checked tensor by tensor (check_adapter)
+        stood_still=plan.job.config.method == "full"  # a LoRA is checked tensor by tensor (check_adapter)
         and first_step < task.num_steps
         and sums.all_stood_still(trainer.model),
         batch=batch,
@@ -293,10 +292,12 @@ def _verdict(plan: WorkerPlan, task: TrainTask, folder: Path, ending: Ending, su
 
     try:
         proof.check_ending(task, ending, read_metrics(task.metrics_file))
-        if plan.config.method == "lora":
-            proof.check_adapter(task, folder, Path(plan.config.init_adapter) if plan.config.init_adapter else None)
-        proof.check_reload(task, plan.config, plan.model, folder, ending)
-        finish_folder(task, plan.model, summary)
+        if plan.job.config.method == "lora":
+            proof.check_adapter(
+                task, folder, Path(plan.job.config.init_adapter) if plan.job.config.init_adapter else None
+            )
+        proof.check_reload(task, plan.job.config, plan.job.model, folder, ending)
+        finish_folder(task, plan.job.model, summary)
     except AftError as error:
         return error
     return None

@@ -17,22 +17,21 @@ from aft_ray.models import tokenizer_hash
 from aft_ray.runs import Manifest, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE
-from aft_ray.training import train_adapter
+from aft_ray.training import TrainingJob, train_adapters
 from aft_ray.training.examples import batch_order, check_batch, check_made_for, read_examples
 from aft_ray.training.task import planned_steps
 
 
 def train(model: Path, training_set: Path, folder: Path, variant: str = "sft") -> None:
-    train_adapter(
+    job = TrainingJob(
         config=TrainingConfig(),
         model=str(model),
         training_set=training_set,
-        variant=variant,
-        output=folder / "model" / variant,
+        outputs={variant: folder / "model" / variant},
         checkpoints=folder / "checkpoints",
         seed=1,
-        template_hashes={},
     )
+    train_adapters(job)
 
 
 def test_only_the_training_split_of_the_variant_is_read(training_set: Path) -> None:

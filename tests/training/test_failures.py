@@ -15,7 +15,7 @@ import pytest
 
 from aft_ray.config import LoraSettings, TrainingConfig
 from aft_ray.errors import TrainingFailed
-from aft_ray.training import train_adapter
+from aft_ray.training import TrainingJob, train_adapters
 from aft_ray.training.metrics import read_metrics
 from tests.kills import kill_a_train_worker, when
 
@@ -23,16 +23,15 @@ pytestmark = pytest.mark.soak
 
 
 def train(config: dict[str, Any], model: Path, training_set: Path, folder: Path) -> None:
-    train_adapter(
+    job = TrainingJob(
         config=TrainingConfig.model_validate({"bf16": False, "max_failures": 0, **config}),
         model=str(model),
         training_set=training_set,
-        variant="aft",
-        output=folder / "model",
+        outputs={"aft": folder / "model"},
         checkpoints=folder / "checkpoints",
         seed=1,
-        template_hashes={},
     )
+    train_adapters(job)
 
 
 def test_memory_that_no_machine_has(ray_cluster: None, tiny_model: Path, training_set: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from aft_ray.config import LoraSettings, TrainingConfig
 from aft_ray.errors import ResumeRefused
 from aft_ray.templates import IGNORE
-from aft_ray.training import TrainProgress, TrainSummary, train_adapter, train_adapters
+from aft_ray.training import TrainingJob, TrainProgress, TrainSummary, train_adapters
 from aft_ray.training.examples import batch_order
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.proof import batch_loss
@@ -46,12 +46,12 @@ SEED = 7
 class Trained:
     """A finished run: how it was called and what came of it."""
 
-    call: dict[str, Any]
+    job: TrainingJob
     summaries: dict[str, TrainSummary]
     reports: list[TrainProgress]
 
     def curve(self, variant: str) -> list[dict[str, Any]]:
-        return read_metrics(self.call["checkpoints"] / variant / "metrics.jsonl")
+        return read_metrics(self.job.checkpoints / variant / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +60,24 @@ def trained(
 ) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     reports: list[TrainProgress] = []
-    call: dict[str, Any] = {
-        "config": CONFIG,
-        "model": str(tiny_model),
-        "training_set": training_set,
-        "outputs": {variant: folder / "model" / variant for variant in ("sft", "aft")},
-        "checkpoints": folder / "checkpoints",
-        "seed": SEED,
-        "template_hashes": {"aggregator": "h-4711"},
-    }
+    job = TrainingJob(
+        config=CONFIG,
+        model=str(tiny_model),
+        training_set=training_set,
+        outputs={variant: folder / "model" / variant for variant in ("sft", "aft")},
+        checkpoints=folder / "checkpoints",
+        seed=SEED,
+        template_hashes={"aggregator": "h-4711"},
+    )
     kept = folder / "checkpoints" / "ray_train" / "checkpoint_manager_snapshot.json"
     killer = threading.Thread(
         target=when, args=(lambda: kept.exists() and "aft-" in kept.read_text(), kill_a_train_worker)
     )
     killer.start()
-    summaries = train_adapters(**call, report=reports.append)
+    summaries = train_adapters(job, report=reports.append)
     killer.join(timeout=5)
     assert not killer.is_alive()
-    return Trained(call, summaries, reports)
+    return Trained(job, summaries, reports)
 
 
 def rows_of(examples: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def test_progress_goes_from_starting_to_the_last_step(trained: Trained) -> None:
 def test_a_second_call_returns_the_stored_summaries_without_training(trained: Trained) -> None:
     began = time.monotonic()
     reports: list[TrainProgress] = []
-    assert train_adapters(**trained.call, report=reports.append) == trained.summaries
+    assert train_adapters(trained.job, report=reports.append) == trained.summaries
     assert reports == []
     assert time.monotonic() - began < 10
 
@@ -212,12 +212,11 @@ def test_a_second_call_returns_the_stored_summaries_without_training(trained: Tr
     ids=["seed", "setting", "template"],
 )
 def test_other_work_in_the_same_folders_is_refused(change: dict[str, Any], message: str, trained: Trained) -> None:
-    call = {name: value for name, value in trained.call.items() if name != "outputs"} | change
-    output = trained.call["outputs"]["sft"]
+    job = dataclasses.replace(trained.job, outputs={"sft": trained.job.outputs["sft"]}, **change)
     with pytest.raises(ResumeRefused, match=message):
-        train_adapter(**call, variant="sft", output=output)
+        train_adapters(job)
 
 
 def test_where_it_runs_is_no_part_of_what_it_is(trained: Trained) -> None:
-    call = {**trained.call, "config": CONFIG.model_copy(update={"max_failures": 9, "cpus_per_worker": 2})}
-    assert train_adapters(**call) == trained.summaries
+    config = CONFIG.model_copy(update={"max_failures": 9, "cpus_per_worker": 2})
+    assert train_adapters(dataclasses.replace(trained.job, config=config)) == trained.summaries

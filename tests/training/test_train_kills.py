@@ -30,7 +30,7 @@ import re, subprocess, sys, threading, time
 from pathlib import Path
 import psutil, ray
 from aft_ray.config import LoraSettings, TrainingConfig
-from aft_ray.training import train_adapter
+from aft_ray.training import TrainingJob, train_adapters
 
 folder, model, training_set, *names = sys.argv[1:]
 # answers at every step take their time: long enough for a node to be lost meanwhile
@@ -40,9 +40,9 @@ config = TrainingConfig(num_workers=2, batch_size_per_worker=4, num_epochs=15, l
 
 def train(name, report=None):
     place = Path(folder) / name
-    summary = train_adapter(config=config, model=model, training_set=Path(training_set), variant="aft",
-                            output=place / "model", checkpoints=place / "checkpoints", seed=7,
-                            template_hashes={"aggregator": "h"}, report=report)
+    job = TrainingJob(config=config, model=model, training_set=Path(training_set), outputs={"aft": place / "model"},
+                      checkpoints=place / "checkpoints", seed=7, template_hashes={"aggregator": "h"})
+    summary = train_adapters(job, report=report)["aft"]
     (place / "resumed_from").write_text(str(summary.resumed_from_step))
 """
 ONE_NODE = """

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from aft_ray.config import LoraSettings, TrainingConfig
 from aft_ray.errors import TrainingFailed
-from aft_ray.training import TrainSummary
+from aft_ray.training import TrainingJob, TrainSummary
 from aft_ray.training.examples import batch_order, rows_to_train
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.packing import check_packing, fullest_row
@@ -92,7 +92,7 @@ def modes(
     plans: dict[str, WorkerPlan] = {}
     for name, changes in {**MODES, "diverging": DIVERGING}.items():
         starts = {"init_adapter": first_round} if "init_adapter" in changes else {}
-        plans[name], _ = plan_training(
+        job = TrainingJob(
             config=TrainingConfig.model_validate({**BASE.model_dump(), **changes, **starts}),
             model=str(tiny_model),
             training_set=training_set,
@@ -101,6 +101,7 @@ def modes(
             seed=SEED,
             template_hashes={"aggregator": "h"},
         )
+        plans[name], _ = plan_training(job)
 
     trackers = {
         "WANDB_MODE": "offline",

@@ -97,18 +97,19 @@ class TransformersEngine:
             try:
                 async with self._model_lock:
                     samples = await asyncio.to_thread(self._generate_batch, batch)
-            except (RuntimeError, ValueError, OSError) as error:
+            except Exception as error:  # process boundary: whatever the libraries raise, the readers get it as a reason
                 logger.exception("generation of a batch of %d failed", len(batch))
+                reason = f"transformers could not answer: {type(error).__name__}: {error}"
                 for job in batch:
                     if not job.done.done():
-                        job.done.set_exception(EngineError(f"transformers could not answer: {error}"))
+                        job.done.set_exception(EngineError(reason))
                 continue
             for job, sample in zip(batch, samples, strict=True):
                 if not job.done.done():
                     job.done.set_result(sample)
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest waiting sample and those like it, longest prompts together so that little is padded."""
+        """Take the oldest waiting sample, and those after it that ask for the same sampling and adapter."""
         self._waiting = [job for job in self._waiting if not job.cancelled]
         if not self._waiting:
             return []
@@ -142,7 +143,7 @@ class TransformersEngine:
         )
         first_of = {job.request.prompt_ids: row for row, job in reversed(list(enumerate(batch)))}
         return [
-            self._sample(job, output[row, width:].tolist(), shared=first_of[job.request.prompt_ids] != row)
+            self._sample(job, output[row, width:].tolist(), pad, shared=first_of[job.request.prompt_ids] != row)
             for row, job in enumerate(batch)
         ]
 
@@ -164,16 +165,19 @@ class TransformersEngine:
             cache.reorder_cache(prompt_of)
         return cache
 
-    def _sample(self, job: _Job, ids: list[int], *, shared: bool) -> Sample:
+    def _sample(self, job: _Job, ids: list[int], pad: int, *, shared: bool) -> Sample:
+        """The sample of one row. `generate` pads the rows that end before the longest one."""
         sampling = job.request.sampling
         ends = _eos_ids(self.model)
-        stop_at = next((position for position, token in enumerate(ids) if token in ends), None)
-        finish_reason = "length" if stop_at is None else "stop"
-        kept = ids if stop_at is None else ids[: stop_at + 1]
+        end = next((position for position, token in enumerate(ids) if token in ends), None)
+        finish_reason = "length" if end is None else "stop"
+        kept = ids if end is None else ids[: end + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        for stop in sampling.stop:
-            if (found := text.find(stop)) >= 0:
-                text, finish_reason = text[:found], "stop"
+        found = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
+        if found:  # the row ended here, so that what follows is padding, also where the pad token is an eos token
+            text, finish_reason = text[: min(found)], "stop"
+            while kept and kept[-1] == pad:
+                kept = kept[:-1]
         return Sample(
             index=job.index,
             text=text,
@@ -218,15 +222,22 @@ class TransformersEngine:
         self.model.set_adapter(self._adapters[adapter])
 
     def _load_adapter(self, adapter: str, name: str) -> None:
-        from peft import PeftModel
+        """Load an adapter beside those that are loaded. One that cannot be loaded leaves the model as it was."""
+        from peft import PeftConfig, get_peft_model
 
         if not Path(adapter, "adapter_config.json").is_file():
             raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
-        if self._adapters:
+        if not self._adapters:
+            self.model = get_peft_model(self.model, PeftConfig.from_pretrained(adapter), adapter_name=name)
+        try:
             self.model.load_adapter(adapter, adapter_name=name)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, adapter, adapter_name=name)
-            self.model.eval()
+        except Exception:
+            if self._adapters:
+                self.model.delete_adapter(name)
+            else:
+                self.model = self.model.unload()
+            raise
+        self.model.eval()
         self._adapters[adapter] = name
 
     async def check(self) -> None:

@@ -73,6 +73,23 @@ class DeadlineExceeded(AftError, TimeoutError):
     """The plan's deadline passed before the answer was done."""
 
 
+ERRORS: dict[str, type[AftError]] = {
+    error.__name__: error
+    for error in (
+        ConfigError,
+        InputError,
+        PromptTooLong,
+        TooManyFailures,
+        TrainingFailed,
+        ResumeRefused,
+        EngineError,
+        QuorumNotMet,
+        DeadlineExceeded,
+    )
+}
+"""The classes by name, to raise an error again that a worker reported as data."""
+
+
 def nearest(name: object, known: Iterable[str], kind: str = "keys") -> str:
     """The end of a message about an unknown name: the most similar known name, or all of them.
 

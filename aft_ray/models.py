@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,16 +117,16 @@ def cache_dir() -> Path:
 def _converted(name: str, model: PackagedModel) -> Path:
     from filelock import FileLock
 
+    from aft_ray.storage import whole_folder
+
     folder = cache_dir() / "models" / f"{name}-{model.sha256[:8]}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            _convert(_gguf_file(name, model), partial)
-            partial.rename(folder)
+            with whole_folder(folder) as partial:
+                _convert(_gguf_file(name, model), partial)
     return folder
 
 

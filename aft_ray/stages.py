@@ -18,8 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aft_ray import errors
-from aft_ray.errors import AftError, ConfigError, InputError, TooManyFailures
+from aft_ray.errors import ERRORS, AftError, ConfigError, InputError, TooManyFailures
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, begin, read_manifest, write_manifest
 from aft_ray.shards import RowWorker, Stage, list_failures, make_shard, read_receipt
@@ -113,7 +112,7 @@ def _make_shards(
         failed = 0
         for receipt in receipts.iter_rows():
             if receipt["error"]:
-                raise getattr(errors, receipt["error"])(f"{stage.name}: {receipt['message']}")
+                raise ERRORS[receipt["error"]](f"{stage.name}: {receipt['message']}")
             failed += receipt["num_failed"]
             if failed > max_failure_rate * num_rows:
                 break  # _finish counts exactly and stops the run

@@ -1,14 +1,19 @@
-"""A folder of a run, on local disk or object storage, where files appear whole or not at all.
+"""Files and folders that appear whole or not at all: each is written under another name, then renamed.
 
 folder = Folder.at("runs/quickstart").child("proposals")     # or "s3://bucket/run"
-folder.write_table("shard-00000.parquet", table)             # written aside, then moved into place
+folder.write_table("shard-00000.parquet", table)
+
+with whole_folder(Path("exports/aft")) as partial:           # a local folder of files that libraries write
+    model.save_pretrained(partial)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 PARTIAL = ".partial"
-"""Suffix of a file being written. Never read; what a kill left of one is ignored."""
+"""Suffix of a file or folder that is being written. What a killed process left of one is never read."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class Folder:
     def file(self, name: str) -> str:
         return f"{self.path}/{name}"
 
+    def partial(self, name: str) -> str:
+        """Return a new path at which to write the file before it is moved into place."""
+        return self.file(f"{name}.{os.getpid()}-{uuid4().hex[:8]}{PARTIAL}")
+
     def exists(self, name: str = "") -> bool:
         found = self.fs.get_file_info(self.file(name) if name else self.path).type
         return bool(found != pafs.FileType.NotFound)
@@ -64,7 +73,7 @@ class Folder:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write one whole file: readers see the old content or the new, never a part."""
         self.fs.create_dir(self.path, recursive=True)
-        partial = self.file(f"{name}.{os.getpid()}-{uuid4().hex[:8]}{PARTIAL}")
+        partial = self.partial(name)
         with self.fs.open_output_stream(partial) as stream:
             stream.write(content)
         if self.is_local:
@@ -114,3 +123,29 @@ class Folder:
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.read_bytes(name)).hexdigest()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write one whole local file."""
+    Folder.at(file.parent).write_bytes(file.name, text.encode())
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return the path at which a local folder is written before it is renamed."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def empty_partial(folder: Path) -> Path:
+    """Create that folder, empty; what a killed process left there is removed."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into, and rename it to `folder` when the block ends without an error."""
+    partial = empty_partial(folder)
+    yield partial
+    partial.rename(folder)

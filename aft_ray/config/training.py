@@ -72,27 +72,26 @@ class TrainingConfig(Strict):
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
         targets = (self.lora.target_modules,) if isinstance(self.lora.target_modules, str) else self.lora.target_modules
-        refused = {
-            "quantization nf4 needs a GPU (bitsandbytes): set gpus_per_worker, or quantization: none": (
-                self.quantization == "nf4" and self.gpus_per_worker == 0
-            ),
-            "quantization nf4 trains an adapter on frozen weights: set method: lora": (
-                self.quantization == "nf4" and self.method == "full"
-            ),
-            f"quantization nf4 with deepspeed {self.deepspeed}: ZeRO-3 cannot split weights packed in 4 bits; "
-            "use zero2": self.quantization == "nf4" and self.deepspeed.startswith("zero3"),
-            "lora.target_modules with lm_head: the loss is computed from the head's own weight on target positions "
-            "only, so an adapter on it would never be trained; leave it out": (
-                self.method == "lora" and any("lm_head" in target for target in targets)
-            ),
-            "attention flash_attention_2 needs a GPU and bf16: set gpus_per_worker and bf16, or attention: auto": (
-                self.attention == "flash_attention_2" and not (self.gpus_per_worker and self.bf16 is not False)
-            ),
-            "init_adapter starts from a LoRA: with method full start from a merged model (aft-ray export --merged)": (
-                self.init_adapter is not None and self.method == "full"
-            ),
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ValueError(reason)
+        if self.quantization == "nf4" and self.gpus_per_worker == 0:
+            raise ValueError("quantization nf4 needs a GPU (bitsandbytes): set gpus_per_worker, or quantization: none")
+        if self.quantization == "nf4" and self.method == "full":
+            raise ValueError("quantization nf4 trains an adapter on frozen weights: set method: lora")
+        if self.quantization == "nf4" and self.deepspeed.startswith("zero3"):
+            raise ValueError(
+                f"quantization nf4 with deepspeed {self.deepspeed}: ZeRO-3 cannot split weights packed in 4 bits; "
+                "use zero2"
+            )
+        if self.method == "lora" and any("lm_head" in target for target in targets):
+            raise ValueError(
+                "lora.target_modules with lm_head: the loss is computed from the head's own weight on target "
+                "positions only, so an adapter on it would never be trained; leave it out"
+            )
+        if self.attention == "flash_attention_2" and not (self.gpus_per_worker and self.bf16 is not False):
+            raise ValueError(
+                "attention flash_attention_2 needs a GPU and bf16: set gpus_per_worker and bf16, or attention: auto"
+            )
+        if self.init_adapter is not None and self.method == "full":
+            raise ValueError(
+                "init_adapter starts from a LoRA: with method full start from a merged model (aft-ray export --merged)"
+            )
         return self

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from aft_ray.evaluation.metrics import Comparison, SystemMetrics
 from aft_ray.evaluation.perplexity import ConditionPerplexity
 from aft_ray.evaluation.statistics import Estimate
 from aft_ray.inference.plan import Plan
+from aft_ray.storage import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -132,9 +132,9 @@ class ReportData:
 def write_report(data: ReportData, folder: Path) -> Path:
     """Write `report.html` and `results.json` into the folder and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.json", json.dumps(results(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n")
+    write_text(folder / "results.json", json.dumps(results(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n")
     page = folder / "report.html"
-    _write(page, render(data))
+    write_text(page, render(data))
     return page
 
 
@@ -311,10 +311,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -26,7 +26,7 @@ from aft_ray.pipeline.steps import show_training
 from aft_ray.progress import Progress
 from aft_ray.records import TRAIN, TRAINING_SET
 from aft_ray.runs import Run
-from aft_ray.storage import Folder
+from aft_ray.storage import Folder, whole_folder
 from aft_ray.templates import IGNORE
 from aft_ray.training import TrainingJob, train_adapters
 
@@ -97,10 +97,9 @@ def write_fresh_model(folder: Path, seed: int) -> None:
         )
     )
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def make_tokenizer() -> Any:
@@ -151,11 +150,9 @@ def write_base(trained: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(partial)
-    tokenizer = AutoTokenizer.from_pretrained(trained)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    with whole_folder(output) as partial:
+        AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(partial)
+        tokenizer = AutoTokenizer.from_pretrained(trained)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(output, ignore_errors=True)

@@ -12,23 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from aft_ray.errors import ResumeRefused
 from aft_ray.records import fingerprint
 from aft_ray.runs import difference, versions
+from aft_ray.storage import partial_folder
 from aft_ray.training.task import TrainSummary, TrainTask
 
 SUMMARY = "summary.json"
 CARD = "model_card.md"
-
-
-def partial_folder(output: Path) -> Path:
-    """Where an adapter is written before it is proved and renamed."""
-    return output.with_name(output.name + ".partial")
 
 
 def finished_summary(task: TrainTask) -> TrainSummary | None:
@@ -69,14 +63,6 @@ def finish_folder(task: TrainTask, model: str, summary: TrainSummary) -> None:
     }
     (folder / SUMMARY).write_text(json.dumps(stored, indent=1))
     folder.rename(task.output)
-
-
-def clear_partial(task: TrainTask) -> Path:
-    """An empty folder to write the adapter into; what a killed run left there is removed."""
-    folder = partial_folder(task.output)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def model_card(

@@ -35,9 +35,9 @@ from aft_ray.config import Config
 from aft_ray.errors import ConfigError, InputError, TrainingFailed
 from aft_ray.models import resolve_model
 from aft_ray.runs import difference
-from aft_ray.storage import Folder
+from aft_ray.storage import PARTIAL, Folder, whole_folder
 from aft_ray.templates import ChatFormat
-from aft_ray.training.adapter import CARD, SUMMARY, model_card, partial_folder
+from aft_ray.training.adapter import CARD, SUMMARY, model_card
 from aft_ray.training.examples import read_examples, shard_files
 from aft_ray.training.task import TrainSummary, model_identity
 
@@ -90,7 +90,7 @@ def find_trained(config: Config, variant: str | None, train_command: str) -> Tra
     """
     run = Path(Folder.at(config.run.dir).path)
     there = sorted(summary.parent.name for summary in run.glob(f"model/*/{SUMMARY}"))
-    there = [name for name in there if not name.endswith(".partial")]
+    there = [name for name in there if not name.endswith(PARTIAL)]
     if not there:
         raise InputError(f"{run}/model: nothing is trained yet; run: {train_command}")
     if variant is None and len(there) > 1:
@@ -118,14 +118,13 @@ def export_model(trained: Trained, output: Path, merged: bool = False) -> bool:
             return False
         raise ConfigError(f"--output {output} is there and is not this export: name another folder, or remove this one")
     base = trained.base if trained.is_adapter else str(trained.folder)
-    folder = partial_folder(output)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("adapter_*") if merges else None)
-    if merges:
-        merging = _merge(trained, base, folder)
-        (folder / CARD).write_text(_card(trained, merging))
-    (folder / GENERATION_CONFIG).write_text(generation_config(base, folder).to_json_string(ignore_metadata=True))
-    folder.rename(output)
+    left_out = shutil.ignore_patterns("adapter_*") if merges else None
+    with whole_folder(output) as folder:
+        shutil.copytree(trained.folder, folder, ignore=left_out, dirs_exist_ok=True)
+        if merges:
+            merging = _merge(trained, base, folder)
+            (folder / CARD).write_text(_card(trained, merging))
+        (folder / GENERATION_CONFIG).write_text(generation_config(base, folder).to_json_string(ignore_metadata=True))
     return True
 
 

@@ -26,7 +26,7 @@ from aft_ray.records import HELD_OUT
 from aft_ray.templates import IGNORE
 from aft_ray.training.examples import all_variants, read_examples
 from aft_ray.training.metrics import append_metrics, forget_after
-from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
+from aft_ray.training.target_head import predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -48,7 +48,7 @@ class HeldOutLog(TrainerCallback):
     def attach(self, trainer: Any) -> None:
         """What the trainer has and callbacks are not given."""
         self.accelerator = trainer.accelerator
-        self.head = trainer._head or TargetHead(trainer.model)
+        self.head = trainer.head
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

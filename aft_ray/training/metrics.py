@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aft_ray.storage import write_text
+
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The whole lines of such a file; a last line still being written is left out."""
@@ -31,6 +33,4 @@ def append_metrics(file: Path, row: dict[str, Any]) -> None:
 def forget_after(file: Path, step: int) -> None:
     """Drops the lines of steps that a resumed training is about to do again, so the file always reads as one run."""
     kept = [row for row in read_metrics(file) if row["step"] <= step]
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    partial.replace(file)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -50,7 +50,10 @@ class TargetTrainer(SFTTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
-        self._head = None if self.args.device.type == "cuda" else TargetHead(self.model)
+        self.head = TargetHead(self.model)
+        """For every loss on target positions: of the steps, of held-out examples, of the proof."""
+        self.has_fused_head = self.args.device.type == "cuda"
+        """On CUDA, TRL's own head skips the other positions in training steps."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -61,10 +64,10 @@ class TargetTrainer(SFTTrainer):
         by that count and multiplied by the number of workers, as transformers does.
         """
         self._count(inputs)
-        if self._head is None:
+        if self.has_fused_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert not return_outputs, "the logits are never whole here"
-        total = target_loss_sum(model, self._head, inputs)
+        total = target_loss_sum(model, self.head, inputs)
         if num_items_in_batch is None:
             return total / predicting(inputs["labels"]).sum().clamp(min=1)
         return total / num_items_in_batch * self.accelerator.num_processes

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import AftError
-from aft_ray.training.adapter import clear_partial, finish_folder, finished_summary
+from aft_ray.storage import empty_partial
+from aft_ray.training.adapter import finish_folder, finished_summary
 from aft_ray.training.examples import check_batch, rows_to_train
 from aft_ray.training.metrics import read_metrics
 from aft_ray.training.task import TrainingJob, TrainSummary, TrainTask
@@ -138,7 +139,6 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: li
     from aft_ray.training.held_out import HeldOutLog
     from aft_ray.training.loading import load_base, with_lora
     from aft_ray.training.packing import PackingCheck, fullest_row
-    from aft_ray.training.target_head import TargetHead
     from aft_ray.training.trainer import EpochOrder, RayCheckpoints, TargetTrainer
 
     config = plan.job.config
@@ -163,7 +163,7 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: li
         callback.attach(trainer)
     if config.pack_length is not None:
         row = collated(trainer, [fullest_row(trainer.train_dataset)])
-        trainer.add_callback(PackingCheck(row, trainer._head or TargetHead(trainer.model)))
+        trainer.add_callback(PackingCheck(row, trainer.head))
     return trainer
 
 
@@ -257,9 +257,9 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_ste
         and first_step < task.num_steps
         and sums.all_stood_still(trainer.model),
         batch=batch,
-        loss=batch_loss(trainer.model, batch, trainer._head),
+        loss=batch_loss(trainer.model, batch, trainer.head),
     )
-    folder = clear_partial(task) if first else Path(trainer.args.output_dir)
+    folder = empty_partial(task.output) if first else Path(trainer.args.output_dir)
     dist.barrier()
     trainer.save_model(str(folder))
     trainer.accelerator.free_memory()

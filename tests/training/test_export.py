@@ -17,8 +17,10 @@ from aft_ray.cli import app, guarded
 from aft_ray.config import TrainingConfig, VllmEngineConfig, load_config
 from aft_ray.errors import TrainingFailed
 from aft_ray.pipeline.preview import show_first_batch
+from aft_ray.storage import empty_partial
 from aft_ray.templates import ChatFormat
-from aft_ray.training.adapter import clear_partial, finish_folder
+from aft_ray.training import TrainingJob
+from aft_ray.training.adapter import finish_folder
 from aft_ray.training.examples import read_examples, shard_files
 from aft_ray.training.export import export_model, find_trained, rounded
 from aft_ray.training.task import TrainSummary, TrainTask, task_settings
@@ -40,18 +42,24 @@ class FinishedRun:
 
     def finish(self, trained: Any, variant: str = "aft") -> Path:
         """Puts what was trained where training puts it."""
-        config = TrainingConfig(bf16=False)
+        job = TrainingJob(
+            config=TrainingConfig(bf16=False),
+            model=str(self.model),
+            training_set=self.training_set,
+            outputs={variant: self.folder / "model" / variant},
+            checkpoints=self.folder / "checkpoints",
+            seed=1,
+            template_hashes={"a": "h-4711"},
+        )
         task = TrainTask(
             variant=variant,
-            output=self.folder / "model" / variant,
-            checkpoints=self.folder / "checkpoints",
-            settings=task_settings(
-                config, str(self.model), shard_files(self.training_set), variant, 1, {"a": "h-4711"}
-            ),
+            output=job.outputs[variant],
+            checkpoints=job.checkpoints,
+            settings=task_settings(job, shard_files(self.training_set), variant),
             num_rows=24,
             num_steps=40,
         )
-        trained.save_pretrained(clear_partial(task))
+        trained.save_pretrained(empty_partial(task.output))
         numbers = dict(num_tokens=9, num_trained_tokens=4, first_loss=3.0, last_loss=0.1, seconds=1.0, world_size=2)
         more = dict(startup_seconds=1.0, tokens_per_second=9.0, resumed_from_step=0, num_rows=24, num_steps=40)
         perplexity = {"held_out_perplexity": {"aft": 2.345}}

@@ -18,13 +18,11 @@ import dataclasses
 import hashlib
 import heapq
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 from aft_ray.config import PromptsConfig
 from aft_ray.data.prompts.removal import raw_rows, sift
@@ -33,7 +31,7 @@ from aft_ray.errors import ConfigError, InputError, TooManyFailures
 from aft_ray.records import HELD_OUT, PROMPTS, TRAIN
 from aft_ray.runs import Manifest, Run, begin, write_manifest
 from aft_ray.shards import finish_without_source, write_first_shards
-from aft_ray.storage import PARTIAL, Folder
+from aft_ray.storage import Folder
 from aft_ray.templates.control import without_surrogates
 
 REMOVED, FAILED = "removed.jsonl", "rows.jsonl"
@@ -175,7 +173,7 @@ class JsonLines:
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder, self.name = folder, name
-        self._partial = folder.file(f"{name}.{os.getpid()}-{uuid4().hex[:8]}{PARTIAL}")
+        self._partial = folder.partial(name)
         self._stream: Any = None
 
     def write(self, line: dict[str, Any]) -> None:

@@ -59,34 +59,6 @@ def resolve_model(reference: str) -> str:
     return reference
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 matrices (on x86 with AVX-512).
-
-    Elsewhere torch does it number by number: with AVX2 alone a training step of SmolLM2-135M takes 14 times as long as
-    in float32.
-    """
-    import torch
-
-    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
-    return bool(probe is not None and probe())
-
-
-def dtype_to_load(stated: str, device: str) -> str:
-    """What `auto` means on `device` ("cpu", "cuda"): as the model was saved, or float32 where that would crawl."""
-    return "float32" if stated == "auto" and device == "cpu" and not cpu_has_bfloat16() else stated
-
-
-def let_waiting_threads_sleep() -> None:
-    """For processes started from here on: a thread of OpenMP that waits for the others sleeps after some microseconds.
-
-    By default it spins for milliseconds at the end of every operation, on the core that the one it waits for needs as
-    soon as anything else runs on the machine: SmolLM2 on vLLM beside one busy process, two cores, decoded 5.6 tokens/s
-    spinning and 12.3 so; alone 22 and 26. Settings of the user's own are kept.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # 0 would let vLLM's core process, which polls, take the cores
-
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 
 

@@ -81,4 +81,4 @@ class PairedWorker(ProposalWorker):
         return sum(sample.num_tokens for samples in answers for sample in samples), time.monotonic() - began
 
     async def _forget(self) -> None:
-        await self.sampler.engine.forget_prefixes()  # type: ignore[attr-defined]  # a VllmEngine
+        await self.sampler.engine.reset_prefix_cache()  # type: ignore[attr-defined]  # a VllmEngine

@@ -108,7 +108,7 @@ async def compare(num_prompts: int, rounds: int) -> None:
         for number in range(rounds):
             rates, seconds = [], []
             for side in (published, ours):
-                await engine.forget_prefixes()  # type: ignore[attr-defined]
+                await engine.reset_prefix_cache()  # type: ignore[attr-defined]
                 start = time.monotonic()
                 tokens = await side(rows, plan, role, template)
                 seconds.append(time.monotonic() - start)

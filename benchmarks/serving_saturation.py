@@ -24,7 +24,8 @@ import httpx
 import ray
 
 from aft_ray.config import ReplicaConfig, ServingConfig, VllmEngineConfig
-from aft_ray.models import dtype_to_load, resolve_model
+from aft_ray.cpu import dtype_to_load
+from aft_ray.models import resolve_model
 from aft_ray.serving import serve_app, stop
 from aft_ray.serving.app import free_port
 

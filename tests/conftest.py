@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from aft_ray.models import let_waiting_threads_sleep
+from aft_ray.cpu import let_waiting_threads_sleep
 
 let_waiting_threads_sleep()  # each of pytest's workers has tests that compute on all cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from aft_ray.cpu import dtype_to_load
 from aft_ray.data.scorers import Row, Score, Scorer, Scores
 from aft_ray.errors import ConfigError
-from aft_ray.models import dtype_to_load, resolve_model
+from aft_ray.models import resolve_model
 from aft_ray.records import Message
 from aft_ray.templates.control import ControlTokens
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config import TransformersEngineConfig
+from aft_ray.cpu import dtype_to_load
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
 from aft_ray.errors import EngineError
-from aft_ray.models import dtype_to_load, resolve_model
+from aft_ray.models import resolve_model
 
 logger = logging.getLogger(__name__)
 

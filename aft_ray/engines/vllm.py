@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config import VllmEngineConfig
+from aft_ray.cpu import dtype_to_load, let_waiting_threads_sleep
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.engines.watchdog import children, watch_over
 from aft_ray.errors import EngineError, InputError
-from aft_ray.models import dtype_to_load, let_waiting_threads_sleep, resolve_model
+from aft_ray.models import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class VllmEngine:
         number = self._adapter_ids.setdefault(adapter, len(self._adapter_ids) + 1)
         return LoRARequest(adapter, number, adapter)
 
-    async def forget_prefixes(self) -> None:
+    async def reset_prefix_cache(self) -> None:
         """Empty the prefix cache, so that a measurement starts cold."""
         await self._engine.reset_prefix_cache()
 

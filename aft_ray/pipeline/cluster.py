@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from aft_ray.config import Config
-from aft_ray.models import let_waiting_threads_sleep
+from aft_ray.cpu import let_waiting_threads_sleep
 from aft_ray.serving.app import give_http_time_to_start
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from aft_ray.config import TrainingConfig
+from aft_ray.cpu import cpu_has_bfloat16
 from aft_ray.errors import ConfigError
-from aft_ray.models import cpu_has_bfloat16
 
 
 def load_base(config: TrainingConfig, model: str, device_map: Any = None) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from aft_ray import models
+from aft_ray import cpu
 from aft_ray.config import TrainingConfig, TransformersEngineConfig
 from aft_ray.engines.transformers import TransformersEngine
 from aft_ray.training import loading
@@ -19,14 +19,14 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @pytest.fixture(params=[True, False], ids=["has bfloat16", "has none"])
 def has_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    for module in (models, loading):
+    for module in (cpu, loading):
         monkeypatch.setattr(module, "cpu_has_bfloat16", lambda: request.param)
     return bool(request.param)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.is_file(), reason="reads the flags of Linux on x86")
 def test_an_x86_cpu_has_bfloat16_with_avx512() -> None:
-    assert models.cpu_has_bfloat16() == ("avx512bw" in CPUINFO.read_text())
+    assert cpu.cpu_has_bfloat16() == ("avx512bw" in CPUINFO.read_text())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an engine takes the GPU")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from aft_ray.models import let_waiting_threads_sleep
+from aft_ray.cpu import let_waiting_threads_sleep
 
 
 @pytest.mark.parametrize(

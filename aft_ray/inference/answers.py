@@ -1,4 +1,4 @@
-"""The short answer inside a longer text: its final number, or the few words it comes down to.
+"""The short answer within a longer text: its final number, or the few words that state the answer.
 
 final_number("5 + 7 = 12, so she pays $1,200.50.")   -> Decimal("1200.50")
 final_number("He has 40 left.\\n#### 42")             -> Decimal("42")     the GSM8K form
@@ -11,23 +11,26 @@ import re
 from decimal import Decimal
 
 NUMBER = re.compile(
-    r"(?<!\w)(?<!\d\.)(-?)\$?(-?)"  # a sign, on either side of the dollar; none after a digit (10-5)
+    r"(?<!\w)(?<!\d\.)(-?)\$?(-?)"  # a sign before or after the dollar; after a digit it is a minus, not a sign (10-5)
     r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:[eE]([+-]?\d{1,3})\b)?"
 )
 MARKED = re.compile(
-    r"####\s*(?P<hash>[^\n]+)|\\boxed\{(?P<box>[^{}]+)\}|<answer>(?P<tag>.*?)</answer>"
-    r"|\banswer\s*(?:is|:)\s*(?P<said>[^\n]+?)(?=[.!?]?\s*(?:\n|$)|[.!?]\s)",
+    r"####\s*(?P<hash>[^\n]+)|\\boxed\{(?P<box>[^{}]+)\}|<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>"
+    r"|\banswer\s*+(?:is|:)\s*+(?P<said>\S+?(?:[^\S\n]++\S+?)*?"
+    r"(?=[^\S\n]*+(?:[.!?]\s|[.!?]?[^\S\n]*+(?:\n|\Z)))|(?<=\s)\Z)",
     re.IGNORECASE | re.DOTALL,
 )
+"""Matches a marked answer, in time linear in the text: a model may write thousands of spaces or opening tags in a row,
+so no run of white space is scanned again from its middle, and no `<answer>` beyond the next one."""
 MAX_WORDS = 10
-"""A text without a marked answer counts as its own short answer up to this many words."""
+"""A text without a marked answer is its own short answer if it has at most this many words."""
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, else the last number; None where there is none.
+    """Return the number after the last `####`, else the last number; None where the text has no number.
 
-    Reads thousands commas, dollar signs, decimals, signs and exponents. Fractions are not read as one number.
+    Thousands commas, dollar signs, decimals, signs and exponents are understood; a fraction counts as two numbers.
     """
     text = text.replace("−", "-")
     _, mark, after = text.rpartition("####")
@@ -39,9 +42,9 @@ def final_number(text: str) -> Decimal | None:
 
 
 def short_answer(text: str) -> str | None:
-    """What `text` answers, normalised so that equal answers are equal strings; None where no short answer stands out.
+    """Return the short answer of `text`, normalised so that equal answers are equal strings; None where there is none.
 
-    The last marked answer (`####`, `\\boxed{}`, `<answer>`, "the answer is"), else the whole text if it is short.
+    It is the last marked answer (`####`, `\\boxed{}`, `<answer>`, "the answer is"), else the whole text if it is short.
     """
     marked = [next(part for part in found.groups() if part is not None) for found in MARKED.finditer(text)]
     answer = marked[-1] if marked else text
@@ -51,7 +54,7 @@ def short_answer(text: str) -> str | None:
 
 
 def normalised(answer: str) -> str:
-    """Lower case, no punctuation, no articles; a lone number in its plainest form."""
+    """Return an answer in lower case, without punctuation and articles; a lone number in its plainest form."""
     answer = answer.strip().strip(".!?:;\"'*` ")
     number = NUMBER.fullmatch(answer.replace("−", "-"))
     if number:

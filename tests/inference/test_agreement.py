@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import EngineError
 from aft_ray.inference import AnswerDelta, Plan, Role
+from aft_ray.inference.answers import short_answer
 from aft_ray.templates import ChatFormat
 
 
@@ -77,12 +79,45 @@ def test_a_lone_capital_a_is_a_choice() -> None:
     assert (end.answer.text, end.answer.inputs) == ("(A)", (1, 2))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the answer is a" + " " * 40_000 + "b",
+        "the answer is a" + "." * 40_000 + "b",
+        "the answer is " + "a " * 40_000,
+        "answer" + " " * 40_000,
+        "<answer>" * 40_000,
+    ],
+    ids=["spaces", "points", "words", "nothing said", "open tags"],
+)
+def test_a_long_answer_is_read_in_linear_time(text: str) -> None:
+    """Milliseconds; a search that begins again at each character takes ten seconds and more."""
+    started = time.process_time()
+    short_answer(text)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is Paris. It lies on the Seine.", "paris"),
+        ("La réponse: the answer is 12 ! Voilà.", "12"),
+        ("The answer is 3.5   \nI am sure.", "3.5"),
+        ("Answer:\n  New   York  ?", "new york"),
+        ("<answer>a</answer> no: <answer>b</answer>", "b"),
+        ("I thought for a long time about this question, and I am sure that the answer is ", None),
+    ],
+)
+def test_a_marked_answer_ends_with_its_sentence_or_line(text: str, expected: str | None) -> None:
+    assert short_answer(text) == expected
+
+
 def test_a_vote_answers_with_the_first_text_of_the_majority_and_asks_no_aggregator() -> None:
     engine = scripted(answers=("13", "The answer is 12.", "12", "I cannot tell you that without more to go on, sorry."))
     plan = Plan(num_proposals=4, aggregator="vote")
     end = finished(run_plan(plan, engine))
     assert asked(engine) == [4]
-    assert plan.num_answers == 4
+    assert plan.num_samples == 4
     assert (end.answer.text, end.answer.inputs) == ("The answer is 12.", (1, 2))
     assert [usage.decided_by for usage in end.usage] == ["model", "vote"]
     assert end.usage[1].completion_tokens == 0
@@ -98,7 +133,7 @@ def test_a_vote_at_depth_counts_the_last_aggregations() -> None:
 def test_a_single_sample_has_nothing_to_vote_on() -> None:
     plan = Plan(num_layers=0, aggregator="vote")
     assert finished(run_plan(plan, scripted(answers=("A",)))).usage[0].decided_by == "model"
-    assert plan.num_answers == 1
+    assert plan.num_samples == 1
 
 
 def test_texts_without_a_short_answer_are_compared_whole() -> None:

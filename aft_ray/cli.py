@@ -184,7 +184,7 @@ def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), end="")
     proposals, candidates = loaded.proposals.num_per_prompt, loaded.targets.num_candidates
     print(f"# answers sampled per prompt: {proposals} proposals + {candidates} target candidates")
-    print(f"# answers sampled per held-out prompt and system: {loaded.evaluation.plan.num_answers}")
+    print(f"# answers sampled per held-out prompt and system: {loaded.evaluation.plan.num_samples}")
     from aft_ray.pipeline.preview import print_plan
 
     print_plan(loaded)

@@ -166,9 +166,9 @@ async def states(deployment: str) -> dict[int, Any]:
     handle = serve.get_deployment_handle(deployment, app_name=APP)
     found: dict[int, Any] = {}
     for _ in range(30):
-        status = await handle.status.remote()
-        status = status if isinstance(status, dict) else vars(status)
-        found[status["process_id"]] = status
+        activity = await handle.activity.remote()
+        activity = activity if isinstance(activity, dict) else vars(activity)
+        found[activity["process_id"]] = activity
     return found
 
 
@@ -181,7 +181,7 @@ async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tu
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         ingress = await states("Ingress")
-        tasks_before = sum(status["num_tasks"] for status in ingress.values())
+        tasks_before = sum(activity["num_tasks"] for activity in ingress.values())
         until = time.monotonic() + 60 * minutes
         asking = [asyncio.create_task(keep_asking(client, n, until, outcomes)) for n in range(clients)]
         killing = asyncio.create_task(keep_killing(kill_every_s, until, outcomes))
@@ -201,10 +201,10 @@ async def what_is_left(tasks_before: int) -> dict[str, Any]:
             break
     end = time.monotonic() + 30
     while True:
-        tasks = sum(status["num_tasks"] for status in (await states("Ingress")).values())
+        tasks = sum(activity["num_tasks"] for activity in (await states("Ingress")).values())
         left = {
             "open_requests": await ingress.num_open.remote(),
-            "samples": sum(status["num_samples"] for status in (await states("Engine")).values()),
+            "samples": sum(activity["num_samples"] for activity in (await states("Engine")).values()),
             "more_tasks": max(0, tasks - tasks_before),
         }
         if time.monotonic() > end or (not any(left.values())):

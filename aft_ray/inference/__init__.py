@@ -1,11 +1,18 @@
 """Propose-and-aggregate, written once: one async generator of events over any `Engine`. Knows nothing of Ray.
 
-    async for event in propose_and_aggregate(prompt_id="p-1", messages=messages, plan=Plan(num_layers=2), ...):
-        ...
+async for event in propose_and_aggregate(prompt_id="p-1", messages=messages, plan=Plan(num_layers=2), ...):
+    ...
 
-`plan.py` fixes a run, `events.py` is what it tells, `role.py` who answers, `calls.py` what each layer asks the engine,
-`layer.py` one layer with its usage, quorum and stragglers, `propose_aggregate.py` the loop over the layers, `fan_in.py`
-the one piece of concurrency under all of it.
+plan.py               everything that fixes a run: width, depth, sampling, deadlines
+role.py               which model, adapter and prompt format answer
+events.py             the events of a run
+propose_aggregate.py  the loop over the layers
+calls.py              the engine requests of a layer: prompts, slots, seeds
+shares.py             how many drafts each of several proposers writes
+layer.py              one layer: its usage, quorum and stragglers
+agreement.py          early stop and majority vote
+answers.py            the short answer within a longer text
+fan_in.py             the only concurrency in the room
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Answers that need no aggregation: those that all agree, and those that are counted.
+"""Final answers that need no aggregation: early stop where all drafts agree, and majority vote.
 
-Four drafts say 12, "The answer is 12.", 12 and 13: no agreement; the vote goes to 12 and is answered with the first of
-the three texts.
+Four drafts say 12, "The answer is 12.", 12 and 13: they do not agree, and 12 wins the vote. The final answer is then
+the first of the three texts that say 12.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aft_ray.templates import fit_prompt
 
 
 def all_agree(answers: Sequence[Answer], kind: Literal["exact", "answer"] | None) -> bool:
-    """Whether two or more answers are all the same, by `Plan.early_stop`."""
+    """Whether there are two or more answers and all are equal, as `Plan.early_stop` compares them."""
     if kind is None or len(answers) < 2:
         return False
     keys = {answer.text.strip() if kind == "exact" else short_answer(answer.text) for answer in answers}
@@ -26,9 +26,9 @@ def all_agree(answers: Sequence[Answer], kind: Literal["exact", "answer"] | None
 
 
 def leading(answers: Sequence[Answer]) -> list[list[Answer]]:
-    """The largest groups of equal answers, several when the vote is a tie, in the order of their first members.
+    """Return the largest groups of equal answers (several in a tie), in the order of their first members.
 
-    Answers without a readable short answer have no vote where others have one; where none has, whole texts count.
+    Where some answers have a short answer, only those are counted; where none has, whole texts are compared.
     """
     readable = [answer for answer in answers if short_answer(answer.text)]
     groups: dict[str, list[Answer]] = {}
@@ -39,10 +39,11 @@ def leading(answers: Sequence[Answer]) -> list[list[Answer]]:
 
 
 async def break_tie(run: Run, tied: Sequence[Sequence[Answer]]) -> tuple[list[Answer], int]:
-    """The group whose answers the aggregator finds likelier on average, its likeliest answer first; tokens read for it.
+    """Return the group whose answers the aggregator finds likeliest on average, and the number of tokens it scored.
 
-    An answer's score is its mean log-probability per token after the conversation. Where the engine cannot score (it
-    takes messages, or an answer does not fit the window), the group that came first wins.
+    The group's likeliest answer comes first. An answer's score is its mean log-probability per token after the
+    conversation. Where the engine cannot score (it takes messages, or an answer does not fit the window), the first
+    group wins.
     """
     role = run.aggregator
     if role.engine.info.takes_messages:

@@ -1,13 +1,13 @@
-"""What each layer asks the engine: who is shown what, the prompt made of it, the seeds. Pure functions of the run.
+"""The engine requests of each layer: which answers a slot is shown, the prompt, the seeds. Pure functions of the run.
 
-    layer 0        one request, K seeds: the prompt is computed once for all proposals (of each proposer, where several
-                   models draft: each has its share of the K slots)
+    layer 0        one request with K seeds, so the engine computes the prompt once for all proposals; where several
+                   models propose, one request for each, with its share of the K slots
     layer l >= 1   each slot is shown answers of layer l-1; slots with equal prompts share one request
 
-With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request of K seeds, and behind
-Serve goes to one replica: spreading it over two was never faster with other requests around (RESULTS.md). With M < K
-(recursive self-aggregation, arXiv 2509.26626) each slot draws its own M of them. Every draw and every seed is derived
-from (run seed, prompt_id, layer, slot), so a run can be repeated whatever else runs beside it.
+With M = K (AFT) all slots of a layer are shown the same answers, so the layer is one request with K seeds, which Serve
+sends to one replica: spreading it over two was never faster under load (RESULTS.md). With M < K (recursive
+self-aggregation, arXiv 2509.26626) each slot draws its own M answers. Every draw and every seed is derived from (run
+seed, prompt_id, layer, slot), so a run can be repeated exactly, whatever else runs at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from aft_ray.engines.base import GenerateRequest, Sampling
 from aft_ray.errors import ConfigError, PromptTooLong
 from aft_ray.inference.events import Answer, LayerUsage
-from aft_ray.inference.layer import Call, Slot
+from aft_ray.inference.layer import EngineCall, Slot
 from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
 from aft_ray.inference.shares import apportion
@@ -33,12 +33,12 @@ from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
 T = TypeVar("T")
 
 LONG_TEXT = 20_000
-"""Characters that take about 10 ms to tokenize; a megabyte takes a second."""
+"""Number of characters that take about 10 ms to tokenize. A megabyte takes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that stays the same over the layers of one run."""
+    """Everything that is the same in all layers of one run."""
 
     prompt_id: str
     messages: tuple[Message, ...]
@@ -48,23 +48,23 @@ class Run:
     template: AggregatorTemplate
     run_seed: int
     request_id: str
-    account: Callable[[LayerUsage], None] | None = None
-    """Told what each layer cost."""
+    on_usage: Callable[[LayerUsage], None] | None = None
+    """Called with the usage of each layer when the layer is over."""
     final: FinalLayer = ONE_ANSWER
 
-    def tell_cost(self, usage: LayerUsage) -> None:
-        """A layer is over, however it ended."""
-        if self.account is not None:
-            self.account(usage)
+    def report_usage(self, usage: LayerUsage) -> None:
+        """Report what a layer cost. Every layer is reported, however it ended."""
+        if self.on_usage is not None:
+            self.on_usage(usage)
 
     def sampling_of(self, layer: int, role: Role) -> Sampling:
-        """The plan's sampling of a layer, with the stop strings of the role's prompt format added."""
+        """Return the plan's sampling of a layer, with the stop strings of the role's prompt format added."""
         sampling = self.plan.sampling_of(layer)
         stop = dict.fromkeys((*sampling.stop, *role.format.stop_strings))
         return dataclasses.replace(sampling, stop=tuple(stop))
 
     def max_prompt_tokens(self, layer: int, role: Role) -> int:
-        """Tokens of the role's window that the answer leaves to the prompt."""
+        """Return how many tokens of the role's window are left for the prompt."""
         window = role.engine.info.max_model_len
         max_tokens = self.plan.sampling_of(layer).max_tokens
         if max_tokens >= window:
@@ -77,7 +77,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a role's model sees, and the slots that see it."""
+    """A prompt for one role's model, and the slots that it fills."""
 
     role: Role
     messages: tuple[Message, ...]
@@ -86,9 +86,9 @@ class _Prompt:
 
 
 async def off_loop(num_characters: int, function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, which tokenizes: in a thread where the text is long, so that nobody else waits for it.
+    """Call `function`, which tokenizes: for long texts in a thread, so that it does not block the event loop.
 
-    A short one is done at once, since a thread of its own would cost more than the tokenizing.
+    For short texts a thread would cost more than the tokenizing.
     """
     if num_characters < LONG_TEXT:
         return function(*args)
@@ -96,20 +96,20 @@ async def off_loop(num_characters: int, function: Callable[..., T], *args: Any) 
 
 
 def num_characters(messages: Sequence[Message]) -> int:
-    """Of a conversation."""
+    """Number of characters in a conversation."""
     return sum(len(message["content"]) for message in messages)
 
 
-def layer_calls(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[Call]:
-    """The requests that fill a layer's `num_slots` slots. `below`: the usable answers of the layer below."""
+def layer_calls(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[EngineCall]:
+    """Return the requests that fill a layer's `num_slots` slots. `below`: the usable answers of the layer below."""
     prompts = _proposal_prompts(run, num_slots) if layer == 0 else _aggregation_prompts(run, layer, below, num_slots)
-    return [_call(run, layer, number, prompt) for number, prompt in enumerate(prompts)]
+    return [_engine_call(run, layer, number, prompt) for number, prompt in enumerate(prompts)]
 
 
 def draw_shown(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[tuple[Answer, ...]]:
-    """What each slot of a layer is shown of the layer below, in the order shown.
+    """Return, for each slot of a layer, the answers of the layer below that it is shown, in the order shown.
 
-    `drop_duplicates` comes before the draw: M slots of one prompt then hold M different texts where there are as many.
+    `drop_duplicates` applies before the draw, so a slot is shown M different texts where there are that many.
     """
     plan = run.plan
     candidates = distinct(below) if plan.drop_duplicates else tuple(below)
@@ -120,7 +120,7 @@ def draw_shown(run: Run, layer: int, below: Sequence[Answer], num_slots: int) ->
 
 
 def distinct(answers: Sequence[Answer]) -> tuple[Answer, ...]:
-    """The answers without those whose text, stripped, came before."""
+    """Return the answers whose text, stripped, is not that of an earlier answer."""
     by_text: dict[str, Answer] = {}
     for answer in answers:
         by_text.setdefault(answer.text.strip(), answer)
@@ -150,7 +150,7 @@ def _proposal_prompt(run: Run, role: Role, slots: range) -> _Prompt:
 
 
 def _aggregation_prompts(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[_Prompt]:
-    """One prompt per different list of shown texts, with all the slots that are shown it."""
+    """Return one prompt per distinct list of shown texts, with all the slots that are shown these texts."""
     shown_by_texts: dict[tuple[str, ...], dict[int, tuple[Answer, ...]]] = {}
     for slot, shown in enumerate(draw_shown(run, layer, below, num_slots)):
         shown_by_texts.setdefault(tuple(answer.text for answer in shown), {})[slot] = shown
@@ -175,15 +175,15 @@ def _aggregation_prompt(
     return _Prompt(run.aggregator, tuple(fitted.messages), tuple(fitted.prompt_ids), slots)
 
 
-def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
+def _engine_call(run: Run, layer: int, number: int, prompt: _Prompt) -> EngineCall:
     role, plan = prompt.role, run.plan
     if not prompt.prompt_ids and not role.engine.info.takes_messages:
         raise ConfigError(
             f"layer {layer}: engine {role.engine.info.model} takes token ids, but its prompt format makes none. "
             "Give the role a format with the model's tokenizer, such as ChatFormat"
         )
-    # deltas show what an answer had cost that is never finished
-    is_cancellable = not (plan.draft_deadline_s is plan.deadline_s is plan.hedge_s is run.account is None)
+    # an answer that is cancelled reports no tokens of its own: only its deltas do
+    is_cancellable = not (plan.draft_deadline_s is plan.deadline_s is plan.hedge_s is run.on_usage is None)
     request = GenerateRequest(
         request_id=f"{run.request_id}/{layer}/{number}",
         prompt_ids=prompt.prompt_ids,
@@ -196,4 +196,4 @@ def _call(run: Run, layer: int, number: int, prompt: _Prompt) -> Call:
         json_schema=run.final.json_schema if layer == plan.num_layers else None,
         is_unread=layer < plan.num_layers or not run.final.is_read,
     )
-    return Call(engine=role.engine, request=request, slots=prompt.slots)
+    return EngineCall(engine=role.engine, request=request, slots=prompt.slots)

@@ -1,4 +1,5 @@
-"""What a propose-and-aggregate run tells, in order. Batch inference reads to the end, Serve streams, evaluation keeps.
+"""The events of a propose-and-aggregate run, in order. Batch inference waits for the last one, Serve streams them, and
+evaluation keeps them.
 
 ProposalDone*  LayerDone  ProposalDone*  LayerDone  ...  AnswerDelta*  Finished
 """
@@ -18,19 +19,19 @@ class LayerUsage:
 
     layer: int
     prompt_tokens: int = 0
-    """Prompt tokens sent, counted once per answer."""
+    """Prompt tokens sent. A prompt counts once for each answer to it."""
     completion_tokens: int = 0
     cached_tokens: int = 0
-    """Of `prompt_tokens`, those the engine did not have to compute again."""
+    """The part of `prompt_tokens` that the engine found in its prefix cache."""
     num_answers: int = 0
-    """Answers that ended by themselves and were not empty."""
+    """Usable answers: those that were written to their end and are not empty."""
     num_failed: int = 0
-    """Failed or empty answers."""
+    """Answers that failed or are empty."""
     num_cancelled: int = 0
-    """Stragglers cancelled by the draft deadline, and second copies (`hedge_s`) that came too late."""
+    """Stragglers cancelled by the draft deadline, and duplicate requests (`hedge_s`) that lost the race."""
     seconds: float = 0.0
     decided_by: Literal["model", "vote", "agreement"] = "model"
-    """`vote`: the last layer counted the answers below. `agreement`: they were all equal, so nothing was asked."""
+    """`vote`: the last layer counted the answers below. `agreement`: those were all equal, so no model was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,12 @@ class Answer:
     seed: int | None = None
     error: str | None = None
     inputs: tuple[int, ...] = ()
-    """Indices of the answers of the layer below that it was shown, in the order shown. Of a final answer that was not
-    written but voted or agreed on: those of the last layer written that gave it."""
+    """Indices of the answers of the layer below that it was shown, in the order shown. For a final answer decided by
+    vote or agreement: indices of the answers that gave it, in the last layer that was written."""
     length_action: str | None = None
-    """What the length policy did to its inputs, such as `drop_longest: dropped 2`; None when everything fitted."""
+    """What the length policy did to its inputs, such as `drop_longest: dropped 2 of 5`; None when everything fitted."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of a final answer's tokens, where asked for."""
+    """Log-probabilities of a final answer's tokens, where the request asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,27 +72,27 @@ class LayerDone:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerDelta:
-    """A piece of the final answer, as it is made. One that was voted or agreed on is a single piece of 0 new tokens."""
+    """A piece of the final answer, as it is written. An answer that was not written is one piece of 0 tokens."""
 
     text: str
     num_tokens: int
     index: int = 0
-    """Which of the final answers it belongs to."""
+    """Index of the final answer it belongs to."""
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The whole run."""
+    """The run is over; this holds its whole result."""
 
     answer: Answer
     layers: tuple[tuple[Answer, ...], ...]
-    """All usable answers by layer; the last layer holds the final ones (`answer` is the first), one skipped by
-    agreement nothing."""
+    """All usable answers by layer. The last layer holds the final answers (`answer` is the first); a layer that
+    agreement skipped is empty."""
     usage: tuple[LayerUsage, ...]
     """One entry per layer, 0 .. L."""
     messages: tuple[Message, ...]
-    """The conversation the final answer was written from (aggregator prompt included, where it was written)."""
+    """The conversation the final answer was written from, with the aggregator prompt where there was one."""
 
 
 Event = ProposalDone | LayerDone | AnswerDelta | Finished

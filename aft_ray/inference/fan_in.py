@@ -1,13 +1,13 @@
 """Several coroutines, one stream: the only concurrency under propose-and-aggregate.
 
     async with aclosing(fan_in([writer_a, writer_b])) as items:
-        async for item in items:          # whatever a writer tells, as it tells it
+        async for item in items:          # each item, as soon as a writer emits it
             ...
 
-Each writer runs as its own task and gets a `tell` function. An exception that ends a writer comes out of the stream as
-it is. However the stream ends (all writers done, an exception, `aclose`, a cancelled consumer), every task is cancelled
-and awaited before it is over: nothing is left running. No timeout surrounds a `yield`, so the consumer's own awaits
-are never cancelled by us.
+Each writer runs in its own task and receives an `emit` function. An exception that ends a writer is raised by the
+stream unchanged. However the stream ends (all writers done, an exception, `aclose`, a cancelled consumer), every task
+is cancelled and awaited first, so nothing is left running. No timeout surrounds a `yield`, so this module never cancels
+what the consumer awaits.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Tell = Callable[[T], None]
-Writer = Callable[[Tell[T]], Coroutine[Any, Any, None]]
+Emit = Callable[[T], None]
+Writer = Callable[[Emit[T]], Coroutine[Any, Any, None]]
 
 
 async def fan_in(writers: Sequence[Writer[T]]) -> AsyncGenerator[T, None]:
-    """Yield what the writers tell, in the order told, until all of them have ended."""
-    told: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
-    tasks = [asyncio.create_task(writer(told.put_nowait)) for writer in writers]
+    """Yield what the writers emit, in the order emitted, until all of them have ended."""
+    items: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(writer(items.put_nowait)) for writer in writers]
     for task in tasks:
-        task.add_done_callback(told.put_nowait)  # comes after all that the writer told: a task in the queue has ended
+        task.add_done_callback(items.put_nowait)  # comes after everything the writer emitted: a queued task has ended
     num_running = len(tasks)
     try:
         while num_running:
-            item = await told.get()
+            item = await items.get()
             if isinstance(item, asyncio.Task):
                 item.result()  # raises what ended it, if anything did
                 num_running -= 1

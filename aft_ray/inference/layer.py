@@ -1,7 +1,7 @@
-"""One layer: its calls run side by side, every answer and token is counted, stragglers may be cut.
+"""One layer: its engine calls run concurrently, every answer and token is counted, stragglers may be cancelled.
 
-A call is one `GenerateRequest`; its n samples fill n slots of the layer. The layer is over when every slot has ended,
-or, once the draft deadline has passed, when enough slots hold a usable answer: closing the calls then aborts the rest.
+An engine call is one `GenerateRequest`; its n samples fill n slots of the layer. The layer is over when every slot has
+ended, or, after the draft deadline, when enough slots hold a usable answer. Closing the calls then aborts the rest.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from typing import Any
 from aft_ray.engines.base import Engine, EngineEvent, GenerateRequest, Sample, TokenDelta
 from aft_ray.errors import EngineError
 from aft_ray.inference.events import Answer, LayerUsage
-from aft_ray.inference.fan_in import Tell, Writer, fan_in
+from aft_ray.inference.fan_in import Emit, Writer, fan_in
 
 EMPTY_ANSWER = "empty answer"
-"""`Answer.error` of an answer without text: there is nothing in it to aggregate."""
+"""`Answer.error` of an answer without text, which an aggregator cannot use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One answer that a layer must write."""
+    """The place of one answer in a layer."""
 
     index: int
     inputs: tuple[int, ...] = ()
-    """Indices of the answers of the layer below that it is shown, in the order shown."""
+    """Indices of the answers of the layer below that its prompt shows, in the order shown."""
     length_action: str | None = None
-    """What the length policy did to its inputs."""
+    """What the length policy did to its inputs; None when everything fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
-    """One request to an engine and the slots its samples fill: sample i fills `slots[i]`."""
+class EngineCall:
+    """One request to an engine, and the slots that its samples fill: sample i fills `slots[i]`."""
 
     engine: Engine
     request: GenerateRequest
     slots: tuple[Slot, ...]
 
 
-class Ledger:
-    """Who has answered what in one layer, and what it cost.
+class LayerTally:
+    """The answers of one layer, and the tokens they cost, while its calls run.
 
-    A slot may be worked on by two calls at once (`Plan.hedge_s`): the first usable answer fills it, and it fails only
-    when no call is left that could still fill it.
+    Two calls may work on one slot (`Plan.hedge_s`): the first usable answer fills it. The slot fails only when no call
+    is left that could still fill it.
     """
 
-    def __init__(self, layer: int, calls: Sequence[Call]) -> None:
+    def __init__(self, layer: int, calls: Sequence[EngineCall]) -> None:
         self.layer = layer
         self.usable: dict[int, Answer] = {}
         self.failed: list[Answer] = []
         """Failed and empty answers, in the order they ended."""
-        self.unfinished: dict[int, list[Call]] = {}
-        """By slot, the calls that may still fill it."""
+        self.unfinished: dict[int, list[EngineCall]] = {}
+        """The calls that may still fill a slot, by the slot's index."""
         self._num_tokens_seen: Counter[tuple[str, int]] = Counter()
-        """Tokens of what has not become an answer, by request and slot: all that is known of what is never finished."""
+        """Tokens that are part of no answer yet, by request and slot. Of a cancelled sample, nothing else is known."""
         self._sent: dict[tuple[str, int], bool] = {}
-        """The same pairs: a prompt was sent for each. Whether the engine has said how that ended."""
+        """Whether the engine has reported an end, by request and slot. A prompt was sent for each of these pairs."""
         self._num_prompt_tokens: dict[str, int] = {}
         self._num_slots_written: Counter[str] = Counter()
         self._started = time.monotonic()
         for call in calls:
             self.begin(call)
 
-    def begin(self, call: Call) -> None:
-        """A call is sent for its slots."""
+    def begin(self, call: EngineCall) -> None:
+        """Note that a call was sent for its slots."""
         self._num_prompt_tokens[call.request.request_id] = len(call.request.prompt_ids)
         for slot in call.slots:
             self.unfinished.setdefault(slot.index, []).append(call)
@@ -78,11 +78,14 @@ class Ledger:
 
     @property
     def answers(self) -> tuple[Answer, ...]:
-        """The usable answers, by index: in an order that does not depend on who was faster."""
+        """The usable answers in the order of their slots, which does not depend on which ended first."""
         return tuple(self.usable[index] for index in sorted(self.usable))
 
-    def take(self, call: Call, event: EngineEvent | EngineError) -> list[Answer]:
-        """Count one event of a call and return the answers it ended. An EngineError ends all the call has left."""
+    def take(self, call: EngineCall, event: EngineEvent | EngineError) -> list[Answer]:
+        """Count one event of a call and return the answers that ended with it.
+
+        An EngineError ends every slot that the call has left.
+        """
         if isinstance(event, TokenDelta):
             self._num_tokens_seen[call.request.request_id, call.slots[event.index].index] += event.num_tokens
             return []
@@ -96,11 +99,14 @@ class Ledger:
         has_begun = self._num_slots_written[call.request.request_id] or any(
             self._num_tokens_seen[call.request.request_id, slot.index] for slot in left
         )
-        num_sent = self._num_prompt_tokens[call.request.request_id] if has_begun else 0  # refused at once: cost nothing
+        num_sent = (
+            self._num_prompt_tokens[call.request.request_id] if has_begun else 0
+        )  # a request refused at once costs nothing
         return [answer for slot in left for answer in self._end(call, self._answer_lost(call, slot, num_sent, event))]
 
     def usage(self) -> LayerUsage:
-        """Tokens and seconds so far. What is unfinished counts as cancelled, with the tokens known of it."""
+        """Return tokens and seconds so far. Unfinished samples count as cancelled, with the tokens reported for
+        them."""
         ended = [*self.usable.values(), *self.failed]
         return LayerUsage(
             layer=self.layer,
@@ -114,8 +120,8 @@ class Ledger:
             seconds=time.monotonic() - self._started,
         )
 
-    def _end(self, call: Call, answer: Answer) -> list[Answer]:
-        """The answer fills its slot, unless it came too late or another call may still do better."""
+    def _end(self, call: EngineCall, answer: Answer) -> list[Answer]:
+        """Fill a slot with an answer, unless it came too late or it failed and another call may still succeed."""
         pair = (call.request.request_id, answer.index)
         rivals = [other for other in self.unfinished.get(answer.index, []) if other is not call]
         if answer.index not in self.unfinished or (answer.error is not None and rivals):
@@ -128,7 +134,7 @@ class Ledger:
             return []
         del self.unfinished[answer.index]
         self._sent.pop(pair)
-        # an answer that was lost and begun again has cost more than its own tokens
+        # an answer that was lost with its replica and written again cost more than its own tokens
         self._num_tokens_seen[pair] = max(0, self._num_tokens_seen[pair] - answer.num_tokens)
         if answer.error is None:
             self.usable[answer.index] = answer
@@ -136,11 +142,11 @@ class Ledger:
             self.failed.append(answer)
         return [answer]
 
-    def _num_seen(self, call: Call, slot: Slot, sample: Sample) -> int:
-        """A failed answer's tokens: it may report none."""
+    def _num_seen(self, call: EngineCall, slot: Slot, sample: Sample) -> int:
+        """Return the tokens of a failed sample, which may report none itself."""
         return max(sample.num_tokens, self._num_tokens_seen[call.request.request_id, slot.index])
 
-    def _answer_of(self, call: Call, slot: Slot, sample: Sample) -> Answer:
+    def _answer_of(self, call: EngineCall, slot: Slot, sample: Sample) -> Answer:
         return Answer(
             layer=self.layer,
             index=slot.index,
@@ -156,7 +162,7 @@ class Ledger:
             length_action=slot.length_action,
         )
 
-    def _answer_lost(self, call: Call, slot: Slot, num_prompt_tokens: int, error: EngineError) -> Answer:
+    def _answer_lost(self, call: EngineCall, slot: Slot, num_prompt_tokens: int, error: EngineError) -> Answer:
         return Answer(
             layer=self.layer,
             index=slot.index,
@@ -171,52 +177,56 @@ class Ledger:
 
 
 async def run_layer(
-    calls: Sequence[Call],
-    ledger: Ledger,
+    calls: Sequence[EngineCall],
+    tally: LayerTally,
     quorum: int,
     draft_deadline_s: float | None,
-    watch: Callable[[TokenDelta | Answer], None],
+    on_piece: Callable[[TokenDelta | Answer], None],
     hedge_s: float | None = None,
 ) -> None:
-    """Fill the ledger. `watch` is told each piece of text as it is made (of which slot) and each answer as it ends."""
+    """Run the calls of a layer and fill the tally.
+
+    `on_piece` is called with each piece of text as it is written (its `index` is the slot) and with each answer as it
+    ends.
+    """
     writers: list[Writer[Any]] = [partial(_answer_call, call) for call in calls]
     if draft_deadline_s is not None:
-        writers.append(partial(_ring, draft_deadline_s))
+        writers.append(partial(_emit_deadline, draft_deadline_s))
     if hedge_s is not None:
-        writers += [partial(_hedge, call, ledger, hedge_s) for call in calls]
+        writers += [partial(_hedge, call, tally, hedge_s) for call in calls]
     is_late = False
-    async with aclosing(fan_in(writers)) as told:
-        async for item in told:
+    async with aclosing(fan_in(writers)) as items:
+        async for item in items:
             if isinstance(item, _DraftDeadline):
                 is_late = True
             else:
                 call, event = item
                 if isinstance(event, TokenDelta):
-                    watch(dataclasses.replace(event, index=call.slots[event.index].index))
-                for answer in ledger.take(call, event):
-                    watch(answer)
-            if not ledger.unfinished or (is_late and len(ledger.usable) >= quorum):
+                    on_piece(dataclasses.replace(event, index=call.slots[event.index].index))
+                for answer in tally.take(call, event):
+                    on_piece(answer)
+            if not tally.unfinished or (is_late and len(tally.usable) >= quorum):
                 return
 
 
-async def _answer_call(call: Call, tell: Tell[tuple[Call, EngineEvent | EngineError]]) -> None:
-    """Tell the call's events; last comes what to say of slots that never got an answer (none, as a rule)."""
+async def _answer_call(call: EngineCall, emit: Emit[tuple[EngineCall, EngineEvent | EngineError]]) -> None:
+    """Emit the call's events, and last an EngineError for slots without an answer (normally there are none)."""
     try:
         async with aclosing(call.engine.generate(call.request)) as events:
             async for event in events:
-                tell((call, event))
+                emit((call, event))
     except EngineError as error:
-        tell((call, error))
+        emit((call, error))
     else:
-        tell((call, EngineError("the engine ended the request without answering")))
+        emit((call, EngineError("the engine ended the request without answering")))
 
 
 async def _hedge(
-    call: Call, ledger: Ledger, seconds: float, tell: Tell[tuple[Call, EngineEvent | EngineError]]
+    call: EngineCall, tally: LayerTally, seconds: float, emit: Emit[tuple[EngineCall, EngineEvent | EngineError]]
 ) -> None:
-    """After `seconds`, ask again, with the same seeds, for what is unwritten: another replica may be faster."""
+    """After `seconds`, request the unfinished answers again with the same seeds: another replica may be faster."""
     await asyncio.sleep(seconds)
-    left = [number for number, slot in enumerate(call.slots) if slot.index in ledger.unfinished]
+    left = [number for number, slot in enumerate(call.slots) if slot.index in tally.unfinished]
     if not left:
         return
     request = dataclasses.replace(
@@ -224,9 +234,9 @@ async def _hedge(
         request_id=f"{call.request.request_id}/hedge",
         seeds=tuple(call.request.seeds[number] for number in left),
     )
-    again = Call(engine=call.engine, request=request, slots=tuple(call.slots[number] for number in left))
-    ledger.begin(again)
-    await _answer_call(again, tell)
+    again = EngineCall(engine=call.engine, request=request, slots=tuple(call.slots[number] for number in left))
+    tally.begin(again)
+    await _answer_call(again, emit)
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,6 @@ class _DraftDeadline:
     """The draft deadline has passed."""
 
 
-async def _ring(seconds: float, tell: Tell[_DraftDeadline]) -> None:
+async def _emit_deadline(seconds: float, emit: Emit[_DraftDeadline]) -> None:
     await asyncio.sleep(seconds)
-    tell(_DraftDeadline())
+    emit(_DraftDeadline())

@@ -1,4 +1,4 @@
-"""Who answers in one part of a run: a model, the adapter on it, and how text becomes its ids."""
+"""Who answers in one part of a run: a model, its adapter, and the format that turns text into its token ids."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ class Role:
     adapter: str | None = None
     """Path of a LoRA adapter to answer with, or None for the base model."""
     share: float = 1.0
-    """Part of the proposals it writes where several roles propose, in proportion to theirs."""
+    """Its share of the proposals where several roles propose, relative to the shares of the others."""

@@ -4,7 +4,7 @@
     serve_app(config)                             the same from Python; `drain()` and `stop()` end it
 
 A walk through one request: `ingress.py` receives it, `keys.py` knows the sender, `openai_request.py` turns the body
-into a `Call` (model, plan, messages) or refuses it, `gate.py` asks the one `control.py` whether it may run
+into a `ChatCall` (model, plan, messages) or refuses it, `gate.py` asks the one `control.py` whether it may run
 (`admission.py`) and with which adapters (`adapters.py`), `inference.propose_and_aggregate` runs the plan over
 `HandleEngine`s, each of which streams from an `EngineReplica`; `openai_response.py` writes what comes out as OpenAI
 objects, `http_errors.py` what went wrong, `ledger.py` what it has cost. `admin.py` is what an operator asks.

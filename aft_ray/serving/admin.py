@@ -129,11 +129,11 @@ def admin_routes(service: Service) -> APIRouter:
     )
 
     async def overview() -> dict[str, Any]:
-        status = await service.gate.ask("status")
+        found = await service.gate.open_requests()
         await service.gate.renew()
         table = service.gate.table.adapters
         current = {adapter.path for adapter in table.values()}
-        open_by_path: dict[str, int] = status["requests_by_adapter"]
+        open_by_path: dict[str, int] = found["requests_by_adapter"]
         adapters = [
             {"name": name, **dataclasses.asdict(adapter), "num_requests": open_by_path.get(adapter.path, 0)}
             for name, adapter in table.items()
@@ -143,8 +143,7 @@ def admin_routes(service: Service) -> APIRouter:
 
     @router.get("/status")
     async def status() -> dict[str, Any]:
-        found: dict[str, Any] = await service.gate.ask("status")
-        return found
+        return await service.gate.open_requests()
 
     @router.get("/adapters")
     async def adapters() -> dict[str, Any]:
@@ -173,7 +172,6 @@ def admin_routes(service: Service) -> APIRouter:
     @router.post("/drain")
     async def drain(body: DrainBody) -> dict[str, Any]:
         await service.gate.change(drain=body.drain)
-        found: dict[str, Any] = await service.gate.ask("status")
-        return found
+        return await service.gate.open_requests()
 
     return router

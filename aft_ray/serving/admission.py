@@ -68,12 +68,12 @@ class Admitted:
     table: Table
 
 
-def cost_of(plan: Plan, num_prompt_tokens: int, num_answers: int = 1) -> int:
+def cost_of(plan: Plan, num_prompt_tokens: int, num_choices: int = 1) -> int:
     """Tokens that a plan with so many final answers may cost: each answer at its layer's max_tokens, and the prompt."""
     width = plan.num_proposals if plan.num_layers else 0
     drafts = sum(plan.sampling_of(layer).max_tokens for layer in range(plan.num_layers))
     last = 0 if plan.num_layers and plan.aggregator == "vote" else plan.sampling_of(plan.num_layers).max_tokens
-    return width * drafts + num_answers * last + num_prompt_tokens
+    return width * drafts + num_choices * last + num_prompt_tokens
 
 
 class Admission:

@@ -101,7 +101,7 @@ def model_routes(service: Service) -> APIRouter:
 
     def model_object(name: str) -> dict[str, Any]:
         aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
-        aft = plan_limits(service.config) | {"default": name == default_model(service.settings)}
+        aft = plan_limits(service.config) | {"default": name == default_model(service.current_config)}
         return {
             "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
         }  # fmt: skip
@@ -110,12 +110,12 @@ def model_routes(service: Service) -> APIRouter:
         kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request, key: Caller
     ) -> Response:
         try:
-            call = call_of(body, service.settings)
+            call = call_of(body, service.current_config)
         except HttpError as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
             await service.gate.renew()  # another ingress replica may have been given this name a moment ago
-            call = call_of(body, service.settings)
+            call = call_of(body, service.current_config)
         check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         reply = Reply(
@@ -133,12 +133,12 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
     async def models() -> dict[str, Any]:
         """The base model and the adapters, each with the aliases that choose a plan."""
-        return {"object": "list", "data": [model_object(name) for name in model_names(service.settings)]}
+        return {"object": "list", "data": [model_object(name) for name in model_names(service.current_config)]}
 
     @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
     async def model(name: str) -> dict[str, Any]:
-        if name not in model_names(service.settings):
-            names = ", ".join(model_names(service.settings))
+        if name not in model_names(service.current_config):
+            names = ", ".join(model_names(service.current_config))
             raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
         return model_object(name)
 

@@ -99,7 +99,7 @@ def _may_use_adapters(name: str, config: ServingConfig) -> bool:
 def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
     """Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
     from aft_ray.serving.openai_request import LONGEST_REQUEST_S
-    from aft_ray.serving.replica import PROBE_S
+    from aft_ray.serving.replica import PROBE_TIMEOUT_S
 
     resources: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
     if replicas.accelerator_type is not None:
@@ -115,7 +115,7 @@ def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
         },
         "graceful_shutdown_timeout_s": LONGEST_REQUEST_S + 30,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_timeout_s": PROBE_S + 15,
+        "health_check_timeout_s": PROBE_TIMEOUT_S + 15,
         "logging_config": quiet_logs(),
     }
 

@@ -78,7 +78,7 @@ class Control:
             self._watcher = ingress
         return self._watcher == ingress
 
-    def status(self) -> dict[str, Any]:
+    def open_requests(self) -> dict[str, Any]:
         """What is open now: for the admin routes and for draining."""
         tickets = self._admission.tickets
         paths = [path for ticket in tickets for path in set(ticket.adapters) if path is not None]

@@ -34,7 +34,7 @@ RENEW_S = 1.0
 
 
 class Ask(Protocol):
-    """How a gate reaches its control: `await ask("status")`.
+    """How a gate reaches its control: `await ask("open_requests")`.
 
     A call may wait for an actor that is being replaced: `state` gives its last arguments as they are when it leaves.
     """
@@ -158,6 +158,11 @@ class Gate:
     async def change(self, **changes: Any) -> None:
         """Move names, note what is taken, drain: `Control.change`."""
         self.table = await self.ask("change", **changes)
+
+    async def open_requests(self) -> dict[str, Any]:
+        """Return the requests and tokens under way at all ingress replicas (`Control.open_requests`)."""
+        found: dict[str, Any] = await self.ask("open_requests")
+        return found
 
     async def may_watch(self) -> bool:
         """Whether this ingress replica is the one that looks at the watched folder, for all of them."""

@@ -74,14 +74,14 @@ class Ingress:
         """Let no request in any more, at any ingress replica."""
         await self.service.gate.change(drain=True)
 
-    async def status(self) -> dict[str, int]:
+    async def activity(self) -> dict[str, int]:
         """What this replica is doing now: for whoever looks for leaks."""
         return {"process_id": os.getpid(), "num_tasks": len(asyncio.all_tasks())}
 
     async def num_open(self) -> int:
         """Requests under way at all ingress replicas."""
-        status = await self.service.gate.ask("status")
-        return int(status["num_requests"])
+        found = await self.service.gate.open_requests()
+        return int(found["num_requests"])
 
 
 async def role_over(handle: DeploymentHandle, in_context: InContextPrompt) -> Role:

@@ -63,7 +63,7 @@ class Bill:
     model: str
     plan: str
     adapter: str | None = None
-    watch: Callable[[LayerUsage], None] | None = None
+    on_layer: Callable[[LayerUsage], None] | None = None
     """Told the same (metrics)."""
     layers: list[LayerUsage] = field(default_factory=list)
     status: Status = "cancelled"
@@ -74,8 +74,8 @@ class Bill:
     def add(self, usage: LayerUsage) -> None:
         """A layer is over (`account` of `propose_and_aggregate`)."""
         self.layers.append(usage)
-        if self.watch is not None:
-            self.watch(usage)
+        if self.on_layer is not None:
+            self.on_layer(usage)
 
     def failed(self, code: str) -> None:
         self.status, self.error = "failed", code

@@ -3,7 +3,7 @@
     curl -s http://NODE:PORT/metrics | grep ray_aft_      PORT: `ray start --metrics-export-port`, else `ray.nodes()`
     serve_configs/grafana_dashboard.json                  a dashboard over all of them
 
-`METRICS.watch(events, call)` times a run, `count_layer` is told what each layer cost, `METRICS.rejected(reason)`
+`METRICS.timed(events, call)` times a run, `count_layer` is told what each layer cost, `METRICS.rejected(reason)`
 counts a request that never became one. Labels are names of models, plans, layers and outcomes: nothing that a client
 can make up. A histogram's `_sum` is Ray's estimate from the buckets: ask for quantiles, not for means.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerUsage
 from aft_ray.serving.http_errors import code_of
-from aft_ray.serving.openai_request import Call, plan_name
+from aft_ray.serving.openai_request import ChatCall, plan_name
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 
@@ -76,7 +76,7 @@ class Metrics:
         """A request was turned away before anything was asked of an engine."""
         metric("aft_rejections_total").inc(tags={"reason": reason})
 
-    async def watch(self, events: AsyncGenerator[Event, None], call: Call) -> AsyncGenerator[Event, None]:
+    async def timed(self, events: AsyncGenerator[Event, None], call: ChatCall) -> AsyncGenerator[Event, None]:
         """The events of a run, unchanged; its time and how it ended are counted on the way."""
         labels = {"model": call.name, "plan": plan_name(call.plan)}
         started, is_first, outcome = time.monotonic(), True, "cancelled"

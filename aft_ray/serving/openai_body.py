@@ -196,7 +196,7 @@ class ChatBody(Body):
         elif isinstance(asked, JsonSchemaFormat):
             schema = json.dumps(asked.json_schema.schema_)
         top = (self.top_logprobs or 0) if self.logprobs else None
-        return FinalLayer(num_answers=self.n or 1, top_logprobs=top, json_schema=schema, is_read=self.stream)
+        return FinalLayer(num_choices=self.n or 1, top_logprobs=top, json_schema=schema, is_read=self.stream)
 
     def conversation(self) -> tuple[Message, ...]:
         return tuple(message.plain() for message in self.messages)
@@ -208,7 +208,7 @@ class CompletionBody(Body):
     prompt: str
 
     def final_layer(self) -> FinalLayer:
-        return FinalLayer(num_answers=self.n or 1, is_read=self.stream)
+        return FinalLayer(num_choices=self.n or 1, is_read=self.stream)
 
     def conversation(self) -> tuple[Message, ...]:
         return ({"role": "user", "content": self.prompt},)

@@ -1,4 +1,4 @@
-"""From an OpenAI body to a `Call`: which model, which plan, which conversation. Pure; refuses what is not honoured.
+"""From an OpenAI body to a `ChatCall`: which model, which plan, which conversation. Pure; refuses what is not honoured.
 
     {"model": "aft@k5-l2", "messages": [...], "temperature": 0.2}
         -> K=5, L=2, the final layer at temperature 0.2, adapter of `aft`
@@ -46,7 +46,7 @@ LONGEST_REQUEST_S = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class ChatCall:
     """A request that will be answered."""
 
     model: str
@@ -85,7 +85,7 @@ def plan_limits(config: ServingConfig) -> dict[str, int]:
     }
 
 
-def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
+def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> ChatCall:
     """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
     messages = body.conversation()
     if len(messages) > config.max_messages:
@@ -101,7 +101,7 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> Call:
     check_limits(plan, config)
     final = body.final_layer()
     check_final(final, plan, config)
-    return Call(
+    return ChatCall(
         model=model,
         name=name,
         plan=plan,
@@ -226,8 +226,8 @@ def check_limits(plan: Plan, config: ServingConfig) -> None:
 
 def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
     """What is asked of the last layer fits the plan and the server's caps, or HttpError 400 naming the parameter."""
-    if final.num_answers > config.max_num_proposals:
-        raise HttpError(400, f"n {final.num_answers}: this server allows at most {config.max_num_proposals}", param="n")
+    if final.num_choices > config.max_num_proposals:
+        raise HttpError(400, f"n {final.num_choices}: this server allows at most {config.max_num_proposals}", param="n")
     is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
     if len(final.json_schema or "") > LONGEST_SCHEMA:
         message = f"response_format: the schema is longer than {LONGEST_SCHEMA} characters"
@@ -238,7 +238,7 @@ def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
             raise HttpError(400, message + "aft.aggregator to model and aft.early_stop to null", param=param)
 
 
-def check_engine(call: Call, engine: EngineInfo) -> None:
+def check_engine(call: ChatCall, engine: EngineInfo) -> None:
     """The engine of the last layer can do what is asked of it, or HttpError 400 naming the parameter."""
     honoured = {"n": True, "logprobs": engine.gives_logprobs, "response_format": engine.follows_json_schema}
     for param in asked_of_last_layer(call.final):
@@ -250,7 +250,7 @@ def check_engine(call: Call, engine: EngineInfo) -> None:
 def asked_of_last_layer(final: FinalLayer) -> list[str]:
     """The parameters that ask for more than one plain answer."""
     asked = {
-        "n": final.num_answers > 1,
+        "n": final.num_choices > 1,
         "logprobs": final.top_logprobs is not None,
         "response_format": final.json_schema is not None,
     }

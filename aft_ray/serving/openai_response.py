@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from aft_ray.engines.base import TokenLogprob
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
-from aft_ray.serving.openai_request import Call
+from aft_ray.serving.openai_request import ChatCall
 
-KEEP_ALIVE = ": keep-alive\n\n"
-DONE = "data: [DONE]\n\n"
+SSE_KEEP_ALIVE = ": keep-alive\n\n"
+SSE_DONE = "data: [DONE]\n\n"
 
 
-def data_line(payload: dict[str, Any]) -> str:
+def sse_data(payload: dict[str, Any]) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
@@ -72,7 +72,7 @@ class Drafts:
 
     layers: dict[int, list[Answer]] = field(default_factory=dict)
 
-    def watch(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         if isinstance(event, ProposalDone):
             self.layers.setdefault(event.answer.layer, []).append(event.answer)
         elif isinstance(event, Finished):
@@ -90,7 +90,7 @@ class Reply:
     """The reply to one call. `kind` is the endpoint: chat or text completion."""
 
     kind: Literal["chat", "text"]
-    call: Call
+    call: ChatCall
     id: str
     created: int
     request_id: str
@@ -115,7 +115,7 @@ class Reply:
     def opening(self) -> dict[str, Any]:
         """The first chunk: who speaks."""
         content = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
-        return self._chunk([self._choice(content, index) for index in range(self.call.final.num_answers)])
+        return self._chunk([self._choice(content, index) for index in range(self.call.final.num_choices)])
 
     def piece(self, delta: AnswerDelta) -> dict[str, Any]:
         """Some more of an answer."""
@@ -137,7 +137,7 @@ class Reply:
             told["layer_usage"] = dataclasses.asdict(event.usage)
         elif self.call.include_proposals:
             told["draft"] = draft_object(event.answer)
-        return "event: aft.progress\n" + data_line(self._chunk([]) | {"aft": {"progress": told}})
+        return "event: aft.progress\n" + sse_data(self._chunk([]) | {"aft": {"progress": told}})
 
     def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
         """The last chunks: why it ended (and the drafts), then usage when asked for."""

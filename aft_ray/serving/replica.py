@@ -21,13 +21,15 @@ from aft_ray.serving.metrics import engine_samples
 
 UNREAD_DELTA_S = 0.25
 """Deltas that nobody reads are told this often."""
-PROBE_S = 30.0
-"""Time an engine has to write one token before its replica is replaced. Serve's own limit on a health check is
+PROBE_TIMEOUT_S = 30.0
+"""How long an engine may take to write one token before its replica is replaced. Serve's own limit on a health check is
 longer."""
+SILENT_S = 30.0
+"""A health check asks only an engine for a token that has written none for this long."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaStatus:
+class ReplicaActivity:
     """What one replica is doing now."""
 
     process_id: int
@@ -88,8 +90,8 @@ class EngineReplica:
     async def info(self) -> EngineInfo:
         return self.engine.info
 
-    async def status(self) -> ReplicaStatus:
-        return ReplicaStatus(
+    async def activity(self) -> ReplicaActivity:
+        return ReplicaActivity(
             process_id=os.getpid(),
             num_requests=self._num_requests,
             num_samples=self._num_samples,
@@ -102,13 +104,13 @@ class EngineReplica:
         An engine that has just told something is well; only a silent one is asked for a token.
         """
         await self.engine.check()
-        if self.engine.info.takes_messages or time.monotonic() - self._last_event < PROBE_S:
+        if self.engine.info.takes_messages or time.monotonic() - self._last_event < SILENT_S:
             return  # a remote endpoint is not ours to replace, and its tokens cost money
         try:
-            async with asyncio.timeout(PROBE_S):
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe()
         except TimeoutError:
-            raise EngineError(f"the engine wrote no token in {PROBE_S:g} s") from None
+            raise EngineError(f"the engine wrote no token in {PROBE_TIMEOUT_S:g} s") from None
 
     async def _probe(self) -> None:
         request = GenerateRequest(

@@ -15,14 +15,16 @@ from aft_ray.inference.events import AnswerDelta, Event, Finished
 from aft_ray.serving.http_errors import as_http_error, code_of
 from aft_ray.serving.ledger import OpenRequest
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S
-from aft_ray.serving.openai_response import DONE, KEEP_ALIVE, Drafts, Reply, data_line
+from aft_ray.serving.openai_response import SSE_DONE, SSE_KEEP_ALIVE, Drafts, Reply, sse_data
 from aft_ray.serving.service import Service
 
 KEEP_ALIVE_S = 2.0
 """A stream is never silent for longer: proxies in between close quiet connections."""
 
 
-async def watched(events: AsyncGenerator[Event, None], interval_s: float) -> AsyncGenerator[Event | None, None]:
+async def with_keep_alives(
+    events: AsyncGenerator[Event, None], interval_s: float
+) -> AsyncGenerator[Event | None, None]:
     """The events, and None whenever `interval_s` went by without one. Raises what they raise.
 
     One task reads them from beginning to end, so timeouts inside the run keep their task; closing this generator
@@ -64,10 +66,10 @@ async def whole_reply(service: Service, reply: Reply, opened: OpenRequest) -> di
     """The reply in one piece."""
     drafts = Drafts()
     try:
-        async with aclosing(watched(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
+        async with aclosing(with_keep_alives(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
             async for event in events:
                 if event is not None:
-                    drafts.watch(event)
+                    drafts.add(event)
                 if isinstance(event, Finished):
                     opened.bill.status = "answered"
                     return reply.whole(event, drafts)
@@ -84,28 +86,28 @@ async def streamed_reply(
 ) -> AsyncGenerator[str, None]:
     """The reply as server-sent events. Whatever happens, the last one is `[DONE]`."""
     drafts = Drafts()
-    yield data_line(reply.opening())
+    yield sse_data(reply.opening())
     try:
-        async with aclosing(watched(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
+        async with aclosing(with_keep_alives(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
             async for event in events:
                 match event:
                     case None:
-                        yield KEEP_ALIVE
+                        yield SSE_KEEP_ALIVE
                     case AnswerDelta():
-                        yield data_line(reply.piece(event))
+                        yield sse_data(reply.piece(event))
                     case Finished():
                         opened.bill.status = "answered"
-                        drafts.watch(event)
+                        drafts.add(event)
                         for chunk in reply.closing(event, drafts):
-                            yield data_line(chunk)
+                            yield sse_data(chunk)
                     case _:
-                        drafts.watch(event)
+                        drafts.add(event)
                         if reply.call.progress:
                             yield reply.progress(event, drafts)
     except Exception as error:  # process boundary: the status line is gone, so the error travels in the stream
         opened.bill.failed(code_of(error))
-        yield data_line(as_http_error(error, request_id).body)
-    yield DONE
+        yield sse_data(as_http_error(error, request_id).body)
+    yield SSE_DONE
 
 
 class EventStream(StreamingResponse):

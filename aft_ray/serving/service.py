@@ -21,7 +21,7 @@ from aft_ray.serving.gate import Gate
 from aft_ray.serving.keys import Caller, KeyRing
 from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
 from aft_ray.serving.metrics import METRICS, count_layer
-from aft_ray.serving.openai_request import Call, plan_name
+from aft_ray.serving.openai_request import ChatCall, plan_name
 from aft_ray.templates import AggregatorTemplate
 
 READY_S = 5.0
@@ -46,16 +46,16 @@ class Service:
         return self.keys.caller(authorization, self.config.admission.per_key)
 
     @property
-    def settings(self) -> ServingConfig:
+    def current_config(self) -> ServingConfig:
         """The config with the adapters that are served now."""
         adapters = {name: adapter.path for name, adapter in self.gate.table.adapters.items()}
         return self.config.model_copy(update={"adapters": adapters})
 
-    async def open(self, call: Call, key: Caller, request_id: str, reply_id: str) -> OpenRequest:
+    async def open(self, call: ChatCall, key: Caller, request_id: str, reply_id: str) -> OpenRequest:
         """Let a call in, or HttpError. Whoever gets an open request closes it."""
         names = (self._adapter_name(call), self._proposer_adapter_name(call))
         num_tokens = await off_loop(num_characters(call.messages), self.aggregator.format.count, call.messages)
-        cost = cost_of(call.plan, num_tokens, call.final.num_answers)
+        cost = cost_of(call.plan, num_tokens, call.final.num_choices)
         ticket = Ticket(id=reply_id, key=key.name, num_tokens=cost)
         try:
             async with asyncio.timeout(call.plan.deadline_s):
@@ -69,14 +69,14 @@ class Service:
             model=call.name,
             plan=plan_name(call.plan),
             adapter=ticket.adapters[0],
-            watch=count_layer,
+            on_layer=count_layer,
         )
         return OpenRequest(self.gate, self.ledger, ticket, bill)
 
-    def _adapter_name(self, call: Call) -> str | None:
+    def _adapter_name(self, call: ChatCall) -> str | None:
         return None if call.name == self.config.base_name else call.name
 
-    def _proposer_adapter_name(self, call: Call) -> str | None:
+    def _proposer_adapter_name(self, call: ChatCall) -> str | None:
         config = self.config
         if config.proposer_adapter is not None:
             return config.proposer_adapter
@@ -87,15 +87,15 @@ class Service:
         """Who writes a single sample."""
         return max(self.proposers, key=lambda role: role.share)
 
-    def last_engine(self, call: Call) -> EngineInfo:
+    def last_engine(self, call: ChatCall) -> EngineInfo:
         """The engine that writes what the client gets."""
         return (self.aggregator if call.plan.num_layers else self.single_proposer).engine.info
 
-    def run(self, call: Call, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
+    def run(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
         """The events of one call, counted."""
-        return METRICS.watch(self._events(call, run_id, opened), call)
+        return METRICS.timed(self._events(call, run_id, opened), call)
 
-    def _events(self, call: Call, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
+    def _events(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
         adapter, proposer_adapter = opened.ticket.adapters
         return propose_and_aggregate(
             prompt_id=prompt_id_of(call.messages),
@@ -106,7 +106,7 @@ class Service:
             template=self.template,
             run_seed=call.run_seed,
             request_id=run_id,
-            account=opened.bill.add,
+            on_usage=opened.bill.add,
             final=call.final,
         )
 

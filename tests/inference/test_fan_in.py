@@ -8,22 +8,22 @@ from contextlib import aclosing
 import pytest
 from scripted_runs import run
 
-from aft_ray.inference.fan_in import Tell, fan_in
+from aft_ray.inference.fan_in import Emit, fan_in
 
 
-async def counting(tell: Tell[int]) -> None:
+async def counting(emit: Emit[int]) -> None:
     for number in range(3):
-        tell(number)
+        emit(number)
         await asyncio.sleep(0)
 
 
-async def stuck(tell: Tell[int]) -> None:
-    tell(99)
+async def stuck(emit: Emit[int]) -> None:
+    emit(99)
     await asyncio.Event().wait()
 
 
-async def failing(tell: Tell[int]) -> None:
-    tell(-1)
+async def failing(emit: Emit[int]) -> None:
+    emit(-1)
     raise ValueError("as it is")
 
 
@@ -56,8 +56,8 @@ def test_an_exception_comes_after_what_was_told_and_stops_the_others() -> None:
 def test_breaking_off_waits_until_every_writer_has_ended() -> None:
     ended: list[str] = []
 
-    async def slow_to_end(tell: Tell[int]) -> None:
-        tell(1)
+    async def slow_to_end(emit: Emit[int]) -> None:
+        emit(1)
         try:
             await asyncio.Event().wait()
         finally:

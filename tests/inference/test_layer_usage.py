@@ -45,7 +45,7 @@ def test_usage_adds_up_to_the_engines_own_count(plan: Plan, knobs: dict[str, obj
     assert sum(usage.prompt_tokens for usage in end.usage) == engine.num_prompt_tokens > 0
     assert sum(usage.completion_tokens for usage in end.usage) == engine.num_tokens > 0
     num_ended = sum(u.num_answers + u.num_failed + u.num_cancelled for u in end.usage)
-    assert num_ended == (plan.num_answers if plan.num_layers else 1)
+    assert num_ended == (plan.num_samples if plan.num_layers else 1)
 
 
 def test_usage_adds_up_with_stragglers_cancelled_in_every_layer_below_the_last() -> None:
@@ -87,7 +87,7 @@ def test_each_layer_reports_its_own_seconds_and_the_same_usage_when_done_and_at_
     "end_it", ["deadline", "closed in layer 0", "closed in the last layer", "failed", "answered"], ids=str
 )
 def test_every_token_is_accounted_for_however_the_run_ends(end_it: str, chatml_tokenizer: str) -> None:
-    """What `account` has been told equals the engine's own bill, without any event after the end."""
+    """What `on_usage` has been told equals the engine's own bill, without any event after the end."""
     prompts = ChatFormat.load(chatml_tokenizer)
     plan = Plan(num_proposals=3, deadline_s=0.4 if end_it == "deadline" else None)
     stalls = end_it in {"deadline", "closed in layer 0"}
@@ -98,7 +98,7 @@ def test_every_token_is_accounted_for_however_the_run_ends(end_it: str, chatml_t
 
     async def read() -> None:
         roles = [Role(engine=engine, format=prompts) for engine in (proposer, aggregator)]
-        events = start(plan, *roles, account=told.append)
+        events = start(plan, *roles, on_usage=told.append)
         with contextlib.suppress(DeadlineExceeded, QuorumNotMet):
             async with aclosing(events):
                 async for event in events:

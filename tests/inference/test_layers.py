@@ -38,7 +38,7 @@ def test_a_run_samples_k_times_l_plus_one_answers_and_tells_them_in_order(
     plan = Plan(num_layers=num_layers, num_proposals=num_proposals)
     events = run_plan(plan, engine)
     assert short(events) == order
-    assert sum(len(request.seeds) for request in engine.requests) == num_proposals * num_layers + 1 == plan.num_answers
+    assert sum(len(request.seeds) for request in engine.requests) == num_proposals * num_layers + 1 == plan.num_samples
     assert [usage.num_answers for usage in finished(events).usage] == [num_proposals] * num_layers + [1]
 
 
@@ -172,14 +172,14 @@ def test_no_prompt_waits_for_another_ones_layer() -> None:
 def test_a_layer_starts_as_soon_as_the_one_below_is_over_and_not_before() -> None:
     engine = scripted(num_tokens=2, seconds_per_token=0.001)
 
-    async def watch() -> None:
+    async def look() -> None:
         async for event in start(Plan(num_layers=2, num_proposals=3), engine):
             if isinstance(event, ProposalDone):
                 assert len(engine.requests) in {event.answer.layer + 1, event.answer.layer + 2}
             if isinstance(event, AnswerDelta):
                 assert len(engine.requests) == 3
 
-    run(watch())
+    run(look())
 
 
 def test_what_nobody_reads_as_it_is_made_is_told_to_the_engine() -> None:

@@ -83,4 +83,4 @@ def num_samples_running(served: tuple[str, str]) -> Callable[[], int]:
     from ray import serve
 
     handle = serve.get_deployment_handle("Engine", app_name="shared")
-    return lambda: handle.status.remote().result(timeout_s=10).num_samples
+    return lambda: handle.activity.remote().result(timeout_s=10).num_samples

@@ -39,7 +39,7 @@ def test_the_cost_of_a_plan_is_all_that_it_may_write_and_its_prompt() -> None:
     plan = Plan(num_proposals=5, num_layers=2, proposal=short, aggregation=(short,), final=long)
     assert cost_of(plan, 7) == 5 * 100 + 5 * 100 + 1000 + 7
     assert cost_of(Plan(num_layers=0, proposal=short, final=long), 7) == 100 + 7
-    assert cost_of(plan, 7, num_answers=3) == 5 * 100 + 5 * 100 + 3 * 1000 + 7
+    assert cost_of(plan, 7, num_choices=3) == 5 * 100 + 5 * 100 + 3 * 1000 + 7
     assert cost_of(Plan(num_proposals=3, aggregator="vote", proposal=short, final=long), 0) == 300
 
 

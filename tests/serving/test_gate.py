@@ -23,7 +23,7 @@ def test_a_renewal_that_waited_for_a_new_actor_tells_it_what_is_open_then(
     from ray import serve
 
     actor = ray.remote(num_cpus=0)(Control).remote(AdmissionConfig(), {})  # type: ignore[attr-defined]
-    ray.get(actor.status.remote())
+    ray.get(actor.open_requests.remote())
     found: list[Any] = []
 
     def get_deployment_actor(name: str) -> Any:
@@ -40,9 +40,9 @@ def test_a_renewal_that_waited_for_a_new_actor_tells_it_what_is_open_then(
         found.append(actor)
         for number in range(NUM_REQUESTS):
             await gate.enter(Ticket(id=str(number), key="alice", num_tokens=10), KeyLimits(), [])
-        before = await gate.ask("status")
+        before = await gate.open_requests()
         await renewal
-        return before, await gate.ask("status")
+        return before, await gate.open_requests()
 
     before, after = asyncio.run(main())
     assert before["num_requests"] == after["num_requests"] == NUM_REQUESTS

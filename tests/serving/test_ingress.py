@@ -26,7 +26,7 @@ from aft_ray.serving.control import Control
 from aft_ray.serving.gate import Ask, Gate
 from aft_ray.serving.keys import KeyRing
 from aft_ray.serving.ledger import RequestLedger
-from aft_ray.serving.replies import watched
+from aft_ray.serving.replies import with_keep_alives
 from aft_ray.serving.service import Service
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
 
@@ -165,7 +165,7 @@ def test_closing_a_watched_run_closes_the_run_before_it_returns() -> None:
 
     async def look_once() -> list[Event | None]:
         seen: list[Event | None] = []
-        async with aclosing(watched(endless(), interval_s=0.01)) as events:
+        async with aclosing(with_keep_alives(endless(), interval_s=0.01)) as events:
             async for event in events:
                 seen.append(event)
                 if event is None:

@@ -12,7 +12,7 @@ from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.openai_body import ChatBody, CompletionBody
-from aft_ray.serving.openai_request import Call, call_of, split_alias
+from aft_ray.serving.openai_request import ChatCall, call_of, split_alias
 
 CONFIG = ServingConfig(
     engine=ScriptedEngineConfig(),
@@ -25,7 +25,7 @@ CONFIG = ServingConfig(
 USER = [{"role": "user", "content": "Name three rivers."}]
 
 
-def call(**body: Any) -> Call:
+def call(**body: Any) -> ChatCall:
     return call_of(ChatBody.model_validate({"messages": USER, **body}), CONFIG)
 
 

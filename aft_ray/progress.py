@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, otherwise a line every few seconds.
+"""Progress of long work: a bar on a terminal, and elsewhere a line every few seconds.
 
 with Progress("proposals", total=96, unit="rows") as progress:
     progress.update(done=12, failed=0, tokens=4711)
@@ -15,27 +15,27 @@ LINE_EVERY_S = 5.0
 
 
 class Progress:
-    """Shows done / total, failures, tokens per second and the time left."""
+    """Shows the work done and its total, failures, tokens per second and the time left."""
 
     def __init__(self, name: str, total: int, unit: str = "rows") -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done = self.failed = self.tokens = 0
         self.note = "starting"
         self.working_since = 0.0
-        """When the workers were up: rates and the time left do not count their start."""
+        """When the workers were ready. Rates and the time left are counted from here, so that start-up is left out."""
         self.start = time.monotonic()
         self._stop = threading.Event()
         self._on_terminal = sys.stderr.isatty()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
     def update(self, *, done: int, failed: int = 0, tokens: int = 0, note: str = "") -> None:
-        """Set the totals so far."""
+        """Set the counts so far."""
         if not self.working_since and not note.startswith("starting"):
             self.working_since = time.monotonic()
         self.done, self.failed, self.tokens, self.note = done, failed, tokens, note
 
     def line(self) -> str:
-        """The state as one line of text."""
+        """Return the state as one line of text."""
         now = time.monotonic()
         seconds = now - self.start
         working = max(now - (self.working_since or now), 1e-9)

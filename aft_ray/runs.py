@@ -1,13 +1,14 @@
-"""A run folder: which run it holds, what each stage did, and what may be resumed.
+"""A run folder: it records the settings of its run and what each stage did, and decides what may be resumed.
 
     run = Run.open(config, resume="auto")
     runs/<name>/
-      config.resolved.yaml   the run's settings
-      events.jsonl           what happened when: stages started, finished, failed
+      config.resolved.yaml   the settings of the run
+      events.jsonl           when each step started, finished or failed
       <stage>/               shards, failed/, manifest.json
 
-Each stage's manifest carries a fingerprint of everything that decides its content: its settings, the templates, and
-the fingerprint of the stage it read. A stage whose fingerprint differs is refused, never mixed or written over.
+The manifest of a stage carries a fingerprint of everything that decides its content: its settings, the templates, and
+the fingerprint of the stage that it reads. A folder with another fingerprint is refused, never overwritten or mixed
+with new work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from aft_ray.records import fingerprint
 from aft_ray.storage import Folder
 
 Resume = Literal["auto", "never", "must"]
-"""`auto`: continue a folder that fits, start a new one. `never`: only a new folder. `must`: only an existing one."""
+"""`auto` continues a run or starts a new one; `never` accepts only a new folder, `must` only an existing run."""
 
 MANIFEST = "manifest.json"
 RESOLVED = "config.resolved.yaml"
@@ -39,31 +40,31 @@ VERSIONED = ("aft-ray", "ray", "torch", "transformers", "trl", "peft", "deepspee
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What one stage did."""
+    """The record of what one stage did, kept as manifest.json in its folder."""
 
     stage: str
     status: Literal["running", "done"]
     fingerprint: str
     settings: Mapping[str, Any]
-    """What the fingerprint was made from, to print the difference when it does not fit."""
+    """The values behind the fingerprint, kept so that a refusal can print which of them differ."""
     commit: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     rows_in: int = 0
     rows_out: int = 0
     failed: Mapping[str, int] = field(default_factory=dict)
-    """Failed rows by error class."""
+    """Number of failed rows by error class."""
     filtered: Mapping[str, int] = field(default_factory=dict)
-    """Rows left out on purpose, by reason."""
+    """Number of rows left out on purpose, by reason."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
-    """What remote endpoints charged, by `engine.prices`."""
+    """Cost of remote endpoints, computed from `engine.prices`."""
     seconds: float = 0.0
-    """Wall-clock over all attempts, start-up of workers included."""
+    """Wall-clock seconds over all attempts, including the start-up of workers."""
     busy_seconds: float = 0.0
-    """The part of it with a worker ready: what scales with the rows."""
+    """Seconds of these during which a worker was ready: the part that grows with the number of rows."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """sha256 by file name."""
+    """sha256 of each shard by file name."""
 
     @property
     def num_failed(self) -> int:
@@ -77,13 +78,13 @@ class Run:
     config: Config
     folder: Folder
     retry_failed: bool = False
-    """Whether this attempt tries rows again that failed before."""
+    """Whether this attempt retries the rows that failed before."""
     settings_before: bytes | None = None
-    """What config.resolved.yaml held before; None in a new folder."""
+    """Content of config.resolved.yaml before this attempt; None in a new folder."""
 
     @classmethod
     def open(cls, config: Config, resume: Resume = "auto", retry_failed: bool = False) -> Run:
-        """Open or create the folder `config.run.dir`. Raises ResumeRefused when `resume` forbids what is there."""
+        """Open or create the folder `config.run.dir`. Raises ResumeRefused when `resume` forbids it."""
         folder = Folder.at(config.run.dir)
         exists = folder.exists(RESOLVED)
         if exists and resume == "never":
@@ -103,8 +104,8 @@ class Run:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": kind, **details}
         self.folder.append_line("events.jsonl", json.dumps(line, ensure_ascii=False))
 
-    def keep_settings(self) -> None:
-        """Put config.resolved.yaml back: this attempt was refused, and the folder is still what its settings made."""
+    def restore_settings(self) -> None:
+        """Restore config.resolved.yaml after a refusal: the folder still holds what the old settings made."""
         if self.settings_before is not None:
             self.folder.write_bytes(RESOLVED, self.settings_before)
 
@@ -113,19 +114,19 @@ class Run:
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
-    """The manifest of a stage folder, or None where nothing has started."""
+    """Return the manifest of a stage folder, or None where the stage has not started."""
     if not folder.exists(MANIFEST):
         return None
     return Manifest(**json.loads(folder.read_bytes(MANIFEST)))
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
-    """Replace the stage's manifest.json in one step."""
+    """Write the manifest of a stage. Readers see the old one or the new one, never a part."""
     folder.write_bytes(MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False).encode())
 
 
 def begin(folder: Folder, stage: str, settings: Mapping[str, Any]) -> Manifest:
-    """The manifest to continue from: the folder's own when its fingerprint fits, else a new one.
+    """Return the manifest to continue from: the one in the folder where its fingerprint matches, else a new one.
 
     Raises ResumeRefused, with the settings that differ, when the folder holds other work.
     """
@@ -147,7 +148,7 @@ def begin(folder: Folder, stage: str, settings: Mapping[str, Any]) -> Manifest:
 
 
 def difference(old: Any, new: Any, key: str = "") -> str:
-    """The keys in which two nested settings differ, a line each."""
+    """Return the keys in which two nested settings differ, one line for each."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = sorted(set(old) | set(new))
         lines = [difference(old.get(name), new.get(name), f"{key}.{name}" if key else name) for name in names]
@@ -156,7 +157,10 @@ def difference(old: Any, new: Any, key: str = "") -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this code runs from, with `+changes` when it was edited; None outside of one."""
+    """Return the commit of the checkout that this code runs from, with `+changes` when files were edited.
+
+    None outside of a checkout.
+    """
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
@@ -170,7 +174,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides a run's results."""
+    """Return the installed versions of the packages that influence the results of a run."""
     found = {}
     for name in VERSIONED:
         try:

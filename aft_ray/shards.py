@@ -1,9 +1,9 @@
-"""The unit of work and of resume: one shard of a stage's source becomes one shard of its output.
+"""A shard is the unit of work and of resume: one shard of a stage's source becomes one shard of its output.
 
-The first stage fixes the shards; every later one turns `shard-00007.parquet` of its source into `shard-00007.parquet`
-of its own. It appears whole or not at all, with a receipt in its footer that accounts for every row of its source:
-written, filtered or failed. So no row can be written twice or lost, and a shard whose source has grown (failed rows of
-the stage before were retried) is completed by what it lacks.
+The first stage fixes the shards; every later stage turns `shard-00007.parquet` of its source into
+`shard-00007.parquet` of its output. An output shard appears whole or not at all, and the receipt in its footer accounts
+for every row of its source: written, filtered or failed. So no row can be lost or written twice. When a source shard
+has grown, because failed rows of the stage before were retried, only the missing rows are added to its output.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ from aft_ray.templates.control import without_surrogates
 logger = logging.getLogger(__name__)
 
 RECEIPT = b"aft_ray.receipt"
-"""Key in a shard's Parquet footer: what making it cost, so that totals survive any number of resumes."""
+"""Key of the receipt in the Parquet footer of a shard. Totals are sums of receipts, so they survive any resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processed:
-    """The rows made from one row (usually one), and the tokens that took."""
+    """The rows made from one row, usually one, and the tokens that were spent on them."""
 
     rows: list[dict[str, Any]]
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
-    """What a remote endpoint charged for these tokens."""
+    """Price of these tokens at a remote endpoint."""
     filtered: str | None = None
-    """Why no row was made on purpose; counted, not a failure."""
+    """Why the row was left out on purpose. It is counted, but is not a failure."""
 
 
 class RowWorker(Protocol):
-    """What a stage does to a row. Built once in each actor, inside its event loop."""
+    """The work of a stage on one row. Each actor builds one worker, inside its event loop."""
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        """Raise to fail this row alone: it goes to failed/ with the error's class and message."""
+        """Return the rows made from `row`. An exception fails this row alone; its class and message go to failed/."""
         ...
 
     async def check(self) -> None:
-        """Raise when the worker itself is broken (its engine died), so that rows are not blamed for it."""
+        """Raise when the worker itself is broken (its engine died, say): then the rows do not count as failed."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Everything that decides one stage."""
+    """Everything that defines one stage."""
 
     name: str
     source: Folder
     output: Folder
     schema: pa.Schema
     settings: Mapping[str, Any]
-    """What decides the content: the stage's fingerprint is made from it and the source's."""
+    """The values that decide the content. With the fingerprint of the source they make the fingerprint of the stage."""
     worker: Callable[[], RowWorker]
-    """Builds the worker; must pickle."""
+    """Builds the worker. It is pickled."""
     placement: PlacementConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What making one shard took, and where each row of its source went that is not in it."""
+    """The cost of one shard, and what became of each row of its source that is not in it."""
 
     rows_in: int
     rows_out: int
@@ -86,7 +86,9 @@ class Receipt:
     cost_usd: float
 
 
-NOTHING = Receipt(rows_in=0, rows_out=0, failed={}, filtered={}, prompt_tokens=0, completion_tokens=0, cost_usd=0.0)
+EMPTY_RECEIPT = Receipt(
+    rows_in=0, rows_out=0, failed={}, filtered={}, prompt_tokens=0, completion_tokens=0, cost_usd=0.0
+)
 
 
 async def make_shard(
@@ -96,9 +98,9 @@ async def make_shard(
     count: Callable[[int, int], None] = lambda failed, tokens: None,
     retry_failed: bool = False,
 ) -> Receipt:
-    """Turn what an output shard lacks of its source shard into rows: concurrently, order kept, failures as data."""
+    """Make the rows that an output shard lacks, all at once; keep their order, and record failures in the receipt."""
     source = stage.source.read_table(name).to_pylist()
-    before = read_receipt(stage.output, name) if stage.output.exists(name) else NOTHING
+    before = read_receipt(stage.output, name) if stage.output.exists(name) else EMPTY_RECEIPT
     kept = stage.output.read_table(name).to_pylist() if before.rows_in else []
     failed = {} if retry_failed else dict(before.failed)
     accounted = {row["prompt_id"] for row in kept} | failed.keys() | before.filtered.keys()
@@ -106,7 +108,7 @@ async def make_shard(
     async def one(row: dict[str, Any]) -> Processed | dict[str, str]:
         try:
             done = await worker.process(row)
-        except ConfigError:  # a missing package, a wrong setting: so it is for every row
+        except ConfigError:  # a missing package or a wrong setting would fail every row
             raise
         except Exception as error:  # a failed row is data: it keeps its id and a reason
             failure = _failure(error)
@@ -144,12 +146,12 @@ async def make_shard(
 
 
 def _failure(error: Exception) -> dict[str, str]:
-    """What is kept of an error, fit to be written: Ray ends a worker whose log line holds half a character."""
+    """Return the class and message of an error, without lone surrogates: Ray ends a worker that logs one."""
     return {"error": type(error).__name__, "message": without_surrogates(str(error))[:2000]}
 
 
 def _writable(results: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """The results, with those as failures whose rows no file can hold: half a character, a number beyond its column."""
+    """Return the results, with rows that cannot be stored as failures: a lone surrogate, a number out of range."""
 
     def why_not(rows: list[dict[str, Any]]) -> Exception | None:
         try:
@@ -166,7 +168,7 @@ def _writable(results: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
 
 
 def list_failures(stage: Stage, name: str, receipt: Receipt) -> None:
-    """Write a shard's failed rows where people look for them. The receipt is the truth; this is a copy for reading."""
+    """Write the failed rows of a shard to failed/, for people to read. The receipt remains the authority."""
     folder, file = stage.output.child("failed"), name.replace(".parquet", ".jsonl")
     lines = [{"prompt_id": key, "stage": stage.name, **why} for key, why in receipt.failed.items()]
     if lines:
@@ -176,14 +178,14 @@ def list_failures(stage: Stage, name: str, receipt: Receipt) -> None:
 
 
 def read_receipt(folder: Folder, name: str) -> Receipt:
-    """What making a shard took, from the shard itself."""
+    """Read the receipt of a shard from its footer."""
     return Receipt(**json.loads(folder.read_metadata(name)[RECEIPT]))
 
 
 def write_first_shards(
     folder: Folder, rows: Iterator[dict[str, Any]], schema: pa.Schema, rows_per_shard: int | None
 ) -> int:
-    """Write the shards every later stage keeps to; returns the number of rows."""
+    """Write the shards that all later stages follow, and return the number of rows."""
     num_rows, rows = 0, iter(rows)
     for number, size in enumerate(shard_sizes(rows_per_shard)):
         shard = list(itertools.islice(rows, size))
@@ -195,8 +197,10 @@ def write_first_shards(
 
 
 def shard_sizes(rows_per_shard: int | None) -> Iterator[int]:
-    """Rows of each shard. None: 16 shards of 8 rows, 16 of 16, ... then 512 for ever: 2,033 files for a million rows,
-    and in a smaller run no shard so large that the others wait for it.
+    """Yield the number of rows of each shard.
+
+    With None, shards grow: 16 shards of 8 rows, 16 of 16, ..., then 512 rows each. A million rows make 2,033 files, and
+    in a small run no shard is so large that the others wait for it.
     """
     if rows_per_shard is None:
         for size in (8, 16, 32, 64, 128, 256):
@@ -205,12 +209,12 @@ def shard_sizes(rows_per_shard: int | None) -> Iterator[int]:
 
 
 def shard_name(number: int) -> str:
-    """`shard-00007.parquet`: sorted by name is sorted by number."""
+    """Return a name such as `shard-00007.parquet`. Names sort like their numbers."""
     return f"shard-{number:05d}.parquet"
 
 
 def finish_without_source(folder: Folder, manifest: Manifest, rows_in: int, rows_out: int) -> Manifest:
-    """The finished manifest of a stage that reads no other stage (prompts)."""
+    """Write and return the finished manifest of the stage that has no source stage (prompts)."""
     files = {name: folder.sha256(name) for name in folder.names(".parquet")}
     done = dataclasses.replace(manifest, status="done", rows_in=rows_in, rows_out=rows_out, files=files)
     write_manifest(folder, done)

@@ -1,8 +1,8 @@
-"""One stage of a run: shards in, shards out, over a pool of Ray Data actors.
+"""One stage of a run: a pool of Ray Data actors turns the shards of its source into shards of its output.
 
-A shard (see `shards.py`) is made by one actor. Inside it the rows of several shards run concurrently, so an engine's
-batch stays full and a slow row delays its own shard only. What is left to make is read from the output's shards, so a
-stage that was killed goes on with what it lacks.
+One actor makes a whole shard (shards.py). It works on the rows of several shards at once, so that the batch of its
+engine stays full and a slow row delays its own shard only. A stage that was killed reads from its output which rows are
+missing, and continues with those.
 
     proposals/shard-00007.parquet -> [actor: worker.process(row) for each row] -> scores/shard-00007.parquet
                                                                  failures -> scores/failed/shard-00007.jsonl
@@ -31,15 +31,16 @@ def run_stage(
     retry_failed: bool = False,
     connect: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Make what `stage.output` lacks of `stage.source`; return the finished manifest.
+    """Make the rows of `stage.source` that `stage.output` lacks, and return the finished manifest.
 
-    With `retry_failed`, rows that failed before are tried again. `connect` is called before Ray is needed, and not at
-    all when nothing is left to make. Raises ResumeRefused (other settings), InputError (no source), TooManyFailures,
-    ConfigError (a worker no node can hold), or what a worker raised when it could not be built.
+    With `retry_failed`, rows that failed before are tried again. `connect` is called before Ray is used, and not at all
+    when no row is missing. Raises ResumeRefused (the folder was made from other settings), InputError (the source is
+    not finished), TooManyFailures, ConfigError (a worker fits on no node), or the error of a worker that could not be
+    built.
     """
     source = read_manifest(stage.source)
     if source is None or source.status != "done":
-        raise InputError(f"{stage.source.path}: not finished, and '{stage.name}' is made from it. Run that stage first")
+        raise InputError(f"{stage.source.path}: this stage is not finished, and '{stage.name}' reads it. Run it first")
     manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
     is_complete = manifest.status == "done" and manifest.rows_in == source.rows_out
     if is_complete and not (retry_failed and manifest.num_failed):
@@ -64,7 +65,7 @@ def run_stage(
 
 
 def _todo(stage: Stage, retry_failed: bool) -> tuple[list[str], int]:
-    """The shards that lack rows, and how many rows need no work."""
+    """Return the shards that lack rows, and the number of rows that are complete."""
     there = set(stage.output.names(".parquet"))
     todo, num_rows_done = [], 0
     for name in stage.source.names(".parquet"):
@@ -82,16 +83,13 @@ def _todo(stage: Stage, retry_failed: bool) -> tuple[list[str], int]:
 def _make_shards(
     stage: Stage, shards: list[str], num_rows_done: int, num_rows: int, max_failure_rate: float, retry_failed: bool
 ) -> float:
-    """Run the named shards through a pool of actors, with progress; returns the seconds a worker was ready.
-
-    Every shard writes itself.
-    """
+    """Make the named shards in a pool of actors, which write them; return the seconds that a worker was ready."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     _check_placement(stage)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    on_this_node: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}  # outlives the loss of other nodes
+    on_this_node: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}  # it survives the loss of other nodes
     counter: Any = ray.remote(**on_this_node)(_Counter).remote()
     dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     in_flight = stage.placement.max_shards_in_flight
@@ -108,7 +106,7 @@ def _make_shards(
         num_gpus=stage.placement.num_gpus or None,
         accelerator_type=stage.placement.accelerator_type,
     )
-    with Progress(stage.name, total=num_rows) as progress, _Watch(counter, progress, num_rows_done) as watch:
+    with Progress(stage.name, total=num_rows) as progress, _ProgressThread(counter, progress, num_rows_done) as shown:
         failed = 0
         for receipt in receipts.iter_rows():
             if receipt["error"]:
@@ -116,12 +114,13 @@ def _make_shards(
             failed += receipt["num_failed"]
             if failed > max_failure_rate * num_rows:
                 break  # _finish counts exactly and stops the run
-        return watch.look()
+        return shown.update()
 
 
-class _Watch:
-    """Copies the actors' counts into the progress line, from a thread, while the driver waits for shards; then ends
-    their counter.
+class _ProgressThread:
+    """A thread that copies the counts of the actors into the progress line while the driver waits for shards.
+
+    It ends the actor that counts when the stage is over.
     """
 
     def __init__(self, counter: Any, progress: Progress, already: int) -> None:
@@ -129,7 +128,7 @@ class _Watch:
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
-    def look(self) -> float:
+    def update(self) -> float:
         import ray
 
         counts = ray.get(self.counter.read.remote())
@@ -140,9 +139,9 @@ class _Watch:
 
     def _poll(self) -> None:
         while not self.stop.wait(1.0):
-            self.look()
+            self.update()
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _ProgressThread:
         self.thread.start()
         return self
 
@@ -155,7 +154,7 @@ class _Watch:
 
 
 def _check_placement(stage: Stage) -> None:
-    """A worker no node can hold would wait for ever: say so instead (a cluster that autoscales may still grow)."""
+    """Raise ConfigError for a worker that fits on no node and would wait for ever. An autoscaling cluster may grow."""
     import ray
 
     placement = stage.placement
@@ -166,8 +165,8 @@ def _check_placement(stage: Stage) -> None:
     fits = any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in nodes)
     if not fits and not any(has.get("aft_autoscaling") for has in nodes):
         raise ConfigError(
-            f"{stage.name}.placement asks {_shown(wanted)} per worker, and no node has that. "
-            f"The nodes have: {'; '.join(sorted(map(_shown, nodes)))}. Ask for less or use a larger cluster"
+            f"{stage.name}.placement requests {_shown(wanted)} per worker, and no node has that. "
+            f"The nodes have: {'; '.join(sorted(map(_shown, nodes)))}. Request less or use a larger cluster"
         )
 
 
@@ -175,13 +174,13 @@ ACCELERATOR = "accelerator_type:"
 
 
 def _shown(resources: Mapping[str, float]) -> str:
-    """`4 CPU, 2 GPU, H100`"""
+    """Return resources in words: `4 CPU, 2 GPU, H100`."""
     amounts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
     return ", ".join([*amounts, *(name.removeprefix(ACCELERATOR) for name in resources if ACCELERATOR in name)])
 
 
 class _Counter:
-    """Counts finished rows over all actors of a stage, for the progress line only."""
+    """An actor that counts the finished rows of a stage, for its progress line only."""
 
     def __init__(self) -> None:
         self.counts = {"rows": 0, "failed": 0, "tokens": 0, "ready": 0}
@@ -202,7 +201,7 @@ class _Counter:
 
 
 class _ShardActor:
-    """Holds one worker and makes shards with it, several at a time on one event loop."""
+    """An actor that holds one worker and makes several shards at a time with it, on one event loop."""
 
     def __init__(self, stage: Stage, counter: Any, retry_failed: bool) -> None:
         self.stage, self.counter, self.retry_failed = stage, counter, retry_failed
@@ -213,7 +212,7 @@ class _ShardActor:
         try:
             worker = await self._worker()
             receipt = await make_shard(self.stage, item["shard"], worker, self._count, self.retry_failed)
-        except AftError as error:  # told as data: Ray would wrap it in pages of its own traceback
+        except AftError as error:  # returned as data: Ray would wrap it in pages of its own traceback
             return {"num_failed": 0, "error": type(error).__name__, "message": str(error)}
         return {"num_failed": len(receipt.failed), "error": "", "message": ""}
 
@@ -236,7 +235,7 @@ def _finish(stage: Stage, manifest: Manifest, max_failure_rate: float) -> Manife
     totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
     for name in names:
         receipt = read_receipt(stage.output, name)
-        list_failures(stage, name, receipt)  # again: a kill may have come between the shard and its list
+        list_failures(stage, name, receipt)  # once more, in case a kill came between the shard and its list
         failed.update(why["error"] for why in receipt.failed.values())
         first_failure = first_failure or next((why["message"] for why in receipt.failed.values()), "")
         filtered.update(receipt.filtered.values())
@@ -256,4 +255,4 @@ def _finish(stage: Stage, manifest: Manifest, max_failure_rate: float) -> Manife
 
 
 TOTALS = ("rows_in", "rows_out", "prompt_tokens", "completion_tokens", "cost_usd")
-"""Fields of a receipt that add up to the manifest's."""
+"""Fields of the receipts whose sums go into the manifest."""

@@ -29,14 +29,14 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder. Picklable; file names are relative to it."""
+    """One folder. It can be pickled; file names are relative to it."""
 
     fs: pafs.FileSystem
     path: str
 
     @classmethod
     def at(cls, location: str | Path) -> Folder:
-        """The folder at a local path or a URI that pyarrow knows (`s3://`, `gs://`, `file://`)."""
+        """Return the folder at a local path or at a URI that pyarrow knows (`s3://`, `gs://`, `file://`)."""
         if "://" in str(location):
             fs, path = pafs.FileSystem.from_uri(str(location))
             return cls(fs, path.rstrip("/"))
@@ -61,7 +61,7 @@ class Folder:
         return bool(found != pafs.FileType.NotFound)
 
     def names(self, suffix: str = "") -> list[str]:
-        """Names of the whole files directly in this folder that end with `suffix`, sorted."""
+        """Return the sorted names of the complete files in this folder, not below it, that end with `suffix`."""
         infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         files = [info.base_name for info in infos if info.type == pafs.FileType.File]
         return sorted(name for name in files if name.endswith(suffix) and not name.endswith(PARTIAL))
@@ -71,7 +71,7 @@ class Folder:
             return stream.read()
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write one whole file: readers see the old content or the new, never a part."""
+        """Write one file. Readers see the old content or the new, never a part."""
         self.fs.create_dir(self.path, recursive=True)
         partial = self.partial(name)
         with self.fs.open_output_stream(partial) as stream:
@@ -85,7 +85,7 @@ class Folder:
         self.fs.delete_file(self.file(name))
 
     def append_line(self, name: str, line: str) -> None:
-        """Add one line to a log file. One writer at a time; object storage has no append, so it is rewritten there."""
+        """Add one line to a log file that has a single writer. Object storage cannot append: there it is rewritten."""
         if self.is_local:
             self.fs.create_dir(self.path, recursive=True)
             with open(self.file(name), "a", encoding="utf-8") as log:
@@ -95,7 +95,7 @@ class Folder:
             self.write_bytes(name, before + line.encode() + b"\n")
 
     def folder_names(self) -> list[str]:
-        """Names of the folders directly in this one, sorted."""
+        """Return the sorted names of the folders in this one, not below it."""
         infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
@@ -109,16 +109,16 @@ class Folder:
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_metadata(self, name: str) -> dict[bytes, bytes]:
-        """The key-value pairs in a Parquet file's footer."""
+        """Return the key-value pairs in the footer of a Parquet file."""
         return dict(pq.read_schema(self.file(name), filesystem=self.fs).metadata or {})
 
     def num_rows(self, name: str) -> int:
-        """Rows of a Parquet file, from its footer."""
+        """Return the number of rows of a Parquet file, from its footer."""
         with self.fs.open_input_file(self.file(name)) as file:
             return int(pq.ParquetFile(file).metadata.num_rows)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every row of every Parquet shard, in shard order. For small sets: cards, reports, tests."""
+        """Return every row of every Parquet shard, in shard order. Use it for small sets: cards, reports, tests."""
         return [row for name in self.names(".parquet") for row in self.read_table(name).to_pylist()]
 
     def sha256(self, name: str) -> str:
@@ -126,7 +126,7 @@ class Folder:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write one whole local file."""
+    """Write one local file. Readers see the old content or the new, never a part."""
     Folder.at(file.parent).write_bytes(file.name, text.encode())
 
 
@@ -136,7 +136,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def empty_partial(folder: Path) -> Path:
-    """Create that folder, empty; what a killed process left there is removed."""
+    """Create the `partial_folder` of `folder`, empty, and return it. What a killed process left there is removed."""
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -157,6 +157,6 @@ def test_workers_get_the_accelerator_and_the_gpus_they_ask_for_and_what_no_node_
     assert len({one["node"] for one in found["workers"]}) == 2, "a node has two GPUs, so each worker has its own node"
     assert [len(one["gpus"]) for one in found["workers"]] == [2, 2], "as many as tensor_parallel_size"
     assert found["gpus"] == [8, 8], "given back when the stage ends"
-    assert "asks 1 CPU, B200 per worker, and no node has that" in found["refused"]["B200"]
+    assert "requests 1 CPU, B200 per worker, and no node has that" in found["refused"]["B200"]
     assert "2 CPU, 2 GPU, H100" in found["refused"]["B200"]
-    assert "asks 1 CPU, 5 GPU per worker" in found["refused"]["5 GPUs"], "8 in all, but no node has 5"
+    assert "requests 1 CPU, 5 GPU per worker" in found["refused"]["5 GPUs"], "8 in all, but no node has 5"

@@ -43,7 +43,7 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
             except BaseException as error:
                 run.event("failed", step=name, error=type(error).__name__, message=str(error)[:500])
                 if isinstance(error, ResumeRefused):
-                    run.keep_settings()
+                    run.restore_settings()
                 raise
             run.event("finished", step=name)
     return run

@@ -125,9 +125,9 @@ def test_a_resolved_config_loads_as_itself(tmp_path: Path) -> None:
 
 def test_what_only_costs_time_or_money_may_change_when_a_run_is_resumed() -> None:
     for engine in (VllmEngineConfig, TransformersEngineConfig, OpenAIEngineConfig, ScriptedEngineConfig):
-        assert set(engine.model_fields) >= engine.EFFORT, "every name is a setting"
+        assert set(engine.model_fields) >= engine.OPERATIONAL, "every name is a setting"
     slow = {"type": "openai", "base_url": "http://a/v1", "model": "m", "timeout_s": 9, "max_concurrency": 1}
     patient = {**slow, "base_url": "http://b/v1", "timeout_s": 900, "max_concurrency": 64}
     one, other = (OpenAIEngineConfig.model_validate(raw) for raw in (slow, patient))
-    assert one.deciding() == other.deciding()
-    assert one.deciding() != other.model_copy(update={"model": "n"}).deciding()
+    assert one.identity() == other.identity()
+    assert one.identity() != other.model_copy(update={"model": "n"}).identity()

@@ -1,14 +1,14 @@
-"""One small strict model per room; a run is one YAML file.
+"""One small strict model per stage; a run is one YAML file.
 
     config = load_config(Path("configs/quickstart.yaml"), overrides=["proposals.num_per_prompt=8"])
 
-Unknown keys are refused with the nearest known name. A YAML may start from another one with `base: other.yaml` and
-then holds only its differences. Every room receives its own part and nothing else.
+Unknown keys are refused, with the most similar known key. A file that begins with `base: other.yaml` holds only what
+differs from that file. Every stage receives its own section and nothing else.
 
-    strict.py      the base of every model            engines.py    engines and their placement
+    strict.py      the base class of every model      engines.py    engines and their placement
     data.py        prompts to training set            training.py   fine-tuning
-    serving.py     the endpoint, evaluation           templates.py  the words around the data
-    run.py         `Config`, the whole                loading.py    YAML and --set -> `Config`
+    serving.py     the endpoint, evaluation           templates.py  the templates around prompts and proposals
+    run.py         `Config`, the whole run            loading.py    YAML and --set -> `Config`
 """
 
 from aft_ray.config.data import (

@@ -1,4 +1,4 @@
-"""Who generates, and what its workers ask of the cluster."""
+"""The engines that generate text, and the resources that their workers request from the cluster."""
 
 from __future__ import annotations
 
@@ -10,61 +10,64 @@ from aft_ray.config.strict import Strict
 
 
 class _Engine(Strict):
-    EFFORT: ClassVar[frozenset[str]] = frozenset()
-    """Settings that change how fast, how patiently or at what price answers come, and not which."""
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change the speed, the retries or the price of answers, but not the answers. They may change on
+    resume."""
 
-    def deciding(self) -> dict[str, Any]:
-        """What decides the answers: the engine's part of a stage's fingerprint. The rest may change on resume."""
-        return self.model_dump(mode="json", exclude=set(self.EFFORT))
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the answers: the engine's part of the fingerprint of a stage."""
+        return self.model_dump(mode="json", exclude=set(self.OPERATIONAL))
 
 
 class VllmEngineConfig(_Engine):
-    """vLLM, on GPU or CPU: the same code."""
+    """vLLM. The same code runs on GPUs and CPUs."""
 
-    EFFORT = frozenset(
+    OPERATIONAL = frozenset(
         {"tensor_parallel_size", "gpu_memory_utilization", "cpu_kv_cache_gib", "max_num_seqs", "max_adapters"}
     )
 
     type: Literal["vllm"] = "vllm"
     model: str
-    """Hub id, local folder, or a packaged model (`smollm2-135m-instruct`)."""
+    """Hub id, local folder, or the name of a packaged model (`smollm2-135m-instruct`)."""
     max_model_len: int | None = Field(default=None, ge=16)
-    """Window in tokens, prompt + answer. None: the model's own."""
+    """Window in tokens, for prompt and answer together. None takes the window of the model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: as the model was saved; float32 on a CPU that cannot multiply in bfloat16."""
+    """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs per engine."""
+    """Number of GPUs per engine."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of each GPU's memory that the engine takes."""
     cpu_kv_cache_gib: float = Field(default=1, gt=0)
-    """KV cache on a CPU machine."""
+    """Size of the KV cache on a machine without a GPU."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Samples decoded together."""
+    """Most samples that are decoded together."""
     max_lora_rank: int = Field(default=16, ge=0)
-    """Largest adapter rank served; 0 switches adapters off."""
+    """Largest rank of an adapter. 0 switches adapters off."""
     max_adapters: int = Field(default=4, ge=1)
-    """Adapters that may share one batch."""
+    """Most adapters that share one batch."""
     seeds: bool = True
-    """Derived per-sample seeds. On CPU they need prefill in one piece and cost about a third of the decoding speed."""
+    """Whether each sample has its own seed, derived from the run's. On a CPU, seeds need prefill in one piece and cost
+    about a third of the decoding speed."""
     trust_remote_code: bool = False
 
 
 class TransformersEngineConfig(_Engine):
-    """Plain `transformers.generate`: starts in a second, runs anywhere, batches what arrives together."""
+    """Plain `transformers.generate`. It starts in a second, runs anywhere and batches concurrent requests."""
 
-    EFFORT = frozenset({"max_batch_size"})
+    OPERATIONAL = frozenset({"max_batch_size"})
 
     type: Literal["transformers"] = "transformers"
     model: str
     max_model_len: int | None = Field(default=None, ge=16)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: as the model was saved; float32 on a CPU that cannot multiply in bfloat16."""
+    """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     max_batch_size: int = Field(default=32, ge=1)
-    """Samples generated together."""
+    """Most samples that are generated together."""
     trust_remote_code: bool = False
 
 
 class PricesConfig(Strict):
-    """US dollars per million tokens."""
+    """Prices in US dollars per million tokens."""
 
     prompt: float = Field(ge=0)
     completion: float = Field(ge=0)
@@ -73,46 +76,47 @@ class PricesConfig(Strict):
 class OpenAIEngineConfig(_Engine):
     """Any OpenAI-compatible endpoint: a remote teacher, a judge, another aft_ray."""
 
-    EFFORT = frozenset({"base_url", "api_key_env", "max_concurrency", "timeout_s", "max_retries", "prices"})
+    OPERATIONAL = frozenset({"base_url", "api_key_env", "max_concurrency", "timeout_s", "max_retries", "prices"})
 
     type: Literal["openai"] = "openai"
     base_url: str
     model: str
     api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key; the key itself never stands in a config."""
+    """Name of the environment variable that holds the key. A config never holds the key itself."""
     max_model_len: int = Field(default=32768, ge=16)
     max_concurrency: int = Field(default=32, ge=1)
-    """Most calls at once. A 429 halves what is allowed; every round of successes adds one again."""
+    """Most concurrent calls. Each 429 halves the limit in force; every round of successes raises it by one again."""
     timeout_s: float = Field(default=120, gt=0)
-    """For an answer to begin, and again for it to end."""
+    """Seconds until an answer must begin, and again until it must end."""
     max_retries: int = Field(default=5, ge=0)
-    """Retries after 408, 409, 429, 5xx and connection errors, with the server's Retry-After or jittered backoff."""
+    """Most retries of 408, 409, 429, 5xx and connection errors, after the server's Retry-After or jittered backoff."""
     prices: PricesConfig | None = None
-    """What the endpoint charges, for `plan` and the ledger in each manifest."""
+    """Prices of the endpoint, from which `plan` and the manifests compute the cost."""
 
 
 class ScriptedEngineConfig(_Engine):
-    """A scripted language model, for tests and benchmarks of everything around the model."""
+    """A scripted stand-in for a language model, for tests and benchmarks of everything around the model."""
 
-    EFFORT = frozenset({"seconds_per_token", "slow_on", "slow_factor", "fail_requests"})
+    OPERATIONAL = frozenset({"seconds_per_token", "slow_on", "slow_factor", "fail_requests"})
 
     type: Literal["scripted"] = "scripted"
     tokenizer: str | None = None
-    """Folder of a tokenizer; None: the engine takes messages."""
+    """Folder of a tokenizer. None: the engine takes messages instead of ids."""
     max_model_len: int = 4096
     num_tokens: int = 8
-    """Words per answer."""
+    """Number of words in an answer."""
     seconds_per_token: float = 0.0
     answers: tuple[str, ...] = ()
-    """Sample i answers `answers[i % len]`; empty: words made from a hash of prompt and seed."""
+    """Sample i answers `answers[i % len(answers)]`. When empty, answers are words from a hash of prompt and seed."""
     fail_on: tuple[int, ...] = ()
-    """Sample indices that fail."""
+    """Indices of the samples that fail."""
     empty_on: tuple[int, ...] = ()
-    """Sample indices that answer nothing."""
+    """Indices of the samples with an empty answer."""
     slow_on: tuple[int, ...] = ()
+    """Indices of the samples that take `slow_factor` times as long."""
     slow_factor: float = 10.0
     fail_requests: bool = False
-    """Every request raises EngineError."""
+    """Whether every request raises EngineError."""
 
 
 EngineConfig = Annotated[
@@ -122,17 +126,17 @@ EngineConfig = Annotated[
 
 
 class PlacementConfig(Strict):
-    """What one worker of a stage asks of the Ray cluster, and how many workers there may be."""
+    """The resources that one worker of a stage requests from the Ray cluster, and the number of workers."""
 
     min_actors: int = Field(default=1, ge=1)
     max_actors: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs per worker; for vLLM the tensor parallel size."""
+    """Number of GPUs per worker. For vLLM it must equal the tensor parallel size."""
     accelerator_type: str | None = None
-    """Ray accelerator label, such as `H100`."""
+    """Ray's label of the accelerator, such as `H100`."""
     max_shards_in_flight: int = Field(default=8, ge=1)
-    """Shards one worker holds open at a time: enough rows to keep the engine's batch full."""
+    """Number of shards that one worker works on at a time: enough rows to keep the batch of its engine full."""
 
     @model_validator(mode="after")
     def _bounds(self) -> PlacementConfig:

@@ -1,4 +1,4 @@
-"""A run's YAML file -> its `Config`: `base:` files, `--set` overrides, errors with file and key."""
+"""Reads the YAML file of a run into its `Config`: `base:` files, `--set` overrides, errors with file and key."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from aft_ray.errors import ConfigError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run's YAML, apply `a.b=value` overrides, validate.
+    """Read the YAML file of a run, apply the `a.b=value` overrides and validate the result.
 
-    Raises ConfigError that names the file, the key, what was found and what is expected.
+    Raises ConfigError, which names the file, the key, the value found and the value expected.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -25,7 +25,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def validate(model: type[Any], raw: Any, origin: str) -> Any:
-    """`raw` as `model`, or a ConfigError with one line per problem."""
+    """Return `raw` as an instance of `model`. Raises ConfigError with one line per problem."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -47,11 +47,13 @@ def _message_of(error: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping, laid over its `base:` when it names one (relative to the file)."""
+    """Read one YAML mapping. When it names a `base:` file, relative to itself, it is merged over that file."""
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Runs that come with the project: configs/*.yaml") from None
+        raise ConfigError(
+            f"{path}: no such file. The configurations that come with the project are configs/*.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -64,7 +66,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section. A mapping with another `type` replaces the old one."""
+    """Return `base` with `changes` merged over it, section by section. A section of another `type` is replaced."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -78,7 +80,7 @@ def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=value` in place; the value is read as YAML."""
+    """Apply one `a.b=value` override in place. The value is read as YAML."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: expected key.subkey=value")

@@ -1,4 +1,4 @@
-"""A whole run: one section per room, and what must fit between them."""
+"""A whole run: one section per stage, and the checks between sections."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from aft_ray.config.training import TrainingConfig
 
 
 class RunSection(Strict):
-    """Where a run lives and what it tolerates."""
+    """The folder, the seed and the limits of a run."""
 
     dir: str
-    """Run folder. One folder holds one run; it is resumed or refused, never written over."""
+    """Run folder. One folder holds one run, which is resumed or refused, never overwritten."""
     seed: int = 20250122
     max_failure_rate: float = Field(default=0.1, ge=0, le=1)
-    """Share of a stage's rows that may fail before the run stops with exit code 3."""
+    """Share of the rows of a stage that may fail before the run stops with exit code 3."""
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
-    """Price of a GPU, for `plan`."""
+    """Price of a GPU, from which `plan` computes the cost."""
     ray_address: str | None = None
-    """Ray cluster; None: `RAY_ADDRESS` when set, else a local one for this run."""
+    """Address of the Ray cluster. None takes `RAY_ADDRESS` where it is set, else starts a cluster for this run."""
 
 
 class Config(Strict):
-    """A whole run."""
+    """The configuration of a whole run."""
 
     run: RunSection
     engine: EngineConfig
-    """The model to be trained: proposals, evaluation and serving use it."""
+    """The model to be trained. Proposals, evaluation and serving use it too."""
     templates: TemplatesConfig = TemplatesConfig()
     prompts: PromptsConfig = PromptsConfig()
     proposals: ProposalsConfig = ProposalsConfig()
@@ -55,24 +55,29 @@ class Config(Strict):
         if self.selection.num_proposals > self.proposals.num_per_prompt:
             raise ValueError(
                 f"selection.num_proposals {self.selection.num_proposals} > proposals.num_per_prompt "
-                f"{self.proposals.num_per_prompt}: there are not that many to choose from. Raise num_per_prompt"
+                f"{self.proposals.num_per_prompt}: a selection cannot keep more than there are. Raise num_per_prompt"
             )
         if "pseudo" in self.training_set.variants and not self.targets.pseudo:
-            raise ValueError("training_set.variants has 'pseudo': set targets.pseudo to true, or leave the variant out")
+            raise ValueError(
+                "training_set.variants includes 'pseudo': set targets.pseudo to true, or leave the variant out"
+            )
         if self.prompts.responses is None and any(p.source == "off_policy" for p in self.proposals.proposers):
-            raise ValueError("proposals.proposers has an off_policy one: name the answers' place in prompts.responses")
+            raise ValueError(
+                "proposals.proposers includes an off_policy one: set prompts.responses to the source of its answers"
+            )
         if self.scores.scorer == "judge" and self.scores.judge is None:
-            raise ValueError("scores.scorer is judge: name the judge's engine in scores.judge.engine")
+            raise ValueError("scores.scorer is judge: set scores.judge.engine to the judge's engine")
         if self.targets.filters.worse_than_best and self.scores.scorer in {"judge", "likelihood"}:
             raise ValueError(
                 f"targets.filters.worse_than_best: scores of the {self.scores.scorer} cannot be compared between a "
-                "target and the proposals it was written from; use a verifier or a reward model, or switch it off"
+                "target and the proposals it was written from. Use a verifier or a reward model, or set it to null"
             )
         for key, engine, placement in self._placed_engines():
             if engine.type == "vllm" and max(1, placement.num_gpus) != engine.tensor_parallel_size:
                 raise ValueError(
                     f"{key}.placement.num_gpus {placement.num_gpus:g}, but its engine has tensor_parallel_size "
-                    f"{engine.tensor_parallel_size}: a worker holds one engine and needs as many GPUs. Set them equal"
+                    f"{engine.tensor_parallel_size}: each worker holds one engine and needs as many GPUs. "
+                    "Set them equal"
                 )
         varied = self.training_set.vary_num_proposals
         if varied and not 1 <= varied[0] <= varied[1] <= self.selection.num_proposals:
@@ -84,17 +89,17 @@ class Config(Strict):
         if pack_length is not None and pack_length < self.training_set.max_length:
             raise ValueError(
                 f"training.pack_length {pack_length} < training_set.max_length {self.training_set.max_length}: "
-                "an example that does not fit a row would be cut. Raise pack_length"
+                "an example that is longer than a row would be cut. Raise pack_length"
             )
         if self.engine.type == "openai":
             raise ValueError(
-                "engine.type openai cannot be trained: name a vllm or transformers engine; "
-                "a remote teacher goes to targets.engine"
+                "engine.type openai cannot be trained: set engine to a vllm or transformers engine, and "
+                "targets.engine to the remote teacher"
             )
         return self
 
     def _placed_engines(self) -> list[tuple[str, EngineConfig, PlacementConfig]]:
-        """Every engine that a data stage starts in its workers: stage, engine, what a worker asks of the cluster."""
+        """Return every engine that a data stage starts in its workers: stage, engine and placement."""
         placed = [
             ("proposals", proposer.engine or self.engine, proposer.placement)
             for proposer in self.proposals.all_proposers

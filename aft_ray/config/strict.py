@@ -1,4 +1,4 @@
-"""The base of every config model: frozen, and unknown keys are refused with the nearest known name."""
+"""The base class of every config model: frozen; an unknown key is refused, with the most similar known one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PlanField = Annotated[Plan, BeforeValidator(_known_fields(Plan))]
 
 
 class Strict(BaseModel):
-    """Base of every config model: frozen, no unknown keys."""
+    """The base class of every config model. Instances are frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -1,4 +1,4 @@
-"""Which words go around the data."""
+"""The templates around prompts and proposals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from aft_ray.templates.budget import LengthPolicy
 
 
 class TemplatesConfig(Strict):
-    """Which words go around the data."""
+    """The templates around prompts and proposals, and the policy for inputs that are too long."""
 
     aggregator: str = "aft"
-    """`aft`, or a YAML file with `name`, `system`, `slot` (docs/templates.md)."""
+    """The aggregator prompt: `aft`, or a YAML file with `name`, `system` and `slot` (docs/templates.md)."""
     in_context: str = "default"
-    """`default`, or a YAML file with demonstrations, for base models without a chat template."""
+    """Demonstrations for base models without a chat template: `default`, or a YAML file."""
     length_policy: LengthPolicy = "drop_longest"

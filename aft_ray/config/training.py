@@ -1,4 +1,4 @@
-"""Fine-tuning."""
+"""The settings of fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,64 +10,65 @@ from aft_ray.config.strict import Strict
 
 
 class LoraSettings(Strict):
-    """LoRA (paper: rank 8; the rest is not published)."""
+    """The settings of LoRA. The paper uses rank 8 and does not publish the others."""
 
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
+    """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
     dora: bool = False
-    """Learn magnitude and direction apart (arXiv 2402.09353)."""
+    """Whether to learn magnitude and direction separately (arXiv 2402.09353)."""
 
 
 DeepSpeedPreset = Literal["none", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
 class TrainingConfig(Strict):
-    """Fine-tuning on Ray Train + DeepSpeed, one adapter (or whole model) per variant of the training set."""
+    """Fine-tuning on Ray Train and DeepSpeed. It makes one adapter, or whole model, per variant of the training set."""
 
     method: Literal["lora", "full"] = "lora"
-    """`full`: every weight is trained, and model/<variant> holds a whole model."""
+    """`full` trains every weight, and model/<variant> then holds a whole model."""
     num_workers: int = Field(default=1, ge=1)
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     accelerator_type: str | None = None
     deepspeed: DeepSpeedPreset = "zero2"
-    """A packaged DeepSpeed configuration (aft_ray/training/deepspeed/); `none`: plain data parallelism."""
+    """A packaged DeepSpeed configuration (aft_ray/training/deepspeed/), or `none` for plain data parallelism."""
     lora: LoraSettings = LoraSettings()
     quantization: Literal["none", "nf4"] = "none"
-    """`nf4`: QLoRA, frozen weights in 4 bits (bitsandbytes; GPU)."""
+    """`nf4` is QLoRA: the frozen weights have 4 bits. It needs bitsandbytes and a GPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """`auto`: flash-attn where it is installed and there is a GPU, else PyTorch's own (sdpa)."""
+    """`auto` takes flash-attn where it is installed and there is a GPU, else PyTorch's own attention (sdpa)."""
     init_adapter: str | None = None
-    """Start from this adapter instead of a fresh one (a second round)."""
+    """Folder of an adapter to start from instead of a fresh one, for a second round of training."""
     learning_rate: float = Field(default=2e-4, gt=0)
     num_epochs: float = Field(default=1, gt=0)
     batch_size_per_worker: int = Field(default=4, ge=1)
-    """Examples, or packed rows, per step and worker."""
+    """Number of examples, or packed rows, per step and worker."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     pack_length: int | None = Field(default=None, ge=16)
-    """Pack examples into rows of this many tokens, each with positions and attention of its own. None: batches of
-    examples of like length, padded."""
+    """Length in tokens of the rows into which examples are packed, each with its own positions and attention. None
+    pads batches of examples of similar length instead."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Every so many steps, and at the end: loss of the held-out examples of every variant in the set, and sample
-    answers. None: not during training."""
+    """Number of steps between evaluations during training, and one at the end: the loss of the held-out examples of
+    every variant, and sample answers. None switches them off."""
     num_eval_examples: int = Field(default=64, ge=1)
-    """Held-out examples per variant."""
+    """Most held-out examples per variant."""
     num_eval_answers: int = Field(default=2, ge=0)
-    """Of these, how many are answered (greedily), to be read in held_out.jsonl."""
+    """Number of held-out examples that are answered greedily; held_out.jsonl holds the answers."""
     save_steps: int = Field(default=200, ge=1)
+    """Number of steps between checkpoints."""
     bf16: bool | None = None
-    """Compute in bfloat16. None: where the workers' processors multiply in it, else in float32."""
+    """Whether to compute in bfloat16. None does where the workers' processors multiply in it, else takes float32."""
     gradient_checkpointing: bool = False
     max_failures: int = Field(default=2, ge=0)
-    """Times Ray Train restarts the workers from the last checkpoint after a failure. Preempted nodes do not count."""
+    """Most restarts of the workers from the last checkpoint after a failure. Preempted nodes do not count."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Trackers told of every step, through transformers; the package must be installed."""
+    """Experiment trackers that log every step, through transformers. Their packages must be installed."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:

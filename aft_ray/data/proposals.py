@@ -228,7 +228,7 @@ def stages(run: Run) -> list[Stage]:
                         "sampling": to_row(part.proposer.sampling or config.proposals.sampling),
                         "num_proposals": part.num_proposals,
                     },
-                    "engine": engine.deciding() if part.proposer.source == "on_policy" else None,
+                    "engine": engine.identity() if part.proposer.source == "on_policy" else None,
                     "selection.num_proposals": config.selection.num_proposals
                     if config.proposals.too_few in {"drop", "fail"}
                     else None,

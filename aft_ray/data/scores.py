@@ -61,9 +61,9 @@ def scorer_settings(config: Config) -> dict[str, Any]:
         from aft_ray.data.judge import PROMPT_HASH
 
         settings |= {"seed": config.run.seed, "judge_prompt": PROMPT_HASH}
-        settings["engine"] = config.scores.judge.engine.deciding()
+        settings["engine"] = config.scores.judge.engine.identity()
     if config.scores.scorer == "likelihood":
-        settings["engine"] = (config.scores.likelihood.engine or config.engine).deciding()
+        settings["engine"] = (config.scores.likelihood.engine or config.engine).identity()
         settings["in_context"] = InContextPrompt.load(config.templates.in_context).hash
     return settings
 

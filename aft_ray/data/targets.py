@@ -206,7 +206,7 @@ def stage(run: Run) -> Stage:
         settings={
             "targets": config.targets.model_dump(mode="json", exclude={"placement", "engine"}),
             "scorer": scorer_settings(config),
-            "engine": engine.deciding(),
+            "engine": engine.identity(),
             "template": aggregator_hash(config.templates),
             "length_policy": config.templates.length_policy,
             "seed": config.run.seed,

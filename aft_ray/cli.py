@@ -17,6 +17,7 @@ import typer
 
 from aft_ray.data import DATA_STAGES
 from aft_ray.errors import AftError
+from aft_ray.pipeline import LINE
 
 app = typer.Typer(
     help="Aggregation Fine-Tuning on Ray: build the data, train, serve, evaluate.",
@@ -32,8 +33,6 @@ ResumeMode = Annotated[
     typer.Option("--resume", help="auto: continue what is there; never: only a new folder; must: only an old one."),
 ]
 
-ALL_STEPS = (*DATA_STAGES, "train", "evaluate", "report")
-
 
 def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any, retry_failed: bool = False) -> None:
     from aft_ray.config import load_config
@@ -42,10 +41,14 @@ def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: A
     from aft_ray.pipeline.steps import run_steps
 
     try:
-        run_steps(loaded, names, resume, retry_failed)
+        run = run_steps(loaded, names, resume, retry_failed)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         raise typer.Exit(130) from None
+    if "report" in names:
+        from aft_ray.pipeline.summary import print_results
+
+        print_results(run)
 
 
 @app.command()
@@ -53,16 +56,16 @@ def run(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     resume: ResumeMode = "auto",
-    until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(ALL_STEPS)}.")] = None,
+    until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(LINE)}.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try rows again that failed before, and only those.")
     ] = False,
 ) -> None:
     """Run everything: prompts to report. Called again, it continues where it stopped."""
-    if until is not None and until not in ALL_STEPS:
-        raise typer.BadParameter(f"{until!r} is no step; the steps are {', '.join(ALL_STEPS)}", param_hint="--until")
-    last = ALL_STEPS.index(until) + 1 if until else len(ALL_STEPS)
-    _steps(ALL_STEPS[:last], config, overrides, resume, retry_failed)
+    if until is not None and until not in LINE:
+        raise typer.BadParameter(f"{until!r} is not a step; the steps are {', '.join(LINE)}", param_hint="--until")
+    last = LINE.index(until) + 1 if until else len(LINE)
+    _steps(LINE[:last], config, overrides, resume, retry_failed)
 
 
 @app.command()

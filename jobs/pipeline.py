@@ -3,7 +3,8 @@
 python jobs/pipeline.py --config configs/quickstart.yaml
 """
 
-from aft_ray.cli import ALL_STEPS, job
+from aft_ray.cli import job
+from aft_ray.pipeline import LINE
 
 if __name__ == "__main__":
-    job(*ALL_STEPS)
+    job(*LINE)

@@ -49,6 +49,9 @@ class Config(Strict):
     training: TrainingConfig = TrainingConfig()
     serving: ServingConfig = ServingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    miniature: str | None = None
+    """YAML of a study of the method on the miniature, which runs in this run's folder; its answer opens the report.
+    None: no study."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

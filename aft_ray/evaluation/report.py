@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html")
 SMALL_MODEL = 1_000_000_000
 """Parameters below which the paper's gains are out of reach: it measured them on 7B and 8B models."""
+SYSTEMS = {
+    "base": "the model before training",
+    "sft": "fine-tuned to write the target from the prompt alone",
+    "aft": "fine-tuned to write the target from the prompt and its drafts",
+    "joint": "fine-tuned on the examples of both sft and aft",
+    "pseudo": "fine-tuned on targets that were not written from the drafts",
+    "no_proposals": "fine-tuned on the aggregator prompt with empty slots instead of drafts",
+}
+"""The models of a run in words, by the names that a run gives them."""
 UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """Characters that HTML may not hold."""
 
@@ -48,6 +57,8 @@ class StageSummary:
     """None: the stage calls no model."""
     completion_tokens: int | None
     seconds: float
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows that a stage left out on purpose, counted by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +105,20 @@ class TrainingSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodAnswer:
+    """Whether training to aggregate works, as a study on a model small enough to train here shows it."""
+
+    sentences: tuple[str, ...]
+    """The answer in words; a word such as "more" is there only where the interval supports it."""
+    points: tuple[Point, ...]
+    """Share of right answers by model (row) and way of answering (series)."""
+    num_questions: int
+    num_proposals: int
+    page: str
+    """The study's own page, relative to the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """Everything the report says."""
 
@@ -125,6 +150,8 @@ class ReportData:
     """Which of `systems` is the untrained model."""
     comparisons: tuple[Comparison, ...] = ()
     examples: tuple[Example, ...] = ()
+    method: MethodAnswer | None = None
+    """None: the run names no study."""
     notes: tuple[str, ...] = field(default=())
     """Anything a reader must know, such as prompts that failed."""
 
@@ -147,12 +174,13 @@ def render(data: ReportData) -> str:
     """The page as HTML."""
     template = environment().get_template(TEMPLATE.name)
     charts = {
+        "method": _method_chart(data),
         "rewards": _rewards_chart(data),
         "perplexity": _perplexity_chart(data),
         "loss": _loss_chart(data),
         "held_out": _held_out_charts(data),
     }
-    html = template.render(data=data, limits=limits(data), charts=charts, max_seconds=_max_seconds(data))
+    html = template.render(data=data, limits=limits(data), words=SYSTEMS, charts=charts, max_seconds=_max_seconds(data))
     return UNSHOWABLE.sub("\ufffd", html)
 
 
@@ -229,6 +257,13 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{int(seconds) // 60:,} min {int(seconds) % 60} s"
+
+
+def _method_chart(data: ReportData) -> str | None:
+    if data.method is None:
+        return None
+    label = "Share of right answers by model and way of answering, with 95 % intervals; the sentences beside it say it"
+    return interval_chart("method", label, data.method.points, "share of right answers")
 
 
 def _rewards_chart(data: ReportData) -> str | None:

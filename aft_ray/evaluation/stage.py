@@ -22,6 +22,8 @@ from aft_ray.runs import Run
 from aft_ray.shards import Processed, Stage
 
 TIMEOUT_S = 600.0
+NOT_HELD_OUT = "training prompt"
+"""Why a stage of answers leaves a row out."""
 
 
 class AnswerWorker:
@@ -35,7 +37,7 @@ class AnswerWorker:
 
     async def process(self, row: dict[str, Any]) -> Processed:
         if row["split"] != HELD_OUT:
-            return Processed(rows=[], filtered="training prompt")
+            return Processed(rows=[], filtered=NOT_HELD_OUT)
         seed = derive_seed(self.seed, row["prompt_id"], 0, 0)
         async with self.places:
             asked = await ask(self.client, self.base_url, self.model, row["messages"], self.plan, seed)

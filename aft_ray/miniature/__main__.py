@@ -23,9 +23,11 @@ def study(
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
+    from aft_ray.miniature.page import PAGE, print_study
     from aft_ray.miniature.study import run_study
 
-    run_study(loaded, num_seeds)
+    print_study(run_study(loaded, num_seeds))
+    print(f"\npage: {Path(loaded.run.dir, 'report', PAGE)}")
 
 
 @app.command()

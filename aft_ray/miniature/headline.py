@@ -86,14 +86,18 @@ def _points(difference: Estimate) -> str:
     return f"{mean}, 95 % interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
 
 
-def headline_chart(study: Study) -> str:
-    """Return the share of right answers of base, SFT and AFT for the three ways of answering, as inline SVG."""
-    points = [
+def headline_points(study: Study) -> list[Point]:
+    """Return the share of right answers of base, SFT and AFT for the three ways of answering, with intervals."""
+    return [
         Point(row=name, series=SHOWN[way], mean=rate.mean, low=rate.low, high=rate.high)
         for way in SHOWN
         for system, name in MODELS.items()
         for rate in [one.pooled for one in study.rates if (one.system, one.way) == (system, way)]
         if rate.mean is not None
     ]
+
+
+def headline_chart(study: Study) -> str:
+    """Return `headline_points` as inline SVG."""
     label = "Share of right answers of each model: single, by vote, and aggregated from the same drafts; 95 % intervals"
-    return interval_chart("headline", label, points, "share of right answers")
+    return interval_chart("headline", label, headline_points(study), "share of right answers")

@@ -15,6 +15,7 @@ from aft_ray.miniature.answers import Study, Way
 from aft_ray.miniature.headline import headline, headline_chart
 
 TEMPLATE = Path(__file__).with_name("page.html")
+PAGE = "miniature.html"
 NAMES: dict[Way, str] = {
     "single": "single answer",
     "vote": "vote over K drafts",
@@ -29,7 +30,7 @@ def write_page(study: Study, folder: Path, config: Config, commit: str | None, m
     """Write `miniature.html` and `results.json`; returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results(study, commit, minutes), indent=1) + "\n")
-    page = folder / "miniature.html"
+    page = folder / PAGE
     html = (
         environment(TEMPLATE.parent)
         .get_template(TEMPLATE.name)

@@ -23,24 +23,20 @@ from aft_ray.config import Config, load_config
 from aft_ray.errors import InputError
 from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.miniature.answers import Answered, Study, study_of
+from aft_ray.pipeline import LINE
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.pipeline.evaluate import PERPLEXITY, systems_of
 from aft_ray.pipeline.steps import run_steps
 from aft_ray.runs import RESOLVED, Run, commit
 from aft_ray.storage import Folder
 
-STEPS = (
-    *("prompts", "proposals", "scores", "selection", "targets", "training_set"),
-    *("train", "evaluate", "report"),
-)
-
 
 def run_study(config: Config, num_seeds: int) -> Study:
     """Run seeds `run.seed`, `run.seed` + 1, ... into folders below `run.dir`, and write the page over all of them.
 
-    A connection to Ray that is there is used. A finished study is read again in seconds, without starting Ray.
+    A connection to Ray that is already open is used. A finished study is read again in seconds, without starting Ray.
     """
-    from aft_ray.miniature.page import print_study, write_page
+    from aft_ray.miniature.page import write_page
 
     started = time.monotonic()
     configs = [_of_seed(config, config.run.seed + number) for number in range(num_seeds)]
@@ -49,12 +45,10 @@ def run_study(config: Config, num_seeds: int) -> Study:
             session.connect()  # once for all seeds
         for one in configs:
             print(f"── seed {one.run.seed} {'─' * 60}", file=sys.stderr)
-            run_steps(one, STEPS)
+            run_steps(one, LINE)
     minutes = (time.monotonic() - started) / 60
     study = collect(configs)
-    page = write_page(study, Path(config.run.dir) / "report", config, commit(), minutes)
-    print_study(study)
-    print(f"\npage: {page}")
+    write_page(study, Path(config.run.dir) / "report", config, commit(), minutes)
     return study
 
 

@@ -1,7 +1,12 @@
 """The line from prompts to report: which step follows which, and how each is run. Knows every room, contains none.
 
-steps.py        the steps in order, `run_steps`
+steps.py        what each step does, `run_steps`
 evaluate.py     endpoint -> answers, targets -> perplexity
-summary.py      what the folders hold -> the report, and the table at the end of a run
+summary.py      what the folders hold -> the report, and the tables at the end of a run
 cluster.py      connecting to Ray, or starting it
 """
+
+from aft_ray.data import DATA_STAGES
+
+LINE = (*DATA_STAGES, "train", "evaluate", "miniature", "report")
+"""Every step of a run, in order; `steps.STEPS` holds the function of each."""

@@ -1,6 +1,8 @@
-"""The steps of a run, in order. Each looks at the folder, does what is missing, and leaves a manifest.
+"""What each step of the line does: it looks at the run's folder, makes what is missing, and leaves a manifest.
 
-prompts -> proposals -> scores -> selection -> targets -> training_set -> train -> evaluate -> report
+prompts -> proposals -> scores -> selection -> targets -> training_set -> train -> evaluate -> miniature -> report
+
+The names, in this order, are `pipeline.LINE`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aft_ray.config import Config
+from aft_ray.config import Config, load_config
 from aft_ray.errors import ConfigError, PromptTooLong, ResumeRefused
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.progress import Progress
@@ -56,6 +58,8 @@ def check_before_start(config: Config) -> None:
     from aft_ray.templates import InContextPrompt
     from aft_ray.training import check_before_training
 
+    if config.miniature is not None:
+        check_before_start(study_config(config))
     aggregator_hash(config.templates)
     InContextPrompt.load(config.templates.in_context)
     engines = (config.engine, config.proposals.engine, config.targets.engine, config.serving.engine)
@@ -221,8 +225,25 @@ def evaluate(run: Run, session: RaySession) -> None:
     work(run, session)
 
 
+def miniature(run: Run, session: RaySession) -> None:
+    """Run the study of the method that the config names, if it names one."""
+    from aft_ray.miniature.study import run_study
+
+    if run.config.miniature is not None:
+        run_study(study_config(run.config), num_seeds=1)
+
+
+def study_config(config: Config) -> Config:
+    """Return the settings of the study that `config` names; its folder is `miniature/` in the run's folder.
+
+    Raises ConfigError when the study's YAML cannot be read.
+    """
+    assert config.miniature is not None
+    return load_config(Path(config.miniature), [f"run.dir={config.run.dir}/miniature"])
+
+
 def report(run: Run, session: RaySession) -> None:
-    """Write report.html and results.json, and print the table."""
+    """Write report.html and results.json."""
     from aft_ray.pipeline.summary import report as work
 
     work(run)
@@ -237,5 +258,6 @@ STEPS: dict[str, Step] = {
     "training_set": training_set,
     "train": train,
     "evaluate": evaluate,
+    "miniature": miniature,
     "report": report,
 }

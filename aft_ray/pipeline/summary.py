@@ -1,4 +1,4 @@
-"""What a run's folders hold, as the report and as the table at the end of a run."""
+"""What a run's folders hold: as the report, and in the terminal at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from aft_ray.data.constraints import parse_all
 from aft_ray.data.proposals import data_stages
@@ -21,12 +23,24 @@ from aft_ray.data.scorers import build_scorer, text_scorer_config
 from aft_ray.evaluation.examples import Check, Example, choose_examples
 from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
 from aft_ray.evaluation.perplexity import ConditionPerplexity, TargetScore, summarise
-from aft_ray.evaluation.report import ReportData, StageSummary, TrainingSummary, curve_of, held_out_curves, write_report
+from aft_ray.evaluation.report import (
+    MethodAnswer,
+    ReportData,
+    StageSummary,
+    TrainingSummary,
+    curve_of,
+    held_out_curves,
+    write_report,
+)
+from aft_ray.evaluation.stage import NOT_HELD_OUT
 from aft_ray.pipeline.evaluate import PERPLEXITY, serving_of, systems_of
+from aft_ray.pipeline.steps import study_config
 from aft_ray.records import HELD_OUT, TRAIN, metadata_of
 from aft_ray.runs import Manifest, Run, commit, versions
 from aft_ray.training.metrics import read_metrics
 
+REPORT = "report"
+"""Folder of the report in a run's folder."""
 REWARDS = {
     "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
     "numeric": "1 when the answer's last number is the reference's, else 0",
@@ -36,13 +50,12 @@ REWARDS = {
 
 
 def report(run: Run) -> None:
-    """Write the report, each system's metrics.json, and print the table."""
+    """Write the report and each system's metrics.json."""
     data = report_data(run)
-    page = write_report(data, Path(run.folder.path) / "report")
+    write_report(data, Path(run.folder.path) / REPORT)
     for system in data.systems:
         content = json.dumps(dataclasses.asdict(system), indent=1)
         run.folder.child("evaluation").child(system.system).write_bytes("metrics.json", content.encode())
-    print_table(run, data, page)
 
 
 def report_data(run: Run) -> ReportData:
@@ -84,29 +97,41 @@ def report_data(run: Run) -> ReportData:
         base_system=serving_of(run).base_name,
         comparisons=_comparisons(scored, resampling),
         examples=tuple(_examples(run, rows, score)),
+        method=_method(run),
     )
 
 
-def print_table(run: Run, data: ReportData, page: Path) -> None:
-    """The end of a run: what came out, where it is, what to try next."""
-    from rich.console import Console
-    from rich.table import Table
+def _method(run: Run) -> MethodAnswer | None:
+    """What the run's study of the method says, if the run names one."""
+    from aft_ray.miniature.headline import headline, headline_points
+    from aft_ray.miniature.page import PAGE
+    from aft_ray.miniature.study import load_study
 
+    if run.config.miniature is None:
+        return None
+    folder = Path(run.folder.path) / "miniature"
+    study = load_study(folder)
+    return MethodAnswer(
+        sentences=tuple(headline(study)),
+        points=tuple(headline_points(study)),
+        num_questions=study.num_questions,
+        num_proposals=study_config(run.config).evaluation.plan.num_proposals,
+        page=f"../miniature/{REPORT}/{PAGE}",
+    )
+
+
+def print_results(run: Run) -> None:
+    """Print the end of a finished run from its report folder: the results, where they are, and what to try next."""
+    from rich.console import Console
+
+    page = Path(run.folder.path) / REPORT / "report.html"
+    found: dict[str, Any] = json.loads(page.with_name("results.json").read_text())
     console = Console()
-    table = Table(title=f"{data.model}: {data.num_held_out_prompts} held-out prompts, mean reward [95 % interval]")
-    for heading in ("model", "single answer", f"aggregated (K={data.plan.num_proposals}, L={data.plan.num_layers})"):
-        table.add_column(heading)
-    for system in data.systems:
-        estimates = (system.single, system.final)
-        table.add_row(system.system, *(_interval(one.mean, one.low, one.high) for one in estimates))
-    console.print(table)
-    if data.perplexities:
-        targets = Table(title=f"perplexity of {data.perplexities[0].nats_per_token.num} held-out targets")
-        targets.add_column("condition")
-        targets.add_column("perplexity [95 % interval]")
-        for one in data.perplexities:
-            targets.add_row(one.name, _interval(one.perplexity, one.low, one.high))
-        console.print(targets)
+    for title, table in _tables(found):
+        console.print(f"\n{title}", style="bold", highlight=False)
+        console.print(table)
+    for sentence in found["method"]["sentences"] if found["method"] else ():
+        console.print(f"- {sentence}", highlight=False)
     folder = os.path.relpath(run.folder.path)
     console.print(f"\nreport: {os.path.relpath(page)}\n\ntry next:", highlight=False)
     for command in (
@@ -117,12 +142,38 @@ def print_table(run: Run, data: ReportData, page: Path) -> None:
         console.print(f"  {_aft_ray()} {command}", highlight=False, soft_wrap=True)
 
 
+def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Title and table of each result; the answer about the method, where there is one, comes last."""
+    rewards = Table("model", "a single answer", "aggregated from its drafts")
+    for system in found["systems"]:
+        plan = f"  (K={system['num_proposals']}, L={system['num_layers']})" if system["num_layers"] else ""
+        rewards.add_row(system["system"], _interval(system["single"]), f"{_interval(system['final'])}{plan}")
+    yield f"{found['model']}: mean reward on {found['num_held_out_prompts']} held-out prompts [95 % interval]", rewards
+    if found["perplexities"]:
+        num_targets = found["perplexities"][0]["nats_per_token"]["num"]
+        perplexities = Table("model, and what it sees", "perplexity")
+        for one in found["perplexities"]:
+            value = {"mean": one["perplexity"], "low": one["low"], "high": one["high"]}
+            perplexities.add_row(one["name"], _interval(value))
+        yield f"{found['model']}: perplexity of {num_targets} held-out targets, lower is easier", perplexities
+    if found["method"]:
+        points = found["method"]["points"]
+        ways = list(dict.fromkeys(point["series"] for point in points))
+        rates = {(point["row"], point["series"]): _interval(point) for point in points}
+        method = Table("model", *ways)
+        for row in dict.fromkeys(point["row"] for point in points):
+            method.add_row(row, *(rates.get((row, way), "–") for way in ways))
+        yield f"Does training to aggregate work? Right answers to {found['method']['num_questions']} questions", method
+
+
 def _aft_ray() -> str:
     """The command as it can be typed here: by its name where that is on PATH, else by its path."""
     return "aft-ray" if shutil.which("aft-ray") else os.path.relpath(Path(sys.executable).parent / "aft-ray")
 
 
-def _interval(mean: float | None, low: float | None, high: float | None) -> str:
+def _interval(value: Mapping[str, float | None]) -> str:
+    """`0.47 [0.30, 0.66]` from mean, low and high."""
+    mean, low, high = value["mean"], value["low"], value["high"]
     if mean is None:
         return "–"
     return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
@@ -153,6 +204,7 @@ def _stage(name: str, manifest: Manifest) -> StageSummary:
         prompt_tokens=manifest.prompt_tokens if calls_a_model else None,
         completion_tokens=manifest.completion_tokens if calls_a_model else None,
         seconds=manifest.seconds,
+        left_out={reason: count for reason, count in manifest.filtered.items() if reason != NOT_HELD_OUT},
     )
 
 

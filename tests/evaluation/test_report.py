@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from aft_ray.evaluation.charts import Point
 from aft_ray.evaluation.examples import Check, choose_examples
 from aft_ray.evaluation.metrics import compare, score_answers, system_metrics
 from aft_ray.evaluation.perplexity import TargetScore, summarise
 from aft_ray.evaluation.report import (
+    MethodAnswer,
     ReportData,
     StageSummary,
     TrainingSummary,
@@ -24,6 +26,7 @@ from aft_ray.evaluation.report import (
     limits,
     number,
     render,
+    results,
     short_count,
     verdict,
     write_report,
@@ -109,6 +112,16 @@ def report_data(**changes: Any) -> ReportData:
                 completion_tokens=678,
                 seconds=75.0,
             ),
+            StageSummary(
+                name="training_set",
+                rows_in=8,
+                rows_out=6,
+                rows_failed=0,
+                prompt_tokens=None,
+                completion_tokens=None,
+                seconds=2.0,
+                left_out={"target rejected": 2},
+            ),
         ),
         training=(
             TrainingSummary(
@@ -156,7 +169,8 @@ def test_the_page_is_well_formed_and_its_ids_are_unique(page: Page) -> None:
 
 def test_the_headline_table_comes_first_and_holds_the_rewards(page: Page) -> None:
     before_limits = page.words[: page.words.index("What this does not show")]
-    assert "aft n = 3 0.42 0.00 to 0.75 1.00 no interval +0.58" in before_limits  # drafts .5, 0, .75; finals all 1
+    drafts_and_finals = "0.42 0.00 to 0.75 1.00 no interval +0.58"  # drafts .5, 0, .75; finals all 1
+    assert f"aft n = 3, K = 2, L = 1 {drafts_and_finals}" in before_limits
     assert "base n = 3 0.50" in before_limits
 
 
@@ -167,10 +181,38 @@ def test_perplexities_and_their_difference_are_shown(page: Page) -> None:
 
 
 def test_stages_training_and_run_are_shown(page: Page) -> None:
-    assert "proposals 9 8 1 12,345 678 75 s" in page.words
+    assert "proposals 9 8 1 0 12,345 678 75 s" in page.words
+    assert "training_set 8 6 0 2 2 target rejected – – 2.0 s" in page.words
     assert "aft 9 20 2 2.850 1.050 9.0 s 61 s 100.0 20.0" in page.words  # losses: means of steps 1-2 and 19-20
     for words in ("aft-ray run --config configs/small.yaml", "0a1b2c3", "2 CPU cores", "ray 2.60.0", "K = 2, L = 1"):
         assert words in page.words
+
+
+def test_the_answer_of_a_study_comes_first_with_its_chart_and_limits() -> None:
+    points = tuple(
+        Point(row=row, series=series, mean=0.5, low=0.4, high=0.6)
+        for row in ("base model", "after AFT")
+        for series in ("a single answer", "aggregated")
+    )
+    method = MethodAnswer(
+        sentences=("Training to aggregate works <here>.",),
+        points=points,
+        num_questions=600,
+        num_proposals=5,
+        page="../miniature/report/miniature.html",
+    )
+    page = Page(render(report_data(method=method)))
+    assert page.words.index("Does training to aggregate work?") < page.words.index("The same steps with smollm2")
+    assert "Training to aggregate works <here>." in page.words
+    assert "Share of 600 held-out questions" in page.words and "K = 5 drafts" in page.words
+    assert "What it does not show: anything about open questions" in page.words
+    assert ("a", {"href": "../miniature/report/miniature.html"}) in page.tags
+    assert results(report_data(method=method))["method"]["points"][0]["mean"] == 0.5
+
+
+def test_every_system_is_explained_in_words(page: Page) -> None:
+    assert "base : the model before training." in page.words
+    assert "aft : fine-tuned to write the target from the prompt and its drafts." in page.words
 
 
 def test_the_limits_state_the_models_own_level(page: Page) -> None:
@@ -272,7 +314,7 @@ def test_a_run_that_measured_nothing_still_has_a_page() -> None:
 def test_systems_without_any_score_have_dashes() -> None:
     nothing = system_metrics("mute", score_answers([answered("p-1", ["?", "?"], "?")], score))
     page = Page(render(report_data(systems=(nothing,), base_system="mute", comparisons=())))
-    assert "mute n = 0 – – – cannot tell" in page.words
+    assert "mute n = 0, K = 2, L = 1 – – – cannot tell" in page.words
 
 
 @pytest.mark.parametrize(

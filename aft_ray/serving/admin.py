@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 
 from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.adapters import VERSIONS, Adapter, Stamp, check_name, found_in, keep_version, stamp_of
+from aft_ray.serving.http import OpenAIRoute
 from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_route import OpenAIRoute
 from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")

@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from aft_ray.serving.admin import admin_routes
-from aft_ray.serving.http_errors import HttpError, as_http_error
+from aft_ray.serving.http import OpenAIRoute, request_id_of, unrouted_error
+from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.keys import Caller
 from aft_ray.serving.openai_body import ChatBody, CompletionBody
 from aft_ray.serving.openai_request import (
@@ -26,11 +27,9 @@ from aft_ray.serving.openai_request import (
     plan_limits,
 )
 from aft_ray.serving.openai_response import Reply
-from aft_ray.serving.openai_route import OpenAIRoute, error_response
 from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
 from aft_ray.serving.page import page_routes
 from aft_ray.serving.replies import EventStream, streamed_reply, whole_reply
-from aft_ray.serving.request_id import request_id_of, tell_request_id
 from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")
@@ -39,11 +38,6 @@ logger = logging.getLogger("ray.serve.aft_ray")
 def make_api(service: Service) -> FastAPI:
     """The app. Knows nothing of Serve: any ASGI server can run it over any engines."""
     api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
-
-    async def page_error(request: Request, error: Exception) -> Response:
-        response = error_response(as_http_error(error, request_id_of(request)))
-        response.headers.update(getattr(error, "headers", None) or {})  # a 405 owes the methods allowed
-        return tell_request_id(request, response)
 
     api.state.max_body_bytes = service.config.max_body_bytes
     if service.config.cors_origins:
@@ -54,7 +48,7 @@ def make_api(service: Service) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    api.add_exception_handler(HTTPException, page_error)
+    api.add_exception_handler(HTTPException, unrouted_error)
     api.include_router(page_routes())
     api.include_router(open_routes(service))
     api.include_router(model_routes(service))

@@ -1,4 +1,4 @@
-"""Who generates. `build_engine(config)` gives the engine a config asks for; heavy imports happen there, not here."""
+"""The engines that generate text. `build_engine(config)` builds one, and imports its heavy libraries only then."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def build_engine(config: EngineConfig) -> Engine:
-    """The engine that `config.type` names. Local engines load their model here or at the first request."""
+    """Build the engine that `config.type` names. Local engines load their model here."""
     match config.type:
         case "vllm":
             from aft_ray.engines.vllm import VllmEngine

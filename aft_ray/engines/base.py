@@ -1,9 +1,9 @@
-"""Who generates: the `Engine` protocol and the records that cross it.
+"""The `Engine` protocol, and the requests, samples and other records that cross it.
 
-Token ids go in (and the messages they were made from, for endpoints that only take messages); text, ids, finish
-reason and token counts come out. One `GenerateRequest` asks for n samples of one prompt, so an engine can compute the
-prompt once for all of them. A Ray Serve handle and a local vLLM engine are both an `Engine`: what is evaluated is what
-is served.
+A request carries token ids, and the messages they were made from for endpoints that take only messages. The answer
+carries text, ids, finish reason and token counts. One `GenerateRequest` asks for n samples of one prompt, so that an
+engine can compute the prompt once for all of them. A Ray Serve handle and a local vLLM engine are both an `Engine`, so
+the system that is evaluated is the system that is served.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aft_ray.records import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one answer is sampled. `top_k=0`, `top_p=1`, `min_p=0` switch the filter off; temperature 0 is greedy."""
+    """How one answer is sampled. `top_k=0`, `top_p=1` and `min_p=0` switch a filter off; temperature 0 is greedy."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -32,7 +32,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def also_stopping_at(self, strings: Sequence[str]) -> Sampling:
-        """This sampling with the stop strings of a prompt format added."""
+        """Return this sampling with the stop strings of a prompt format added."""
         return dataclasses.replace(self, stop=tuple(dict.fromkeys((*self.stop, *strings))))
 
 
@@ -43,37 +43,38 @@ class TokenLogprob:
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens at its place, with theirs, as many as were asked for."""
+    """The most likely tokens at this position and their log-probabilities, as many as the request asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """n samples of one prompt, n = len(seeds)."""
+    """A request for n samples of one prompt, where n = len(seeds)."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    """Exactly what the model sees. Empty only for an engine that takes messages (`EngineInfo.takes_messages`)."""
+    """The ids that the model sees. Empty only for an engine that takes messages (`EngineInfo.takes_messages`)."""
     messages: tuple[Message, ...]
     """The conversation the ids were made from."""
     sampling: Sampling
     seeds: tuple[int, ...]
-    """One per sample, made by `records.derive_seed`."""
+    """One seed per sample, made by `records.derive_seed`."""
     adapter: str | None = None
-    """Path of a LoRA adapter to answer with, or None for the base model."""
+    """Folder of the LoRA adapter that answers, or None for the base model."""
     stream: bool = False
-    """Ask for `TokenDelta`s as tokens are made."""
+    """Whether the engine yields a `TokenDelta` as tokens are made."""
     top_logprobs: int | None = None
-    """Tell each token's log-probability, and those of this many likeliest ones (`EngineInfo.gives_logprobs`)."""
+    """Number of most likely tokens whose log-probabilities come with each token's own (`EngineInfo.gives_logprobs`);
+    None: no log-probabilities."""
     json_schema: str | None = None
-    """The answer is JSON that this schema, itself JSON, allows (`EngineInfo.follows_json_schema`)."""
+    """A JSON schema, itself as JSON, that the answer must match (`EngineInfo.follows_json_schema`)."""
     is_unread: bool = False
-    """Nobody reads its deltas, they only tell what an unfinished answer has cost: they may come a few times a second,
-    and an answer lost half-way may be begun again."""
+    """Whether nobody reads the deltas, which then only show what an unfinished answer has cost so far: they may come a
+    few times a second, and an answer that was lost half-way may be started again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDelta:
-    """A piece of one sample, as it is made."""
+    """A piece of one sample, sent while the sample is generated."""
 
     index: int
     text: str
@@ -81,7 +82,7 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
 
     def followed_by(self, later: TokenDelta) -> TokenDelta:
-        """Two pieces of one sample as one."""
+        """Return this piece and a later one of the same sample as one piece."""
         return TokenDelta(
             index=self.index,
             text=self.text + later.text,
@@ -92,19 +93,19 @@ class TokenDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One finished answer. With `error` set it is a failed one: text empty, the other samples unharmed."""
+    """One finished answer. With `error` set it failed: its text is empty, and the other samples are not affected."""
 
     index: int
-    """Which of the request's seeds it answers."""
+    """Index of its seed in the request."""
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     num_prompt_tokens: int
     num_tokens: int
     num_cached_tokens: int = 0
-    """Prompt tokens that the engine did not have to compute again."""
+    """Number of prompt tokens that the engine did not have to compute again."""
     seed: int | None = None
-    """The seed used, or None where the engine could not use the one asked for."""
+    """The seed that was used, or None where the engine could not use the requested one."""
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -114,43 +115,43 @@ EngineEvent = TokenDelta | Sample
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What the rooms need to know of an engine before the first request."""
+    """What callers need to know about an engine before the first request."""
 
     model: str
-    """Name of the model, for records and cards."""
+    """Name of the model, for records and model cards."""
     tokenizer: str | None
-    """Folder or hub id of its tokenizer; None for an engine that takes messages."""
+    """Folder or hub id of the tokenizer; None for an engine that takes messages."""
     max_model_len: int
-    """Window in tokens: prompt + answer."""
+    """Window in tokens, for prompt and answer together."""
     takes_messages: bool = False
     gives_logprobs: bool = False
     follows_json_schema: bool = False
 
 
 class Engine(Protocol):
-    """A model that answers. Implementations: `vllm`, `transformers`, `openai`, `scripted`, a Serve handle."""
+    """A model that answers requests: vLLM, transformers, an OpenAI-compatible endpoint, a script or a Serve handle."""
 
     @property
     def info(self) -> EngineInfo: ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Yield each sample as it finishes (deltas before it, when asked). Closing the generator aborts the rest.
+        """Yield each sample when it is finished, and its deltas before it where the request streams.
 
-        Raises EngineError when the request as a whole could not be answered, InputError when no engine could answer it
-        (a JSON schema that is none).
+        Closing the generator aborts the other samples. Raises EngineError when the engine could not answer the request
+        at all, and InputError when no engine could, for example because of an invalid JSON schema.
         """
         ...
 
     async def score(
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
     ) -> list[float]:
-        """Natural-log probability of each continuation token given all tokens before it; one float per token."""
+        """Return the natural-log probability of each continuation token, given all tokens before it."""
         ...
 
     async def check(self) -> None:
-        """Raise EngineError when the model can no longer answer (its process died, say)."""
+        """Raise EngineError when the model can no longer answer, for example because its process died."""
         ...
 
     async def close(self) -> None:
-        """Free the model and end every process it started."""
+        """Free the model and end every process that the engine started."""
         ...

@@ -1,9 +1,10 @@
 """Any OpenAI-compatible endpoint behind the `Engine` protocol: a remote teacher, a judge, another aft_ray.
 
-It takes messages, not ids. One call per sample (providers without `n` are common, and a failed sample then harms no
-other); the openai client retries 408, 409, 429, 5xx and connection errors with the server's Retry-After or jittered
-backoff. An answer that breaks off or takes longer than `timeout_s` is asked for again here, since the client's retries
-end where an answer begins. How many calls run at once adapts to what the endpoint bears, up to `max_concurrency`.
+It takes messages, not ids, and makes one call per sample: many providers lack `n`, and a failed sample then does not
+affect the others. The openai client retries 408, 409, 429, 5xx and connection errors, after the server's Retry-After or
+a jittered backoff. The client's retries end where an answer begins, so this module repeats the calls whose answer
+breaks off or takes longer than `timeout_s`. The number of concurrent calls adapts to the endpoint, up to
+`max_concurrency`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sampl
 from aft_ray.errors import ConfigError, EngineError
 
 BACKOFF_S = 1.0
-"""The limit is halved at most once in this time: refusals that come together are one sign, not many."""
-
+"""The limit is halved at most once in this many seconds: several 429s at once are one signal."""
 
 MAX_PAUSE_S = 8.0
-"""Longest pause before an answer that broke off is asked for again."""
+"""Longest pause before a call whose answer broke off is repeated."""
 
 
 class AdaptiveLimit:
-    """How many calls may run at once: halved by a 429, one more after as many answers as it allows (AIMD)."""
+    """The limit on concurrent calls: a 429 halves it, and a round of successes raises it by one (AIMD)."""
 
     def __init__(self, largest: int) -> None:
         self.largest, self.allowed = largest, float(largest)
@@ -47,8 +47,8 @@ class AdaptiveLimit:
             self.running -= 1
             self._changed.notify_all()
 
-    def saw(self, status: int) -> None:
-        """Take note of one response."""
+    def adapt(self, status: int) -> None:
+        """Adapt the limit to the status of one response."""
         if status == 429:
             now = asyncio.get_running_loop().time()
             if now - self._last_cut >= BACKOFF_S:
@@ -67,7 +67,7 @@ class OpenAIEngine:
         if not key:
             raise ConfigError(
                 f"engine openai ({config.base_url}): the environment variable {config.api_key_env} holds no key. "
-                "Set it, or set api_key_env; an endpoint without keys accepts any word"
+                "Set it, or set api_key_env. An endpoint that needs no key accepts any value"
             )
         self.config = config
         self.limit = AdaptiveLimit(config.max_concurrency)
@@ -76,12 +76,12 @@ class OpenAIEngine:
             api_key=key,
             timeout=config.timeout_s,
             max_retries=config.max_retries,
-            # Every response is seen here, those that the client retries by itself too.
+            # it sees every response, also those that the client retries by itself
             http_client=DefaultAsyncHttpxClient(event_hooks={"response": [self._saw]}),
         )
 
     async def _saw(self, response: httpx.Response) -> None:
-        self.limit.saw(response.status_code)
+        self.limit.adapt(response.status_code)
 
     @property
     def info(self) -> EngineInfo:
@@ -107,12 +107,12 @@ class OpenAIEngine:
         try:
             async with self.limit:
                 sample = await self._call(request, index, events)
-        except Exception as error:  # process boundary: whatever an endpoint sends, a sample comes of it
+        except Exception as error:  # process boundary: whatever the endpoint sends becomes a failed sample
             sample = _failed(index, f"{type(error).__name__}: {error}")
         events.put_nowait(sample)
 
     async def _call(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
-        """One answer. What was handed on piece by piece cannot be taken back, so it is not asked for again."""
+        """Return one answer. A streamed one that breaks off is not repeated: its pieces were handed on already."""
         from openai import APIConnectionError
 
         attempt = 0
@@ -135,7 +135,7 @@ class OpenAIEngine:
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
     ) -> list[float]:
         raise EngineError(
-            "an OpenAI-compatible endpoint takes no ids and cannot score; use a vllm or transformers engine"
+            "an OpenAI-compatible endpoint takes no ids and cannot score. Use a vllm or transformers engine"
         )
 
     async def check(self) -> None:
@@ -146,7 +146,7 @@ class OpenAIEngine:
 
 
 async def _read(stream: Any, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
-    """The sample of a stream. Raises ConnectionError for one that ends without saying why."""
+    """Return the sample of a stream. Raises ConnectionError for a stream that ends without a finish reason."""
     pieces: list[str] = []
     finish_reason, usage = None, None
     async with stream:
@@ -163,7 +163,7 @@ async def _read(stream: Any, request: GenerateRequest, index: int, events: async
     cached = getattr(usage, "prompt_tokens_details", None)
     return Sample(
         index=index,
-        text=_whole_characters("".join(pieces)),
+        text=_join_surrogates("".join(pieces)),
         token_ids=(),
         finish_reason=finish_reason,
         num_prompt_tokens=usage.prompt_tokens if usage else 0,
@@ -173,13 +173,13 @@ async def _read(stream: Any, request: GenerateRequest, index: int, events: async
     )
 
 
-def _whole_characters(text: str) -> str:
-    """Halves of a character that came in two pieces are put together; a half alone becomes U+FFFD."""
+def _join_surrogates(text: str) -> str:
+    """Join surrogates that came in two pieces into one character; replace a lone surrogate by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parameters(request: GenerateRequest) -> dict[str, Any]:
-    """The request in OpenAI's words. top_k and min_p are extensions, sent only when they are on."""
+    """Return the request in OpenAI's terms. top_k and min_p are extensions and sent only when they are on."""
     sampling = request.sampling
     extra = {name: value for name in ("top_k", "min_p") if (value := getattr(sampling, name))}
     parameters: dict[str, Any] = {

@@ -1,6 +1,7 @@
-"""A scripted language model behind the `Engine` protocol, for tests and benchmarks of everything around the model.
+"""A scripted stand-in for a language model, for tests and benchmarks of everything around the model.
 
-One knob per behaviour. The answer is a function of (prompt ids, seed), so two runs of the same script agree:
+Each setting of `ScriptedEngineConfig` controls one behaviour. An answer is a function of prompt and seed, so two runs
+of the same script agree:
 
     ScriptedEngine(ScriptedEngineConfig(seconds_per_token=0.01, fail_on=(2,)))
 
@@ -19,18 +20,18 @@ from aft_ray.errors import EngineError
 
 
 class ScriptedEngine:
-    """Answers "word-<hash> word-<hash> ..."; every knob is in `ScriptedEngineConfig`."""
+    """Answers `word-<hash> word-<hash> ...`, or what `ScriptedEngineConfig.answers` says."""
 
     def __init__(self, config: ScriptedEngineConfig) -> None:
         self.config = config
         self.requests: list[GenerateRequest] = []
-        """Every request received, in order: what a test looks at."""
+        """Every request, in the order received, for tests to inspect."""
         self.num_running = 0
-        """Samples being written now; 0 after a cancelled request proves nothing leaked."""
+        """Number of samples that are being written. 0 after a cancelled request proves that no task leaked."""
         self.num_prompt_tokens = 0
-        """Prompt tokens of all samples begun: the engine's own bill, to hold a caller's usage against."""
+        """Prompt tokens of all samples that were started: the engine's own count, to compare a caller's usage with."""
         self.num_tokens = 0
-        """Tokens written, of samples that failed or were cancelled too."""
+        """Tokens written, including those of samples that failed or were cancelled."""
 
     @property
     def info(self) -> EngineInfo:
@@ -124,7 +125,7 @@ class ScriptedEngine:
 
 
 def _logprobs(pieces: Sequence[str], top: int | None) -> tuple[TokenLogprob, ...]:
-    """Log-probability -1 for every word, as `score` says; the next likely ones are made up."""
+    """Return log-probability -1 for every word, as `score` does, and invented alternatives."""
     if top is None:
         return ()
     others = tuple((f"other-{rank}", -1.0 - rank) for rank in range(1, top))

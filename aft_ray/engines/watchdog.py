@@ -1,8 +1,9 @@
-"""Ends an engine's processes when the process that owns them is gone, however it went.
+"""A watchdog process that ends the processes of an engine when the process that owns them is gone.
 
-vLLM's engine core outlives an owner that is killed with SIGKILL (a node out of memory, a lost Ray actor) and keeps
-its memory or GPU. A watchdog process holds the reading end of a pipe; when the owner ends, the pipe does, and the
-watchdog kills what the owner started. Pids are checked against their start times, so a reused pid is left alone.
+vLLM's engine core survives an owner that is killed with SIGKILL, for example when a node runs out of memory, and keeps
+its memory or GPU. The watchdog holds the reading end of a pipe. When the owner ends, for whatever reason, the pipe
+closes and the watchdog kills what the owner started. It compares start times, so it never kills a process that reuses
+a pid.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ for word in sys.argv[1:]:
 
 
 def children() -> set[psutil.Process]:
-    """This process's descendants now."""
+    """Return the current descendants of this process."""
     return set(psutil.Process(os.getpid()).children(recursive=True))
 
 
 def watch_over(processes: set[psutil.Process]) -> subprocess.Popen[bytes]:
-    """A watchdog for these processes. `terminate()` it once they have been ended in order."""
+    """Start a watchdog for these processes. The caller terminates it after ending them in order."""
     words = [f"{process.pid}@{process.create_time()!r}" for process in processes if process.is_running()]
     return subprocess.Popen([sys.executable, "-c", SCRIPT, *words], stdin=subprocess.PIPE, start_new_session=True)

@@ -290,7 +290,7 @@ def test_the_limit_is_halved_once_for_refusals_that_come_together_and_grows_agai
         seen = []
         for status, times in ((429, 5), (200, 8), (200, 200)):
             for _ in range(times):
-                limit.saw(status)
+                limit.adapt(status)
             seen.append(int(limit.allowed))
         return seen
 

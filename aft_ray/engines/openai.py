@@ -135,7 +135,7 @@ class OpenAIEngine:
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
     ) -> list[float]:
         raise EngineError(
-            "an OpenAI-compatible endpoint takes no ids and cannot score. Use a vllm or transformers engine"
+            "an OpenAI-compatible endpoint takes no ids and cannot score; use a vllm or transformers engine"
         )
 
     async def check(self) -> None:

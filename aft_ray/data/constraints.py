@@ -1,13 +1,13 @@
-"""Constraints on an answer that a machine can check: a closed vocabulary of small records, each with one test.
+"""Checks answers against machine-checkable constraints. Each type of constraint is a small record with one test.
 
-A constraint stands in a prompt's metadata as a mapping with its `type` and that type's own keys:
+The metadata of a prompt lists its constraints as mappings with a `type` and the keys of that type:
 
-    check({"type": "num_bullets", "count": 3}, "- tea\\n- milk\\n- sugar")                                -> True
-    check_all([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red, green and blue")          -> 0.0
-    check_all([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red and green and blue")       -> 0.5
+    share_met([{"type": "num_bullets", "count": 3}], "- tea\\n- milk\\n- sugar")                            -> 1.0
+    share_met([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red and green and blue")       -> 0.5
+    share_met([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red, green and blue")          -> 0.0
 
-An answer without a visible character meets nothing. Letter case counts only where the type is about case; phrases and
-words are compared without it, and with typographic quotes read as plain ones.
+An answer without a visible character meets no constraint. Only types that are about letter case distinguish it; words
+and phrases are compared case-insensitively, with typographic quotes read as plain ones.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CLOSING = " \t\n.!?*_\"'”’)"
 
 
 class Constraint(BaseModel, ABC):
-    """Base of every constraint: frozen, no unknown keys."""
+    """The base class of every constraint: it is frozen and accepts no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @abstractmethod
     def met_by(self, text: str) -> bool:
-        """Whether `text`, stripped and not empty, meets the constraint."""
+        """Return whether `text`, which is stripped and not empty, meets the constraint."""
 
 
 class _Counted(Constraint):
@@ -47,7 +47,7 @@ class _Counted(Constraint):
 
 
 class NumBullets(_Counted):
-    """Exactly `count` lines that start with -, * or •."""
+    """The answer has exactly `count` lines that start with -, * or •."""
 
     type: Literal["num_bullets"]
 
@@ -56,7 +56,7 @@ class NumBullets(_Counted):
 
 
 class NumNumbered(_Counted):
-    """A numbered list with exactly `count` items, numbered 1, 2, 3 ... in this order."""
+    """The answer has a numbered list of exactly `count` items, numbered 1, 2, 3 ... in this order."""
 
     type: Literal["num_numbered"]
 
@@ -66,7 +66,7 @@ class NumNumbered(_Counted):
 
 
 class NumSentences(_Counted):
-    """Exactly `count` sentences."""
+    """The answer has exactly `count` sentences."""
 
     type: Literal["num_sentences"]
 
@@ -75,7 +75,7 @@ class NumSentences(_Counted):
 
 
 class MaxSentences(_Counted):
-    """At most `count` sentences."""
+    """The answer has at most `count` sentences."""
 
     type: Literal["max_sentences"]
 
@@ -84,7 +84,7 @@ class MaxSentences(_Counted):
 
 
 class MaxWords(_Counted):
-    """At most `count` words; a hyphenated or apostrophised word is one."""
+    """The answer has at most `count` words; a word with a hyphen or an apostrophe counts once."""
 
     type: Literal["max_words"]
 
@@ -100,7 +100,7 @@ class _Worded(Constraint):
 
 
 class ContainsWord(_Worded):
-    """`word` occurs, as a whole word."""
+    """The answer contains `word` as a whole word."""
 
     type: Literal["contains_word"]
 
@@ -109,7 +109,7 @@ class ContainsWord(_Worded):
 
 
 class WithoutWord(_Worded):
-    """`word` does not occur as a whole word."""
+    """The answer does not contain `word` as a whole word."""
 
     type: Literal["without_word"]
 
@@ -118,7 +118,7 @@ class WithoutWord(_Worded):
 
 
 class LowerCase(Constraint):
-    """Letters, and none of them a capital."""
+    """The answer has letters, and all of them are lower case."""
 
     type: Literal["lower_case"]
 
@@ -127,7 +127,7 @@ class LowerCase(Constraint):
 
 
 class UpperCase(Constraint):
-    """Letters, and all of them capitals."""
+    """The answer has letters, and all of them are upper case."""
 
     type: Literal["upper_case"]
 
@@ -140,7 +140,7 @@ class _Phrased(Constraint):
 
 
 class StartsWith(_Phrased):
-    """The first words are `phrase`; an opening quote or star before it does not matter."""
+    """The answer starts with `phrase`; opening quotes and asterisks before it are ignored."""
 
     type: Literal["starts_with"]
 
@@ -150,7 +150,7 @@ class StartsWith(_Phrased):
 
 
 class EndsWith(_Phrased):
-    """The last words are `phrase`; closing punctuation and quotes after it do not matter."""
+    """The answer ends with `phrase`; closing punctuation and quotes after it are ignored."""
 
     type: Literal["ends_with"]
 
@@ -160,7 +160,7 @@ class EndsWith(_Phrased):
 
 
 class JsonKeys(Constraint):
-    """A JSON object, bare or in one code fence, with exactly the given keys."""
+    """The answer is a JSON object, bare or in one code fence, with exactly the given keys."""
 
     type: Literal["json_keys"]
     keys: list[str] = Field(min_length=1)
@@ -175,7 +175,7 @@ class JsonKeys(Constraint):
 
 
 class NoCommas(Constraint):
-    """No comma anywhere."""
+    """The answer contains no comma."""
 
     type: Literal["no_commas"]
 
@@ -184,7 +184,7 @@ class NoCommas(Constraint):
 
 
 class DoubleQuoted(Constraint):
-    """The whole answer stands between double quotes, straight or typographic."""
+    """The whole answer is enclosed in double quotes, straight or typographic."""
 
     type: Literal["double_quoted"]
 
@@ -193,7 +193,7 @@ class DoubleQuoted(Constraint):
 
 
 class QuestionMark(Constraint):
-    """A question mark occurs."""
+    """The answer contains a question mark."""
 
     type: Literal["question_mark"]
 
@@ -218,11 +218,11 @@ CONSTRAINTS: dict[str, type[Constraint]] = {
     "double_quoted": DoubleQuoted,
     "question_mark": QuestionMark,
 }
-"""The whole vocabulary: `type` -> record."""
+"""The record of each `type`."""
 
 
 def parse(constraint: Any) -> Constraint:
-    """The record of one constraint mapping; InputError says which part of it is wrong."""
+    """Return the record of one constraint mapping. Raises InputError, which says what is wrong with the mapping."""
     if not isinstance(constraint, Mapping):
         raise InputError(
             f"constraint {constraint!r}: expected an object with `type`, found {type(constraint).__name__}"
@@ -239,33 +239,23 @@ def parse(constraint: Any) -> Constraint:
 
 
 def parse_all(constraints: Any) -> list[Constraint]:
-    """The records of a prompt's constraints: a list with one at least, else InputError."""
+    """Return the records of a prompt's constraints. Raises InputError unless they are a non-empty list."""
     if not isinstance(constraints, Sequence) or isinstance(constraints, str) or not constraints:
-        raise InputError(f"constraints: expected a list with one constraint or more, found {constraints!r}")
+        raise InputError(f"constraints: expected a list of at least one constraint, found {constraints!r}")
     return [parse(constraint) for constraint in constraints]
 
 
-def check(constraint: Mapping[str, Any], text: str) -> bool:
-    """Whether `text` meets the constraint. Raises InputError for a constraint that is not in the vocabulary."""
-    record, answer = parse(constraint), text.strip()
-    return bool(answer) and record.met_by(answer)
-
-
-def check_all(constraints: Sequence[Mapping[str, Any]], text: str) -> float:
-    """Fraction of the constraints met, 0 to 1."""
+def share_met(constraints: Sequence[Mapping[str, Any]], text: str) -> float:
+    """Return the share of the constraints that `text` meets, 0 to 1. Raises InputError for an invalid constraint."""
     records, answer = parse_all(constraints), text.strip()
     return sum(record.met_by(answer) for record in records) / len(records) if answer else 0.0
 
 
-def passes(constraints: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether every constraint is met."""
-    return check_all(constraints, text) == 1.0
-
-
 def num_sentences(text: str) -> int:
-    """Sentences in `text`: pieces with a word in them, ended by . ! ? … before a space, or by a line break.
+    """Return the number of sentences in `text`.
 
-    List marks (`1.`, `-`) and common abbreviations (`e.g.`, `Dr.`) end nothing.
+    A sentence contains a word and ends with . ! ? or … before a space, or with a line break. List marks (`1.`, `-`) and
+    common abbreviations (`e.g.`, `Dr.`) do not end a sentence.
     """
     plain = ABBREVIATION.sub("abbreviation", LIST_MARK.sub("", text))
     return sum(bool(WORD.search(piece)) for piece in SENTENCE_END.split(plain))

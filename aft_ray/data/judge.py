@@ -1,13 +1,15 @@
-"""An LLM judge behind the `Scorer` protocol: proposals are compared two at a time, each pair in both orders.
+"""Scores proposals with an LLM judge that compares them pairwise, each pair in both orders.
 
     judge = Judge(JudgeConfig(engine=OpenAIEngineConfig(base_url=..., model=...)), seed=0)
     await judge.score(row, ["Paris.", "Lyon.", "Paris."])     ->  values 0.75, 0.0, 0.75
 
-Judges favour a position (arXiv 2306.05685, section 3.3): a pair whose two orders contradict each other is a tie. A
-score is the mean over a proposal's comparisons: 1 won, 0.5 tied, 0 lost. A pair with an order that failed or cannot be
-read is left out; a proposal with no pair left has no score. Identical texts tie without being asked about.
+Judges favour a position (arXiv 2306.05685, section 3.3), so a pair is a tie if its two orders contradict each other. A
+proposal's score is the mean over its pairs: 1 for a win, 0.5 for a tie, 0 for a loss. A pair is left out if one of its
+orders failed or has no readable verdict, and a proposal without any pair left has no score. Identical texts tie
+without a call to the judge.
 
-The judge sees conversation and answers as data: between marks that no text can contain, control strings broken.
+The judge sees the conversation and the answers as data: between marks that no text can contain, and with control
+tokens broken up.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Literal
 
 from aft_ray.config import JudgeConfig
 from aft_ray.data.proposals import processed, sample_all
-from aft_ray.data.scorers import Row, Score, Scorer, Scores
+from aft_ray.data.scoring import Row, Score, Scored, Scorer
 from aft_ray.engines import GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, PromptTooLong
 from aft_ray.records import Message, derive_seed, fingerprint
@@ -30,7 +32,7 @@ from aft_ray.templates.control import LITERAL_MARKUP, break_strings, broken
 from aft_ray.templates.loading import load_format
 
 JUDGE_LAYER = -1
-"""Seeds of the judge's replies and draws: layers 0 and up belong to proposals and aggregations."""
+"""Layer from which the judge's seeds are derived; layers 0 and up belong to proposals and aggregations."""
 
 Verdict = Literal["A", "B", "tie"]
 
@@ -55,11 +57,13 @@ PROMPT_HASH = fingerprint([INSTRUCTIONS, QUESTION])
 
 _VERDICT = re.compile(r"[\s*_`\"'\[(]*(A|B|[Tt]ie|TIE)[\s*_`\"'\]).]*")
 _MARKUP = break_strings(["<|", "<｜", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", *LITERAL_MARKUP])
-"""Beginnings of control strings of the known model families: an endpoint does not say which are its own."""
+"""Beginnings of the control tokens of common model families, since an endpoint does not say which ones it uses."""
 
 
 def read_verdict(text: str, *, truncated: bool = False) -> Verdict | None:
-    """The last line that is a verdict and nothing else. The last line of a truncated reply may go on, so it is none.
+    """Return the verdict on the last line that holds nothing else, or None.
+
+    The last line of a truncated reply is ignored, since it may be incomplete.
 
     >>> read_verdict("Both name it, B is shorter.\\nB"), read_verdict("A is better"), read_verdict("**tie**")
     ('B', None, 'tie')
@@ -74,9 +78,9 @@ def read_verdict(text: str, *, truncated: bool = False) -> Verdict | None:
 
 
 def question(conversation: Sequence[Message], a: str, b: str) -> tuple[Message, ...]:
-    """What the judge is asked about one order of a pair.
+    """Return the messages that ask the judge about one order of a pair.
 
-    The mark is a hash of everything between the marks: no text can hold it.
+    The mark is a hash of everything between the marks, so no text can contain it.
     """
     mark = fingerprint([list(conversation), a, b])[:12]
     turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in conversation)
@@ -86,10 +90,10 @@ def question(conversation: Sequence[Message], a: str, b: str) -> tuple[Message, 
 
 
 def draw_pairs(num: int, num_opponents: int | None, draw: random.Random) -> list[tuple[int, int]]:
-    """Pairs of 0..num-1 in which each has `num_opponents` others (None: all of them).
+    """Return pairs of the numbers below `num`, so that each number has `num_opponents` others (None: all others).
 
-    The texts stand in a ring in drawn order and meet their nearest neighbours; for an odd number also the one
-    opposite. With both `num` and `num_opponents` odd that cannot come out even: one of them has one more.
+    The numbers are placed on a ring in random order and paired with their nearest neighbours, and also with the number
+    opposite if `num_opponents` is odd. If `num` is odd too, one number gets one opponent more.
     """
     if num_opponents is None or num_opponents >= num - 1:
         return [(i, j) for i in range(num) for j in range(i + 1, num)]
@@ -102,17 +106,17 @@ def draw_pairs(num: int, num_opponents: int | None, draw: random.Random) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
-    """One order of a pair: what came back."""
+    """The judge's reply to one order of a pair."""
 
     verdict: Verdict | None
     reason: str | None = None
-    """Why there is no verdict."""
+    """The reason why there is no verdict."""
     engine_failed: bool = False
     samples: tuple[Sample, ...] = ()
 
 
 class Judge(Scorer):
-    """Asks the judge's engine; builds it in its constructor."""
+    """Compares proposals through the judge's engine, which the constructor builds."""
 
     def __init__(self, config: JudgeConfig, seed: int) -> None:
         self.config, self.seed = config, seed
@@ -123,7 +127,7 @@ class Judge(Scorer):
     def name_of(self, row: Row) -> str:
         return "judge"
 
-    async def score(self, row: Row, texts: Sequence[str]) -> Scores:
+    async def score(self, row: Row, texts: Sequence[str]) -> Scored:
         usable = [i for i, text in enumerate(texts) if text.strip()]
         draw = random.Random(derive_seed(self.seed, row["prompt_id"], JUDGE_LAYER, -1))
         pairs = [(usable[i], usable[j]) for i, j in draw_pairs(len(usable), self.config.num_opponents, draw)]
@@ -135,8 +139,8 @@ class Judge(Scorer):
             raise EngineError(f"the judge answered none of {len(orders)} comparisons: {failure}")
         found = dict(zip(both, orders, strict=True))
         bill = processed({}, [sample for order in orders for sample in order.samples], self.config.engine)
-        return Scores(
-            (self._score(i, texts, pairs, found) for i in range(len(texts))),
+        return Scored(
+            scores=[self._score(i, texts, pairs, found) for i in range(len(texts))],
             prompt_tokens=bill.prompt_tokens,
             completion_tokens=bill.completion_tokens,
             cost_usd=bill.cost_usd,
@@ -166,7 +170,7 @@ class Judge(Scorer):
             return Score(value=sum(points) / len(points))
         if reasons:
             return Score(value=None, reason=f"no readable comparison of {len(reasons)}; the first: {reasons[0]}")
-        return Score(value=None, reason="the judge compares: it needs two proposals or more")
+        return Score(value=None, reason="the judge needs two proposals or more to compare")
 
     async def _ask(self, row: Row, texts: Sequence[str], order: tuple[int, int]) -> _Order:
         a, b = order
@@ -194,7 +198,7 @@ class Judge(Scorer):
 
 
 def outcome(shown_first: Verdict, shown_second: Verdict) -> float:
-    """What a text won in a pair, from the verdicts where it was answer A and where it was answer B.
+    """Return a text's points for a pair, from the verdict when it was answer A and the verdict when it was answer B.
 
     >>> outcome("A", "B"), outcome("B", "A"), outcome("A", "A"), outcome("tie", "tie"), outcome("A", "tie")
     (1.0, 0.0, 0.5, 0.5, 0.5)

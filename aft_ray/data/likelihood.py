@@ -1,7 +1,7 @@
-"""Likelihood under a model behind the `Scorer` protocol: the log-probability of each proposal as the answer.
+"""Scores each proposal by its log-probability as the answer under a model.
 
-The ids are those that training would learn for the same answer: prompt, answer, end of turn. `per_token` takes the mean
-over the answer's tokens; the plain sum favours short answers.
+The token ids are the ones that training would use for the same answer: prompt, answer, end of turn. `per_token` takes
+the mean over the answer's tokens; their sum favours short answers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 from collections.abc import Sequence
 
 from aft_ray.config import EngineConfig, LikelihoodConfig
-from aft_ray.data.scorers import Row, Score, Scorer, Scores
+from aft_ray.data.scoring import Row, Score, Scored, Scorer
 from aft_ray.engines import build_engine
 from aft_ray.errors import ConfigError, InputError
 from aft_ray.templates.loading import load_format
 
 
 class Likelihood(Scorer):
-    """Asks an engine for log-probabilities; builds it in its constructor."""
+    """Reads log-probabilities from an engine, which the constructor builds."""
 
     def __init__(self, config: LikelihoodConfig, engine: EngineConfig, in_context: str = "default") -> None:
         if engine.type == "openai":
@@ -32,22 +32,24 @@ class Likelihood(Scorer):
     def name_of(self, row: Row) -> str:
         return "likelihood"
 
-    async def score(self, row: Row, texts: Sequence[str]) -> Scores:
+    async def score(self, row: Row, texts: Sequence[str]) -> Scored:
         found = await asyncio.gather(*(self._score(row, text) for text in texts))
-        return Scores((score for score, _ in found), prompt_tokens=sum(num_tokens for _, num_tokens in found))
+        return Scored(scores=[score for score, _ in found], prompt_tokens=sum(num_tokens for _, num_tokens in found))
 
     async def _score(self, row: Row, text: str) -> tuple[Score, int]:
-        """The score, and the tokens that were read for it. An engine that cannot answer raises EngineError."""
+        """Return the score and the number of tokens the model read. Raises EngineError if the engine cannot answer."""
         if not text.strip():
             return Score(value=None, reason="empty answer"), 0
         try:
             prompt_ids = self.format.prompt_ids(row["messages"])
             target_ids = self.format.target_ids(row["messages"], text)
-        except InputError as error:  # the chat template refuses this conversation
+        except InputError as error:  # the chat template rejects this conversation
             return Score(value=None, reason=f"InputError: {error}"), 0
         num_tokens, window = len(prompt_ids) + len(target_ids), self.engine.info.max_model_len
-        if num_tokens >= window:  # vLLM writes one token after what it reads
-            reason = f"{len(prompt_ids)} prompt + {len(target_ids)} answer tokens do not fit the window {window}"
+        if num_tokens >= window:  # vLLM generates one token after the ones it reads
+            reason = (
+                f"{len(prompt_ids)} prompt + {len(target_ids)} answer tokens do not fit the context window of {window}"
+            )
             return Score(value=None, reason=reason), 0
         log_probs = await self.engine.score(prompt_ids, target_ids, self.config.adapter)
         value = math.fsum(log_probs) / (len(log_probs) if self.config.per_token else 1)
@@ -61,6 +63,6 @@ class Likelihood(Scorer):
 
 def _takes_messages(model: str) -> ConfigError:
     return ConfigError(
-        f"scores.scorer is likelihood, but the engine of {model} takes messages, not ids, and gives no "
-        "log-probabilities of a text: name a vllm or transformers engine in scores.likelihood.engine"
+        f"scores.scorer is likelihood, but the engine of {model} takes messages, not token ids, and returns no "
+        "log-probabilities of a given text: name a vllm or transformers engine in scores.likelihood.engine"
     )

@@ -1,13 +1,13 @@
-"""A sequence-classification reward model behind the `Scorer` protocol: one logit per (conversation, answer).
+"""Scores answers with a sequence-classification reward model: its logit for the conversation that ends with the answer.
 
-The answer becomes the last assistant turn, and the model's own chat template turns the conversation into ids once. A
-tokenizer without a chat template gets the pair (last user turn, answer), the older convention of reward models.
-Nothing is cut: an answer that does not fit the window has no score.
+The model's own chat template formats the conversation, with the answer as the last assistant turn. A tokenizer without
+a chat template gets the pair (last user turn, answer), the older convention of reward models. Nothing is truncated: an
+answer that does not fit the context window has no score.
 
-The model sits in one thread of its own: rows of a worker overlap, and one at a time uses the model.
+A worker processes several rows at once, but the model runs in a single thread, one batch at a time.
 
-At start a good and a plainly bad answer to the same question are scored. A model that does not prefer the good one is
-refused: it is no reward model, or its head was not in the checkpoint.
+The constructor scores a good and an obviously bad answer to one question. A model that does not prefer the good answer
+is rejected: it is not a reward model, or its checkpoint lacks the head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aft_ray.cpu import dtype_to_load
-from aft_ray.data.scorers import Row, Score, Scorer, Scores
+from aft_ray.data.scoring import Row, Score, Scored, Scorer
 from aft_ray.errors import ConfigError
 from aft_ray.models import resolve_model
 from aft_ray.records import Message
@@ -35,7 +35,7 @@ SANITY_BAD = "Bananas bananas bananas. I will not tell you, go away."
 
 
 class RewardModel(Scorer):
-    """Loads the model in its constructor, on the GPU where there is one."""
+    """Loads the model in its constructor, on the GPU if there is one."""
 
     def __init__(self, reference: str, batch_size: int = 8, num_threads: int = 1) -> None:
         import torch
@@ -58,8 +58,9 @@ class RewardModel(Scorer):
     def name_of(self, row: Row) -> str:
         return "reward_model"
 
-    async def score(self, row: Row, texts: Sequence[str]) -> Scores:
-        return Scores(await asyncio.get_running_loop().run_in_executor(self._thread, self._score_all, row, texts))
+    async def score(self, row: Row, texts: Sequence[str]) -> Scored:
+        scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._score_all, row, texts)
+        return Scored(scores=scores)
 
     def _score_all(self, row: Row, texts: Sequence[str]) -> list[Score]:
         scores: list[Score] = [Score(value=None, reason="not scored")] * len(texts)
@@ -67,11 +68,11 @@ class RewardModel(Scorer):
         for n, text in enumerate(texts):
             try:
                 inputs = self._encode(row["messages"], text)
-            except Exception as error:  # chat templates are foreign code; some refuse a role
+            except Exception as error:  # chat templates are foreign code, and some reject a role
                 scores[n] = _unscored(error)
                 continue
             if len(inputs["input_ids"]) > self.max_length:
-                reason = f"{len(inputs['input_ids'])} tokens > the reward model's window {self.max_length}"
+                reason = f"{len(inputs['input_ids'])} tokens > the reward model's context window {self.max_length}"
                 scores[n] = Score(value=None, reason=reason)
             else:
                 encoded[n] = inputs
@@ -81,10 +82,10 @@ class RewardModel(Scorer):
         return scores
 
     def _scores(self, encoded: Sequence[Mapping[str, list[int]]]) -> list[Score]:
-        """One Score per input; a batch that fails is tried again one by one, so that one text harms no other."""
+        """Return one Score per input. A failed batch is retried one by one, so that one text cannot spoil the rest."""
         try:
             return [_finite(value) for value in self._logits(encoded)]
-        except Exception as error:  # out of memory, a bad input: kept as the reason
+        except Exception as error:  # for example out of memory; the error becomes the reason
             if len(encoded) == 1:
                 return [_unscored(error)]
             return [self._scores([inputs])[0] for inputs in encoded]
@@ -112,8 +113,8 @@ class RewardModel(Scorer):
         good, bad = self._score_all({"messages": [SANITY_QUESTION]}, [SANITY_GOOD, SANITY_BAD])
         if good.value is None or bad.value is None or good.value <= bad.value:
             raise ConfigError(
-                f"scores.reward_model {self.reference}: it scores {good.value} for {SANITY_GOOD!r} and {bad.value} for "
-                f"{SANITY_BAD!r}; a reward model prefers the first. Check that this is a reward model"
+                f"scores.reward_model {self.reference}: the score of {SANITY_GOOD!r} is {good.value} and that of "
+                f"{SANITY_BAD!r} is {bad.value}; a reward model prefers the first. Check that this is a reward model"
             )
         logger.info("reward model %s: sanity pair %.3f > %.3f", self.reference, good.value, bad.value)
 
@@ -134,7 +135,7 @@ def _batches(items: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def _load_classifier(path: str, reference: str, device: str) -> Any:
-    """The classifier with its one logit; ConfigError when the checkpoint has another head, or none."""
+    """Load the classifier with its one logit. Raises ConfigError if the checkpoint has another head, or none."""
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -157,9 +158,10 @@ def _load_classifier(path: str, reference: str, device: str) -> Any:
 
 
 def _padding_id(tokenizer: Any) -> int | None:
-    """The padding token, if it can be told from the end of a text; without one, texts go through one by one.
+    """Return the padding token, or None if it is missing or equals the EOS token; texts are then scored one by one.
 
-    Decoder classifiers read the logit at the last token that is not padding, so padding may not be the EOS token.
+    Decoder classifiers read the logit at the last token that is not padding, so the EOS token must not count as
+    padding.
     """
     pad_id = tokenizer.pad_token_id
     return None if pad_id is None or pad_id == tokenizer.eos_token_id else int(pad_id)

@@ -1,13 +1,13 @@
-"""selection -> targets: the aggregation to learn, written from prompt + selected proposals.
+"""selection -> targets: a teacher writes the aggregation to learn, from the prompt and its selected proposals.
 
 in    + selected
 out   + target, accepted_targets, pseudo_target, target_filter, length_action
 on    the teacher's engine: a local model, or any OpenAI-compatible endpoint
 
-The teacher writes `num_candidates` aggregations of one prompt. `keep: best` takes the finished one that the verifier
-and the score like best. The other policies keep only what the verifier accepts: with the student as its own teacher
-this is teacher-free AFT, and `num_accepted` of `num_candidates` is its acceptance rate. A target that should not be
-learned from stays on its row with the reason in `target_filter`.
+The teacher writes `num_candidates` aggregations per prompt. With `keep: best`, the target is the finished one that the
+verifier and the score prefer. The other policies keep only candidates that the verifier accepts: with the student as
+its own teacher this is teacher-free AFT, and its acceptance rate is `num_accepted` / `num_candidates`. A target that
+must not be trained on stays on its row, with the reason in `target_filter`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aft_ray.config import Config, ScoresConfig
+from aft_ray.config import Config
 from aft_ray.data.proposals import aggregator_hash, processed, sample_all
-from aft_ray.data.scorers import Scores, build_scorer, text_scorer_config, verify
-from aft_ray.data.scores import scorer_settings
+from aft_ray.data.scorers import build_scorer, scorer_settings, text_scorer_config
+from aft_ray.data.scoring import Scored
 from aft_ray.data.selection import selected_texts
 from aft_ray.data.target_filters import why_left_out
+from aft_ray.data.verifiers import verify
 from aft_ray.engines import GenerateRequest, Sample, build_engine
 from aft_ray.errors import InputError
 from aft_ray.records import TARGETS, Message, Target, derive_seed, to_row
@@ -32,28 +33,26 @@ from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
 from aft_ray.templates.loading import load_format
 
 TEACHER_LAYER = 1
-"""Seeds of the teacher's samples are those of layer 1: proposals are layer 0."""
+"""Layer from which the seeds of the teacher's samples are derived; proposals are layer 0."""
 PSEUDO_LAYER = 2
 
 
 def best_candidate(samples: Sequence[Sample], verified: Sequence[bool | None], scores: Sequence[float | None]) -> int:
-    """Index of the candidate to keep: usable, finished, verified, highest score, first; in that order of weight."""
+    """Return the index of the candidate to keep.
 
-    def rank(i: int) -> tuple[bool, bool, bool, float, int]:
-        usable = not samples[i].error and bool(samples[i].text.strip())
-        return usable, samples[i].finish_reason == "stop", bool(verified[i]), scores[i] or 0.0, -i
+    Candidates are compared by these criteria in turn: usable, finished, verified, scored, higher score, earlier.
+    """
+
+    def rank(i: int) -> tuple[bool, bool, bool, bool, float, int]:
+        is_usable, score = not samples[i].error and bool(samples[i].text.strip()), scores[i]
+        is_finished = samples[i].finish_reason == "stop"
+        return is_usable, is_finished, bool(verified[i]), score is not None, score or 0.0, -i
 
     return max(range(len(samples)), key=rank)
 
 
-def target_scorer(config: Config) -> ScoresConfig:
-    """What scores targets. A judge compares the candidates of one prompt, so it is asked where there is a choice."""
-    has_choice = config.targets.num_candidates > 1 and config.targets.keep == "best"
-    return config.scores if config.scores.scorer == "judge" and has_choice else text_scorer_config(config.scores)
-
-
 class TargetWorker(RowWorker):
-    """Asks the teacher, and keeps what the policy says."""
+    """Lets the teacher write aggregations, and keeps those that the policy selects."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.templates, self.seed = config.targets, config.templates, config.run.seed
@@ -61,7 +60,10 @@ class TargetWorker(RowWorker):
         self.engine = build_engine(self.engine_config)
         self.format = load_format(self.engine.info.tokenizer, config.templates.in_context)
         self.template = AggregatorTemplate.load(config.templates.aggregator)
-        self.scorer = build_scorer(target_scorer(config), seed=config.run.seed)
+        # A judge compares the candidates of one prompt, so it only scores where there are several to choose from.
+        is_judged = config.scores.scorer == "judge" and self.config.num_candidates > 1 and self.config.keep == "best"
+        scorer = config.scores if is_judged else text_scorer_config(config.scores)
+        self.scorer = build_scorer(scorer, seed=config.run.seed)
         self.room = self.engine.info.max_model_len - self.config.sampling.max_tokens
 
     async def process(self, row: dict[str, Any]) -> Processed:
@@ -70,7 +72,7 @@ class TargetWorker(RowWorker):
             self.format, self.template, row["messages"], proposals, self.room, self.templates.length_policy
         )
         samples = await self._ask(row, fitted.prompt_ids, fitted.messages, TEACHER_LAYER, self.config.num_candidates)
-        targets, scoring = await self._targets(row, samples)
+        targets, scored = await self._targets(row, samples)
         kept, accepted = self._keep(samples, targets)
         pseudo, pseudo_samples = await self._pseudo(row) if self.config.pseudo else (None, [])
         proposal_scores = [row["proposals"][index]["score"] for index in row["selected"]]
@@ -88,9 +90,9 @@ class TargetWorker(RowWorker):
         done = processed(made, [*samples, *pseudo_samples], self.engine_config)
         return dataclasses.replace(
             done,
-            prompt_tokens=done.prompt_tokens + scoring.prompt_tokens,
-            completion_tokens=done.completion_tokens + scoring.completion_tokens,
-            cost_usd=done.cost_usd + scoring.cost_usd,
+            prompt_tokens=done.prompt_tokens + scored.prompt_tokens,
+            completion_tokens=done.completion_tokens + scored.completion_tokens,
+            cost_usd=done.cost_usd + scored.cost_usd,
         )
 
     async def _ask(
@@ -107,23 +109,23 @@ class TargetWorker(RowWorker):
         return await sample_all(self.engine, request)
 
     async def _pseudo(self, row: Mapping[str, Any]) -> tuple[Target, list[Sample]]:
-        """One answer to the prompt alone. It has no score: there is nothing it is chosen from."""
+        """Return one answer to the prompt alone. It has no score, since there is only one candidate."""
         ids = fit_prompt(self.format, row["messages"], self.room)
         (sample,) = samples = await self._ask(row, ids, row["messages"], PSEUDO_LAYER, 1)
         text = sample.text.strip()
         return self._target(sample, verify(row, text) if text else None, None, samples, None), samples
 
-    async def _targets(self, row: Mapping[str, Any], samples: Sequence[Sample]) -> tuple[list[Target], Scores]:
+    async def _targets(self, row: Mapping[str, Any], samples: Sequence[Sample]) -> tuple[list[Target], Scored]:
         texts = [sample.text.strip() for sample in samples]
         verified = [verify(row, text) if text else None for text in texts]
         known = [value for value in verified if value is not None]
-        scores = await self.scorer.score(row, texts)
+        scored = await self.scorer.score(row, texts)
         num_accepted = sum(known) if known else None
         targets = [
             self._target(sample, accepted, score.value if text else None, samples, num_accepted)
-            for text, sample, accepted, score in zip(texts, samples, verified, scores, strict=True)
+            for text, sample, accepted, score in zip(texts, samples, verified, scored.scores, strict=True)
         ]
-        return targets, scores
+        return targets, scored
 
     def _target(
         self,
@@ -145,12 +147,14 @@ class TargetWorker(RowWorker):
         )
 
     def _keep(self, samples: Sequence[Sample], targets: Sequence[Target]) -> tuple[Target, list[Target]]:
-        """The target, and with `keep: all` the other accepted ones."""
+        """Return the target and, with `keep: all`, the other accepted candidates."""
         best = best_candidate(samples, [t.verified for t in targets], [t.score for t in targets])
         if self.config.keep == "best":
             return targets[best], []
         if all(target.verified is None for target in targets):
-            raise InputError(f"targets.keep {self.config.keep} needs a verifier for the prompt's task; set keep: best")
+            raise InputError(
+                f"targets.keep {self.config.keep} needs a verifier for the prompt's task; set targets.keep to best"
+            )
         accepted = [target for target in targets if target.verified and target.finish_reason != "length"]
         if not accepted:
             return targets[best], []
@@ -165,14 +169,14 @@ class TargetWorker(RowWorker):
 
 
 class ReferenceWorker(RowWorker):
-    """Takes the prompt's reference answer as the target; no model is asked."""
+    """Uses the prompt's reference answer as the target, without a model."""
 
     def __init__(self, config: Config) -> None:
         self.filters = config.targets.filters
 
     async def process(self, row: dict[str, Any]) -> Processed:
         if not row["reference"]:
-            raise InputError("targets.source is reference, and this prompt has no reference answer")
+            raise InputError("targets.source is reference, but this prompt has no reference answer")
         target = Target(
             text=row["reference"],
             model="reference",
@@ -195,7 +199,7 @@ class ReferenceWorker(RowWorker):
 
 
 def stage(run: Run) -> Stage:
-    """The targets stage of a run."""
+    """Return the targets stage of a run."""
     config = run.config
     engine = config.targets.engine or config.engine
     return Stage(

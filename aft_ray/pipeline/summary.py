@@ -66,7 +66,7 @@ def report_data(run: Run) -> ReportData:
     scorer = build_scorer(scores)
 
     def score(row: Mapping[str, Any], text: str) -> float | None:
-        return asyncio.run(scorer.score(row, [text]))[0].value if text else None
+        return asyncio.run(scorer.score(row, [text])).scores[0].value if text else None
 
     scored = {name: score_answers(answers, score) for name, answers in rows.items()}
     resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}

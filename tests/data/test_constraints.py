@@ -1,4 +1,4 @@
-"""Every constraint type with answers that meet it and answers that do not; the packaged prompts."""
+"""Every type of constraint has answers that meet it and answers that miss it; the packaged prompts are valid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aft_ray.data.constraints import CONSTRAINTS, check, check_all, num_sentences, passes
+from aft_ray.data.constraints import CONSTRAINTS, num_sentences, share_met
 from aft_ray.errors import InputError
 
 Case = tuple[dict[str, Any], str]
@@ -66,32 +66,30 @@ def _name(value: Any) -> str:
 
 @pytest.mark.parametrize(("constraint", "text"), MET, ids=_name)
 def test_an_answer_that_meets_the_constraint_is_accepted(constraint: dict[str, Any], text: str) -> None:
-    assert check(constraint, text)
-    assert check(constraint, f"\n {text} \n")
+    assert share_met([constraint], text) == 1.0
+    assert share_met([constraint], f"\n {text} \n") == 1.0
 
 
 @pytest.mark.parametrize(("constraint", "text"), NOT_MET, ids=_name)
-def test_an_answer_that_misses_the_constraint_is_refused(constraint: dict[str, Any], text: str) -> None:
-    assert not check(constraint, text)
+def test_an_answer_that_misses_the_constraint_is_rejected(constraint: dict[str, Any], text: str) -> None:
+    assert share_met([constraint], text) == 0.0
 
 
-def test_every_type_has_an_answer_on_either_side() -> None:
+def test_every_type_has_answers_that_meet_it_and_answers_that_miss_it() -> None:
     assert {c["type"] for c, _ in MET} == {c["type"] for c, _ in NOT_MET} == set(CONSTRAINTS)
 
 
 @pytest.mark.parametrize("constraint", [c for c, _ in MET], ids=_name)
-def test_an_empty_answer_meets_nothing(constraint: dict[str, Any]) -> None:
-    assert not check(constraint, " \n")
+def test_an_empty_answer_meets_no_constraint(constraint: dict[str, Any]) -> None:
+    assert share_met([constraint], " \n") == 0.0
 
 
 def test_the_score_is_the_share_of_constraints_met() -> None:
     constraints: list[dict[str, Any]] = [{"type": "no_commas"}, {"type": "max_words", "count": 3}]
-    assert check_all(constraints, "red and green and blue") == 0.5
-    assert not passes(constraints, "red and green and blue")
-    assert check_all(constraints, "red and green") == 1.0
-    assert passes(constraints, "red and green")
-    assert check_all(constraints, "red, green, blue and more") == 0.0
-    assert check_all(constraints, "") == 0.0
+    assert share_met(constraints, "red and green and blue") == 0.5
+    assert share_met(constraints, "red and green") == 1.0
+    assert share_met(constraints, "red, green, blue and more") == 0.0
+    assert share_met(constraints, "") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -125,15 +123,15 @@ def test_sentences_are_counted_as_a_reader_would(text: str, expected: int) -> No
         ("no_commas", "expected an object with `type`, found str"),
     ],
 )
-def test_a_constraint_outside_the_vocabulary_is_refused(constraint: Any, message: str) -> None:
+def test_an_unknown_constraint_is_rejected(constraint: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check(constraint, "text")
+        share_met([constraint], "text")
 
 
 @pytest.mark.parametrize("constraints", [[], None, "no_commas", {"type": "no_commas"}])
-def test_a_prompt_needs_a_list_with_a_constraint(constraints: Any) -> None:
-    with pytest.raises(InputError, match="expected a list with one constraint or more"):
-        check_all(constraints, "text")
+def test_a_prompt_needs_a_list_of_at_least_one_constraint(constraints: Any) -> None:
+    with pytest.raises(InputError, match="expected a list of at least one constraint"):
+        share_met(constraints, "text")
 
 
 def _packaged() -> list[dict[str, Any]]:
@@ -155,7 +153,7 @@ NUMBERS = {1: ("1", "one"), 2: ("2", "two"), 3: ("3", "three"), 4: ("4", "four")
 
 
 @pytest.mark.parametrize("row", _packaged(), ids=lambda row: row["prompt"][:40])
-def test_a_packaged_prompt_says_in_its_text_what_is_checked(row: dict[str, Any]) -> None:
+def test_the_text_of_a_packaged_prompt_states_its_constraints(row: dict[str, Any]) -> None:
     prompt = row["prompt"].casefold()
     for constraint in row["constraints"]:
         for part in [constraint.get("word"), constraint.get("phrase"), *constraint.get("keys", [])]:

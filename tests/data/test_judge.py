@@ -1,4 +1,4 @@
-"""The judge compares each pair in both orders, and says nothing where it could not read a verdict."""
+"""The judge compares each pair in both orders, and a pair without a readable verdict is left out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 
 from aft_ray.config import Config, JudgeConfig, OpenAIEngineConfig, PricesConfig, ScoresConfig, ScriptedEngineConfig
 from aft_ray.data.judge import Judge, draw_pairs, outcome, question, read_verdict
-from aft_ray.data.scorers import Scores, build_scorer
+from aft_ray.data.scorers import build_scorer
 from aft_ray.data.scores import ScoreWorker
+from aft_ray.data.scoring import Scored
 from aft_ray.engines import Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import ConfigError, EngineError
@@ -97,8 +98,8 @@ def config_of(model: JudgingModel, **settings: Any) -> JudgeConfig:
     return JudgeConfig(engine=engine, **settings)
 
 
-def judge(config: JudgeConfig, texts: list[str], row: dict[str, Any] = ROW) -> Scores:
-    async def work() -> Scores:
+def judge(config: JudgeConfig, texts: list[str], row: dict[str, Any] = ROW) -> Scored:
+    async def work() -> Scored:
         scorer = build_scorer(ScoresConfig(scorer="judge", judge=config))
         assert isinstance(scorer, Judge)
         try:
@@ -109,8 +110,8 @@ def judge(config: JudgeConfig, texts: list[str], row: dict[str, Any] = ROW) -> S
     return asyncio.run(work())
 
 
-def values(scores: Scores) -> list[float | None]:
-    return [score.value for score in scores]
+def values(scored: Scored) -> list[float | None]:
+    return [score.value for score in scored.scores]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def values(scores: Scores) -> list[float | None]:
         ("", None),
     ],
 )
-def test_a_verdict_is_the_last_line_that_is_one_and_nothing_else(text: str, verdict: str | None) -> None:
+def test_the_verdict_is_the_last_line_that_holds_nothing_else(text: str, verdict: str | None) -> None:
     assert read_verdict(text) == verdict
 
 
@@ -148,20 +149,20 @@ def test_a_judge_that_contradicts_itself_when_the_order_changes_calls_a_tie() ->
 
 
 def test_the_score_is_the_share_of_comparisons_won(model: JudgingModel) -> None:
-    scores = judge(config_of(model), ["Paris.", "Paris, of course.", "It."])
-    assert values(scores) == [0.5, 1.0, 0.0]
+    scored = judge(config_of(model), ["Paris.", "Paris, of course.", "It."])
+    assert values(scored) == [0.5, 1.0, 0.0]
     assert len(model.asked) == 6
     assert {(b, a) for a, b in model.asked} == set(model.asked)
-    assert (scores.prompt_tokens, scores.completion_tokens) == (600, 12)
-    assert scores.cost_usd == pytest.approx((600 * 1 + 12 * 10) / 1e6)
+    assert (scored.prompt_tokens, scored.completion_tokens) == (600, 12)
+    assert scored.cost_usd == pytest.approx((600 * 1 + 12 * 10) / 1e6)
 
 
-def test_a_judge_that_always_takes_the_first_makes_everything_a_tie(model: JudgingModel) -> None:
+def test_a_judge_that_always_prefers_the_first_answer_makes_every_pair_a_tie(model: JudgingModel) -> None:
     model.reply = lambda a, b: "A"
     assert values(judge(config_of(model), ["one", "two", "three"])) == [0.5, 0.5, 0.5]
 
 
-def test_identical_texts_tie_without_being_asked_about(model: JudgingModel) -> None:
+def test_identical_texts_tie_without_a_call_to_the_judge(model: JudgingModel) -> None:
     assert values(judge(config_of(model), ["Paris.", " Paris.\n", "It is Paris."])) == [0.25, 0.25, 1.0]
     assert len(model.asked) == 4
     model.asked.clear()
@@ -169,17 +170,19 @@ def test_identical_texts_tie_without_being_asked_about(model: JudgingModel) -> N
     assert model.asked == []
 
 
-def test_pairs_that_cannot_be_read_are_left_out_and_a_text_without_any_has_no_score(model: JudgingModel) -> None:
+def test_pairs_without_a_readable_verdict_are_left_out_and_a_text_without_pairs_has_no_score(
+    model: JudgingModel,
+) -> None:
     model.reply = lambda a, b: "I like both" if "odd" in (a, b) else longer_wins(a, b)
-    short, long, odd = judge(config_of(model), ["no", "longer", "odd"])
+    short, long, odd = judge(config_of(model), ["no", "longer", "odd"]).scores
     assert (short.value, long.value, odd.value) == (0.0, 1.0, None)
     assert odd.reason == "no readable comparison of 2; the first: no verdict in 'I like both'"
 
 
-def test_one_order_that_fails_takes_its_pair_out(model: JudgingModel) -> None:
+def test_a_pair_is_left_out_if_one_of_its_orders_fails(model: JudgingModel) -> None:
     model.reply = lambda a, b: None if (a, b) == ("no", "longest") else longer_wins(a, b)
     assert values(judge(config_of(model), ["no", "longer", "longest"])) == [0.0, 0.5, 1.0]
-    [no, longest] = judge(config_of(model), ["no", "longest"])
+    [no, longest] = judge(config_of(model), ["no", "longest"]).scores
     assert no.value is None and longest.value is None
     assert no.reason is not None and "EngineError" in no.reason and "400" in no.reason
 
@@ -190,9 +193,9 @@ def test_a_judge_that_answers_nothing_fails_the_row_so_that_it_can_be_tried_agai
         judge(config_of(model), ["one", "three"])
 
 
-def test_a_lone_text_or_an_empty_one_is_not_asked_about(model: JudgingModel) -> None:
-    lone, empty = judge(config_of(model), ["Paris.", " "])
-    assert (lone.value, lone.reason) == (None, "the judge compares: it needs two proposals or more")
+def test_the_judge_is_not_called_for_a_single_text_or_an_empty_one(model: JudgingModel) -> None:
+    lone, empty = judge(config_of(model), ["Paris.", " "]).scores
+    assert (lone.value, lone.reason) == (None, "the judge needs two proposals or more to compare")
     assert (empty.value, empty.reason) == (None, "empty answer")
     assert model.asked == []
 
@@ -200,14 +203,14 @@ def test_a_lone_text_or_an_empty_one_is_not_asked_about(model: JudgingModel) -> 
 def test_a_pair_that_does_not_fit_the_judges_window_is_left_out(model: JudgingModel) -> None:
     config = config_of(model)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_len": 512})})
-    one, two, long = judge(config, ["one", "three", "word " * 1000])
+    one, two, long = judge(config, ["one", "three", "word " * 1000]).scores
     assert (one.value, two.value, long.value) == (0.0, 1.0, None)
     assert long.reason is not None and "PromptTooLong" in long.reason
 
 
 @pytest.mark.parametrize("num", range(2, 10))
 @pytest.mark.parametrize("num_opponents", [1, 2, 3, 4, 7, 20, None])
-def test_every_proposal_meets_as_many_others_as_asked(num: int, num_opponents: int | None) -> None:
+def test_every_proposal_is_compared_with_num_opponents_others(num: int, num_opponents: int | None) -> None:
     for seed in range(20):
         pairs = draw_pairs(num, num_opponents, random.Random(seed))
         assert all(i != j for i, j in pairs)
@@ -232,7 +235,7 @@ def test_the_draw_of_opponents_is_the_same_every_time_and_differs_between_prompt
     assert set(model.asked) != asked
 
 
-def test_what_stands_in_a_proposal_can_neither_close_its_place_nor_end_a_turn() -> None:
+def test_a_proposal_can_neither_end_its_section_nor_end_a_turn() -> None:
     conversation = [Message(role="user", content="Hello <|im_end|>")]
     honest = question(conversation, "Paris.", "Lyon.")[1]["content"]
     mark = re.findall(r"===== end (\w+) =====", honest)[0]
@@ -245,24 +248,24 @@ def test_what_stands_in_a_proposal_can_neither_close_its_place_nor_end_a_turn() 
     assert "{a} {mark}" in content
 
 
-def test_half_characters_in_a_proposal_do_not_break_the_request(model: JudgingModel) -> None:
+def test_lone_surrogates_in_a_proposal_do_not_break_the_request(model: JudgingModel) -> None:
     assert values(judge(config_of(model), ["Paris \ud83d", "It"])) == [1.0, 0.0]
 
 
-def test_a_local_judge_is_sent_ids_without_smuggled_control_tokens(tmp_path: Path) -> None:
+def test_a_local_judge_gets_ids_without_injected_control_tokens(tmp_path: Path) -> None:
     from templates.families import make_tokenizer
 
     make_tokenizer("chatml").save_pretrained(tmp_path)
     engine = ScriptedEngineConfig(tokenizer=str(tmp_path), answers=("A",), max_model_len=8192)
     scorer = Judge(JudgeConfig(engine=engine, sampling=Sampling(temperature=0, max_tokens=4)), seed=0)
-    scores = asyncio.run(scorer.score(ROW, ["<|im_end|> one", "two"]))
-    assert values(scores) == [0.5, 0.5]
+    scored = asyncio.run(scorer.score(ROW, ["<|im_end|> one", "two"]))
+    assert values(scored) == [0.5, 0.5]
     assert isinstance(scorer.engine, ScriptedEngine)
     for request in scorer.engine.requests:
         text = scorer.format.decode(request.prompt_ids)
         assert text.count("<|im_end|>") == 2  # of the two turns
         assert request.sampling == Sampling(temperature=0, max_tokens=4)
-    assert scores.prompt_tokens == sum(len(request.prompt_ids) for request in scorer.engine.requests)
+    assert scored.prompt_tokens == sum(len(request.prompt_ids) for request in scorer.engine.requests)
 
 
 def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Targets: which candidate is kept, why some are not learned from, and what they cost."""
+"""The best candidate becomes the target, filters leave some targets out, and the cost is counted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from aft_ray.config import Config, TargetFilters
 from aft_ray.data.target_filters import is_refusal, why_left_out
-from aft_ray.data.targets import ReferenceWorker, TargetWorker
+from aft_ray.data.targets import ReferenceWorker, TargetWorker, best_candidate
 from aft_ray.data.training_set import TrainingSetWorker, shown_proposals, unusable
+from aft_ray.engines import Sample
 from aft_ray.errors import InputError
 from aft_ray.records import Target
 
@@ -55,7 +56,7 @@ def target_of(made: Config, row: dict[str, Any]) -> dict[str, Any]:
     ("keep", "text", "others"),
     [("best", GOOD, []), ("first", GOOD, []), ("shortest", SHORT_GOOD, []), ("all", GOOD, [SHORT_GOOD])],
 )
-def test_of_the_candidates_the_policy_keeps_what_the_verifier_accepts(keep: str, text: str, others: list[str]) -> None:
+def test_the_policy_keeps_candidates_that_the_verifier_accepts(keep: str, text: str, others: list[str]) -> None:
     made = target_of(config({"keep": keep}, [BAD, GOOD, SHORT_GOOD]), row())
     assert made["target"]["text"] == text
     assert [target["text"] for target in made["accepted_targets"]] == others
@@ -63,7 +64,19 @@ def test_of_the_candidates_the_policy_keeps_what_the_verifier_accepts(keep: str,
     assert made["target_filter"] is None
 
 
-def test_without_an_accepted_candidate_the_row_is_kept_but_not_learned_from() -> None:
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([-1.3, None], 0), ([None, -1.3], 1), ([None, 0.0], 1), ([None, None], 0), ([-2.0, -1.3], 1), ([0.5, 0.5], 0)],
+)
+def test_an_unscored_candidate_never_beats_a_scored_one(scores: list[float | None], best: int) -> None:
+    samples = [
+        Sample(index=i, text="Nile", token_ids=(), finish_reason="stop", num_prompt_tokens=1, num_tokens=1)
+        for i in range(len(scores))
+    ]
+    assert best_candidate(samples, [None] * len(scores), scores) == best
+
+
+def test_a_row_without_an_accepted_candidate_is_kept_but_not_trained_on() -> None:
     made = target_of(config({"keep": "first"}, [BAD, BAD]), row())
     assert made["target_filter"] == "no accepted candidate"
     assert made["target"]["num_accepted"] == 0
@@ -71,16 +84,16 @@ def test_without_an_accepted_candidate_the_row_is_kept_but_not_learned_from() ->
 
 
 @pytest.mark.parametrize("keep", ["best", "first"])
-def test_a_judge_is_asked_where_there_is_a_choice_for_it_and_the_verifier_otherwise(keep: str) -> None:
+def test_the_judge_scores_targets_if_there_are_several_candidates_and_the_verifier_otherwise(keep: str) -> None:
     scores = {"scorer": "judge", "judge": {"engine": {"type": "scripted", "answers": ["B"]}}}
     judged = target_of(config({"keep": keep}, [BAD, GOOD], scores=scores), row())
     alone = target_of(config({"keep": keep}, [GOOD], scores=scores), row())
-    # the scripted judge prefers whatever stands second, so that in both orders together nobody wins
+    # the scripted judge prefers whichever answer comes second, so that neither wins over both orders
     assert judged["target"]["score"] == (0.5 if keep == "best" else 1.0)
     assert alone["target"]["score"] == 1.0
 
 
-def test_a_policy_of_the_verifier_needs_one() -> None:
+def test_a_policy_that_relies_on_the_verifier_needs_one() -> None:
     with pytest.raises(InputError, match="needs a verifier"):
         target_of(config({"keep": "first"}, [GOOD]), row(task=None))
 
@@ -95,7 +108,7 @@ def test_the_pseudo_target_is_written_without_the_proposals() -> None:
     assert not set(aggregation.seeds) & set(alone.seeds)
 
 
-def test_a_reference_target_asks_no_model_and_needs_a_reference() -> None:
+def test_a_reference_target_needs_a_reference_and_no_model() -> None:
     worker = ReferenceWorker(config({"source": "reference"}, [BAD]))
     made = asyncio.run(worker.process(row())).rows[0]
     assert (made["target"]["text"], made["target"]["verified"], made["target"]["model"]) == ("42", True, "reference")
@@ -108,7 +121,7 @@ def target(text: str, **others: Any) -> Target:
     return Target(text=text, **{**known, "num_accepted": None, **others})  # type: ignore[arg-type]
 
 
-EVERY = TargetFilters(max_copy=0.9, worse_than_best=True)
+EVERY = TargetFilters(max_similarity=0.9, worse_than_best=True)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,7 @@ def test_every_filter_names_its_reason(made: Target, reason: str | None) -> None
     assert why_left_out(made, ["the Nile is long", "Rhine"], [0.5, None], EVERY) == reason
 
 
-def test_filters_that_are_off_leave_nothing_out_but_the_empty() -> None:
+def test_disabled_filters_leave_out_only_empty_targets() -> None:
     off = TargetFilters(truncated=False, refused=False)
     assert why_left_out(target("I cannot help with that", finish_reason="length"), ["x"], [1.0], off) is None
     assert why_left_out(target(""), ["x"], [1.0], off) == "empty target"
@@ -146,16 +159,16 @@ def test_filters_that_are_off_leave_nothing_out_but_the_empty() -> None:
         ("To write a poem, I would start with a line.", False),
     ],
 )
-def test_a_refusal_is_told_from_an_answer(text: str, refusal: bool) -> None:
+def test_a_refusal_is_distinguished_from_an_answer(text: str, refusal: bool) -> None:
     assert is_refusal(text) is refusal
 
 
-def test_a_near_copy_is_left_out_by_how_much_of_it_is_new() -> None:
+def test_max_similarity_decides_which_near_copies_are_left_out() -> None:
     draft = "Walk by the river in the morning, then rest under the old bridge until noon."
     edited = draft.replace("noon", "night")
     for threshold, reason in ((1.0, None), (0.8, "copies a proposal")):
-        assert why_left_out(target(edited), ["Rhine", draft], [], TargetFilters(max_copy=threshold)) == reason
-    assert why_left_out(target(draft.upper()), [draft], [], TargetFilters(max_copy=1.0)) == "copies a proposal"
+        assert why_left_out(target(edited), ["Rhine", draft], [], TargetFilters(max_similarity=threshold)) == reason
+    assert why_left_out(target(draft.upper()), [draft], [], TargetFilters(max_similarity=1.0)) == "copies a proposal"
 
 
 # ── the training set made from them ──────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +189,7 @@ def full_row(tokenizer: str, variants: list[str], **targets: Any) -> tuple[Confi
     return made, target_of(made, row())
 
 
-def test_each_variant_shows_what_its_name_says(chatml_tokenizer: str) -> None:
+def test_each_variant_shows_the_parts_that_its_name_says(chatml_tokenizer: str) -> None:
     variants = ["sft", "aft", "joint", "sft_reference", "no_proposals", "pseudo"]
     made, row = full_row(chatml_tokenizer, variants)
     examples = {example["example_id"]: example for example in examples_of(made, row)}
@@ -222,7 +235,7 @@ def test_the_number_of_shown_proposals_varies_by_prompt_and_not_by_run() -> None
     assert shown == [shown_proposals(one, made.training_set, seed=1) for one in rows]
 
 
-def test_what_a_remote_teacher_charges_is_on_the_receipt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_price_of_a_remote_teacher_is_on_the_receipt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from aft_ray.config import OpenAIEngineConfig
     from aft_ray.data.proposals import processed
     from aft_ray.engines import Sample

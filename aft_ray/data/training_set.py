@@ -1,12 +1,12 @@
-"""targets -> training_set: ids and labels, written once; training reads them and nothing else.
+"""targets -> training_set: writes token ids and labels once; training reads nothing else.
 
 in    + target
 out   example_id, prompt_id, variant, split, input_ids, labels, prompt_text, target_text, length_action
 on    CPU (a tokenizer)
 
-One row makes one example per variant (`joint` makes two, and a row with several accepted targets one for each). The
-ids are the ones serving sends for the same conversation: both come from `templates`. A row whose target should not be
-learned from is left out of every variant and counted by reason, so that variants are compared on the same prompts.
+A row makes one example per variant and accepted target (`joint` makes two). The token ids are the ones that serving
+sends for the same conversation, since both come from `templates`. A row whose target must not be trained on is left out
+of every variant and counted by reason, so that variants are compared on the same prompts.
 """
 
 from __future__ import annotations
@@ -44,70 +44,13 @@ PARTS: dict[Variant, tuple[tuple[str, Shown], ...]] = {
     "no_proposals": (("", "empty slots"),),
     "pseudo": (("", "proposals"),),
 }
-"""What each variant's examples show the model: suffix of the example's id, and what stands before the target."""
-
-
-def make_examples(
-    row: Mapping[str, Any],
-    variant: Variant,
-    prompt_format: ChatFormat,
-    template: AggregatorTemplate,
-    config: TrainingSetConfig,
-    templates: TemplatesConfig,
-    proposals: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    """The examples of one row for one variant. Raises PromptTooLong, or InputError (no reference, broken mask)."""
-    for number, target in enumerate(_target_texts(row, variant), start=1):
-        for suffix, shown in PARTS[variant]:
-            example = _make_example(row, target, shown, prompt_format, template, config, templates, proposals)
-            name = f"{row['prompt_id']}-{variant}{suffix}" + (f"-{number}" if number > 1 else "")
-            yield {
-                "example_id": name,
-                "prompt_id": row["prompt_id"],
-                "variant": variant,
-                "split": row["split"],
-                **example,
-            }
-
-
-def _make_example(
-    row: Mapping[str, Any],
-    target: str,
-    shown: Shown,
-    prompt_format: ChatFormat,
-    template: AggregatorTemplate,
-    config: TrainingSetConfig,
-    templates: TemplatesConfig,
-    proposals: Sequence[str],
-) -> dict[str, Any]:
-    messages, action = row["messages"], None
-    if shown != "prompt":
-        # The target is never cut: what it needs of the window is taken from the prompt's side.
-        room = config.max_length - len(prompt_format.target_ids(row["messages"], target))
-        slots = proposals if shown == "proposals" else [""] * len(proposals)
-        fitted = fit_aggregation(prompt_format, template, messages, slots, room, templates.length_policy)
-        messages, action = fitted.messages, fitted.action
-    prompt_ids = fit_prompt(prompt_format, messages, config.max_length)
-    target_ids = prompt_format.target_ids(messages, target)
-    if len(prompt_ids) + len(target_ids) > config.max_length:
-        raise PromptTooLong(
-            f"prompt {len(prompt_ids)} + target {len(target_ids)} tokens > training_set.max_length {config.max_length}"
-        )
-    input_ids, labels = build_example(prompt_ids, target_ids)
-    check_mask(input_ids, labels, prompt_format)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "prompt_text": prompt_format.decode(prompt_ids),
-        "target_text": target,
-        "length_action": action,
-    }
+"""The examples of each variant: the suffix of the example's id, and what the model sees before the target."""
 
 
 def _target_texts(row: Mapping[str, Any], variant: Variant) -> list[str]:
     if variant == "sft_reference":
         if not row["reference"]:
-            raise InputError("variant sft_reference needs a reference answer, and this prompt has none")
+            raise InputError("variant sft_reference needs a reference answer, but this prompt has none")
         return [str(row["reference"])]
     if variant == "pseudo":
         return [str(row["pseudo_target"]["text"])]
@@ -115,7 +58,7 @@ def _target_texts(row: Mapping[str, Any], variant: Variant) -> list[str]:
 
 
 def unusable(row: Mapping[str, Any], variants: Sequence[Variant]) -> str | None:
-    """Why a row must not be trained on, or None."""
+    """Return why a row must not be trained on, or None."""
     if row["target_filter"]:
         return str(row["target_filter"])
     pseudo = row["pseudo_target"]
@@ -125,7 +68,7 @@ def unusable(row: Mapping[str, Any], variants: Sequence[Variant]) -> str | None:
 
 
 def shown_proposals(row: Mapping[str, Any], config: TrainingSetConfig, seed: int) -> list[str]:
-    """The selected proposals an example shows: all, or the first of them up to a K drawn for this prompt."""
+    """Return the proposals to show in an example: all selected ones, or the first K, with K drawn for this prompt."""
     texts = selected_texts(row)
     if config.vary_num_proposals is None:
         return texts
@@ -134,15 +77,15 @@ def shown_proposals(row: Mapping[str, Any], config: TrainingSetConfig, seed: int
 
 
 def tokenizer_of(engine: EngineConfig) -> str:
-    """Folder of the tokenizer of the model to be trained. Raises ConfigError for a scripted engine without one."""
+    """Return the tokenizer folder of the model to train. Raises ConfigError if a scripted engine has no tokenizer."""
     tokenizer = engine.tokenizer if engine.type == "scripted" else resolve_model(engine.model)
     if tokenizer is None:
-        raise ConfigError("training_set needs the tokenizer of the model to be trained; engine.tokenizer is not set")
+        raise ConfigError("training_set needs the tokenizer of the model to train; set engine.tokenizer")
     return tokenizer
 
 
 class TrainingSetWorker(RowWorker):
-    """Makes the examples of a row."""
+    """Makes the training examples of a row."""
 
     def __init__(self, config: TrainingSetConfig, engine: EngineConfig, templates: TemplatesConfig, seed: int) -> None:
         self.config, self.templates, self.seed = config, templates, seed
@@ -152,20 +95,52 @@ class TrainingSetWorker(RowWorker):
     async def process(self, row: dict[str, Any]) -> Processed:
         if reason := unusable(row, self.config.variants):
             return Processed(rows=[], filtered=reason)
-        proposals = shown_proposals(row, self.config, self.seed)
-        examples = [
-            example
-            for variant in self.config.variants
-            for example in make_examples(
-                row, variant, self.format, self.template, self.config, self.templates, proposals
-            )
-        ]
+        examples = [example for variant in self.config.variants for example in self._examples(row, variant)]
         num_tokens = sum(len(example["input_ids"]) for example in examples)
         return Processed(rows=examples, prompt_tokens=num_tokens)
 
+    def _examples(self, row: Mapping[str, Any], variant: Variant) -> Iterator[dict[str, Any]]:
+        """Yield the examples of one variant. Raises PromptTooLong, or InputError (no reference, broken mask)."""
+        for number, target in enumerate(_target_texts(row, variant), start=1):
+            for suffix, shown in PARTS[variant]:
+                name = f"{row['prompt_id']}-{variant}{suffix}" + (f"-{number}" if number > 1 else "")
+                yield {
+                    "example_id": name,
+                    "prompt_id": row["prompt_id"],
+                    "variant": variant,
+                    "split": row["split"],
+                    **self._example(row, target, shown),
+                }
+
+    def _example(self, row: Mapping[str, Any], target: str, shown: Shown) -> dict[str, Any]:
+        messages, action, max_length = row["messages"], None, self.config.max_length
+        if shown != "prompt":
+            # The target is never truncated, so the prompt gets the tokens that the target leaves.
+            room = max_length - len(self.format.target_ids(row["messages"], target))
+            proposals = shown_proposals(row, self.config, self.seed)
+            slots = proposals if shown == "proposals" else [""] * len(proposals)
+            policy = self.templates.length_policy
+            fitted = fit_aggregation(self.format, self.template, messages, slots, room, policy)
+            messages, action = fitted.messages, fitted.action
+        prompt_ids = fit_prompt(self.format, messages, max_length)
+        target_ids = self.format.target_ids(messages, target)
+        if len(prompt_ids) + len(target_ids) > max_length:
+            raise PromptTooLong(
+                f"prompt {len(prompt_ids)} + target {len(target_ids)} tokens > training_set.max_length {max_length}"
+            )
+        input_ids, labels = build_example(prompt_ids, target_ids)
+        check_mask(input_ids, labels, self.format)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "prompt_text": self.format.decode(prompt_ids),
+            "target_text": target,
+            "length_action": action,
+        }
+
 
 def stage(run: Run) -> Stage:
-    """The training_set stage of a run."""
+    """Return the training_set stage of a run."""
     config = run.config
     return Stage(
         name="training_set",

@@ -1,6 +1,6 @@
-"""The glossary in code: what flows between the rooms, and the Parquet columns of each stage.
+"""The glossary in code: the records that flow between the rooms, and the Parquet columns of each stage.
 
-One row per prompt; its proposals are nested in it. A stage adds columns and never takes any away:
+Each prompt has one row, with its proposals nested in it. A stage adds columns and never removes any:
 
     prompts    prompt_id, messages, reference, task, metadata, split, responses
     proposals  + proposals[]
@@ -30,11 +30,11 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 TRAIN, HELD_OUT = "train", "held_out"
-"""Values of `split`: held-out prompts go through every data stage, are never trained on, and are what is evaluated."""
+"""Values of `split`. Held-out prompts pass through every data stage; evaluation uses them, and training never does."""
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates and the OpenAI API spell it."""
+    """One turn of a conversation, with the keys of chat templates and the OpenAI API."""
 
     role: str
     content: str
@@ -46,37 +46,37 @@ class Proposal:
 
     text: str
     source: str
-    """`on-policy`: sampled from the model to be trained. `off-policy`: from a data set or another model."""
+    """`on-policy`: sampled from the model to train. `off-policy`: from a data set or another model."""
     model: str
     seed: int | None
-    """The sampling seed, or None where the engine does not take one."""
+    """The sampling seed, or None if the engine takes none."""
     finish_reason: str | None
-    """`stop`, `length`, `abort`, or `error`."""
+    """`stop`, `length`, `abort` or `error`; None for a proposal that was not sampled."""
     num_prompt_tokens: int
     num_tokens: int
     error: str | None = None
     round: int = 1
-    """Round of AFT: 2 for proposals sampled from an adapter of the first round."""
+    """Round of AFT, for example 2 for proposals sampled from an adapter of the first round."""
     score: float | None = None
     score_error: str | None = None
-    """Why `score` is None. An unscorable proposal never gets a made-up number."""
+    """The reason why `score` is None. A proposal that cannot be scored never gets a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The aggregation to learn: written by the teacher from prompt + selected proposals."""
+    """The aggregation to learn, written by the teacher from the prompt and its selected proposals."""
 
     text: str
     model: str
     finish_reason: str | None
     num_tokens: int
     verified: bool | None
-    """Whether the verifier accepted it; None where there is no verifier for the task."""
+    """Whether the verifier accepted the text, or None if the task has no verifier."""
     score: float | None
     num_candidates: int
-    """How many aggregations were written; this is the one kept."""
+    """Number of aggregations that the teacher wrote; this is the one that was kept."""
     num_accepted: int | None
-    """How many of them the verifier accepted; None without a verifier."""
+    """Number of them that the verifier accepted, or None if the task has no verifier."""
 
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -149,36 +149,36 @@ TRAINING_SET = pa.schema(
 
 
 def to_row(record: Any) -> dict[str, Any]:
-    """A record as a plain dict, the way Parquet and Ray carry it."""
+    """Return a record as a plain dict, for Parquet and Ray."""
     return dataclasses.asdict(record)
 
 
 def prompt_id_of(messages: Sequence[Message]) -> str:
-    """A stable id made from content: the same conversation gets the same id in any source and any order.
+    """Return an id made from the content: a conversation gets the same id in any source and any order.
 
-    Unicode is NFC-normalised and runs of whitespace count as one, so trivial re-typings share an id. 64 bits: among ten
-    million conversations two share one by chance once in 370,000 runs.
+    Unicode is NFC-normalised and a run of white space counts as one space, so trivial variations share an id. The id
+    has 64 bits: the chance that any two of ten million conversations share one is 1 in 370,000.
     """
     normal = [(m["role"], " ".join(unicodedata.normalize("NFC", m["content"]).split())) for m in messages]
     return "p-" + fingerprint(normal)[:16]
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 over canonical JSON: the identity of a config, an input or a template."""
+    """Return the sha256 of the value as canonical JSON. It identifies a config, an input or a template."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def derive_seed(run_seed: int, prompt_id: str, layer: int, index: int) -> int:
-    """The sampling seed of one answer: a hash of everything that names it, below 2**31.
+    """Return the sampling seed of one answer: a hash of everything that identifies it, below 2**31.
 
-    Replicas that share one seeded generator draw correlated samples (vllm#50440); a derived seed gives every sample
-    its own stream, whichever replica it lands on and in whatever order.
+    Replicas that share one seeded generator draw correlated samples (vllm#50440). A derived seed gives every sample its
+    own random stream, whichever replica makes it and in whatever order.
     """
     digest = hashlib.blake2b(f"{run_seed}/{prompt_id}/{layer}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & 0x7FFF_FFFF
 
 
 def metadata_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's `metadata` column (JSON text) as a dict; empty where the source gave none."""
+    """Return the row's `metadata` column (JSON text) as a dict, empty if the source gave none."""
     return json.loads(row["metadata"]) if row.get("metadata") else {}

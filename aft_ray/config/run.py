@@ -68,8 +68,6 @@ class Config(Strict):
             raise ValueError(
                 "proposals.proposers includes an off_policy one: set prompts.responses to the source of its answers"
             )
-        if self.scores.scorer == "judge" and self.scores.judge is None:
-            raise ValueError("scores.scorer is judge: set scores.judge.engine to the judge's engine")
         if self.targets.filters.worse_than_best and self.scores.scorer in {"judge", "likelihood"}:
             raise ValueError(
                 f"targets.filters.worse_than_best: scores of the {self.scores.scorer} cannot be compared between a "

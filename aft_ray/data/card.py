@@ -1,6 +1,6 @@
-"""The card of a data set, training_set/card.md: what is in it, where it comes from, what was left out and why.
+"""Writes the data card, training_set/card.md: what is in the data set, where it comes from, what was left out and why.
 
-Read from the stage folders shard by shard, numbers only, so a large run needs little memory.
+The card is made from the stage folders, shard by shard, and only numbers are kept, so a large run needs little memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def write_card(run: Run) -> None:
-    """Write `training_set/card.md` of a run whose training set is done."""
+    """Write `training_set/card.md` of a run whose training set is finished."""
     sections = [
         f"# Training set of {run.config.run.dir.rstrip('/').rpartition('/')[2]}",
         _origin(run),
@@ -140,7 +140,7 @@ def _targets(folder: Folder) -> str:
 
 
 def _numbers() -> array[float]:
-    """Eight bytes for each row, where a list takes about forty."""
+    """Return an empty array of floats: 8 bytes per row, where a list takes about 40."""
     return array("d")
 
 

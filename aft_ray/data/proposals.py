@@ -1,16 +1,16 @@
-"""prompts -> proposals: draft answers to every prompt, from one proposer or several.
+"""prompts -> proposals: one or several proposers give draft answers to every prompt.
 
 in    prompt_id, messages, reference, task, metadata, split, responses
 out   + proposals: list of {text, source, model, seed, finish_reason, num_prompt_tokens, num_tokens, error, round, ...}
-on    one engine per actor: CPU or `placement.num_gpus` GPUs; off-policy proposals need none
+on    one engine per actor, on CPU or `placement.num_gpus` GPUs; off-policy proposals need no engine
 
-A proposer that samples makes one request per prompt for all its samples, with derived seeds, so the prompt's ids are
-computed once; a failed sample is kept as a proposal with `error`. An off-policy proposer takes the answers that came
-with the prompt. Several proposers are several stages in a row, each adding its share:
+An on-policy proposer makes one request per prompt for all its samples, so the prompt is processed once. Each sample has
+its own derived seed, and a failed sample is kept as a proposal with an `error`. An off-policy proposer takes the
+answers that came with the prompt. Several proposers run as consecutive stages, and each adds its share:
 
     prompts -> proposals-part-1 -> proposals-part-2 -> proposals
 
-The last one looks at what a prompt has in all and applies `proposals.too_few`.
+The last one counts all proposals of a prompt and applies `proposals.too_few`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from aft_ray.templates.loading import load_format
 
 
 async def sample_all(engine: Engine, request: GenerateRequest) -> list[Sample]:
-    """All samples of a request, by index. Raises EngineError when none of them succeeded."""
+    """Return all samples of a request, sorted by index. Raises EngineError if none of them succeeded."""
     samples = [event async for event in engine.generate(request) if isinstance(event, Sample)]
     if all(sample.error for sample in samples):
         raise EngineError(f"none of {len(samples)} samples succeeded; the first: {samples[0].error}")
@@ -43,7 +43,7 @@ async def sample_all(engine: Engine, request: GenerateRequest) -> list[Sample]:
 
 
 def processed(row: dict[str, Any], samples: Sequence[Sample], engine: EngineConfig) -> Processed:
-    """The row made from these samples, with what they cost."""
+    """Return the row with the tokens and the price of the samples it was made from."""
     num_prompt = sum(sample.num_prompt_tokens for sample in samples)
     num_completion = sum(sample.num_tokens for sample in samples)
     prices = engine.prices if engine.type == "openai" else None
@@ -53,14 +53,14 @@ def processed(row: dict[str, Any], samples: Sequence[Sample], engine: EngineConf
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One proposer's place among the others."""
+    """One proposer and its position among the others."""
 
     proposer: ProposerConfig
     num_proposals: int
-    """Its share of `num_per_prompt`."""
+    """Number of proposals per prompt from this proposer."""
     index: int
     num_before: int
-    """Proposals that the proposers before it write."""
+    """Number of proposals per prompt from the proposers before it."""
     is_last: bool
 
     @property
@@ -69,7 +69,7 @@ class Part:
 
 
 def parts(config: ProposalsConfig) -> list[Part]:
-    """The proposers in order, with what each has to write: its share of `num_per_prompt`, and at least one."""
+    """Return the proposers in order, each with its number of proposals: its share of `num_per_prompt`, at least one."""
     proposers = config.all_proposers
     counts = apportion(config.num_per_prompt, [proposer.share for proposer in proposers], least=1)
     return [
@@ -85,19 +85,19 @@ def parts(config: ProposalsConfig) -> list[Part]:
 
 
 def data_stages(config: Config) -> list[str]:
-    """The folders of all data stages of a run, in order, those of several proposers among them."""
+    """Return the folder names of all data stages of a run, in order. Each proposer has a folder of its own."""
     names = [part.stage_name for part in parts(config.proposals)]
     place = DATA_STAGES.index("proposals")
     return [*DATA_STAGES[:place], *names, *DATA_STAGES[place + 1 :]]
 
 
 def num_usable(proposals: Sequence[Mapping[str, Any]]) -> int:
-    """Proposals that did not fail and are not empty."""
+    """Return the number of proposals that did not fail and are not empty."""
     return sum(bool(proposal["text"]) and not proposal["error"] for proposal in proposals)
 
 
 class ProposalWorker(RowWorker):
-    """Adds one proposer's proposals to a row; the last one applies `too_few`."""
+    """Adds the proposals of one proposer to a row; the last proposer applies `too_few`."""
 
     def __init__(self, config: Config, part: Part) -> None:
         self.config, self.part = config.proposals, part
@@ -116,7 +116,9 @@ class ProposalWorker(RowWorker):
         if too_few and self.config.too_few == "drop":
             return dataclasses.replace(done, rows=[], filtered="too few proposals")
         if too_few and (self.config.too_few == "fail" or not num_usable(row["proposals"])):
-            raise InputError(f"{num_usable(row['proposals'])} usable proposals, {self.needed} needed")
+            raise InputError(
+                f"{num_usable(row['proposals'])} usable proposals, but selection.num_proposals is {self.needed}"
+            )
         return dataclasses.replace(done, rows=[row])
 
     async def check(self) -> None:
@@ -124,7 +126,7 @@ class ProposalWorker(RowWorker):
 
 
 class Sampler:
-    """Samples proposals from a model: from the one to be trained they are on-policy, from any other off-policy."""
+    """Samples proposals from a model. They are on-policy if it is the model to be trained, otherwise off-policy."""
 
     def __init__(self, config: Config, part: Part) -> None:
         proposer = part.proposer
@@ -132,7 +134,7 @@ class Sampler:
         self.sampling = proposer.sampling or config.proposals.sampling
         self.round = config.proposals.round or (2 if proposer.adapter else 1)
         self.first_index = part.num_before
-        """Samples are numbered across proposers, so that two of the same model do not draw the same."""
+        """Samples are numbered across proposers, so that two proposers with one model never share a seed."""
         self.engine_config = proposer.engine or config.engine
         self.source = "on-policy" if model_name(self.engine_config) == model_name(config.engine) else "off-policy"
         self.engine = build_engine(self.engine_config)
@@ -173,7 +175,7 @@ class Sampler:
 
 
 class Collector:
-    """Takes the answers that came with the prompt; of more than its share a seeded draw, in the source's order."""
+    """Takes the answers that came with the prompt. If there are more than its share, a seeded draw chooses them."""
 
     def __init__(self, config: Config, part: Part) -> None:
         self.seed, self.index = config.run.seed, part.index
@@ -202,12 +204,12 @@ class Collector:
 
 
 def model_name(engine: EngineConfig) -> str | None:
-    """The model an engine answers with; None for a scripted one."""
+    """Return the name of an engine's model, or None for a scripted engine."""
     return getattr(engine, "model", None)
 
 
 def stages(run: Run) -> list[Stage]:
-    """The proposals stages of a run, one per proposer, in order; the last one writes `proposals/`."""
+    """Return the proposals stages of a run, one per proposer, in order. The last one writes `proposals/`."""
     config = run.config
     made = []
     source = run.folder.child("prompts")
@@ -244,5 +246,5 @@ def stages(run: Run) -> list[Stage]:
 
 
 def aggregator_hash(templates: TemplatesConfig) -> str:
-    """The hash of the aggregator template in force, for fingerprints and cards."""
+    """Return the hash of the aggregator template, for fingerprints and data cards."""
     return AggregatorTemplate.load(templates.aggregator).hash

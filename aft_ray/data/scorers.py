@@ -128,7 +128,7 @@ def build_scorer(
         case "likelihood":
             engine = config.likelihood.engine or engine
             if engine is None:
-                raise ConfigError("scores.scorer is likelihood: name the model's engine in scores.likelihood.engine")
+                raise ConfigError("scores.scorer is likelihood: set scores.likelihood.engine to the model's engine")
             return Likelihood(config.likelihood, engine, in_context)
         case verifier:
             return PerText(verifier, VERIFIERS[verifier])

@@ -1,16 +1,16 @@
-"""scores -> selection: which K proposals a prompt keeps, in which order they are shown, and which prompts are kept.
+"""scores -> selection: chooses the K proposals of each prompt, the order to show them in, and the prompts to keep.
 
 in    + proposals with score
 out   + selected: indices into proposals, in the order shown; selection_reason
 on    CPU
 
-    top_k        the best scores
-    random       a draw
+    top_k        the K best scores
+    random       a random draw
     stratified   K ranks spread evenly from best to worst: ranks 1, 3, 6, 8 of eight for K = 4
-    diverse      maximal marginal relevance: good, and unlike those already kept
+    diverse      maximal marginal relevance: high scores, and dissimilar to the proposals already selected
 
-With `easy_per_hard` the data set is thinned as well: one pass over the scores, before the workers start, counts hard
-and easy prompts and turns the ratio into a threshold on a seeded hash of the prompt's id.
+`easy_per_hard` also removes easy prompts: before the workers start, one pass over the scores counts easy and hard
+prompts, and turns the ratio into a threshold on a seeded hash of the prompt id.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 def select(
     proposals: Sequence[Mapping[str, Any]], config: SelectionConfig, draw: random.Random
 ) -> tuple[list[int], str]:
-    """The kept indices in the order shown, and why these.
+    """Return the indices of the selected proposals, in the order to show them, and the reason for the choice.
 
-    Ties and unscored proposals are decided by lot, and unscored ones come last (`diverse` counts them as the worst).
-    Failed and empty proposals are never kept. Fewer than K usable ones are all kept, and the reason says so.
+    Ties are broken at random. Proposals without a score come last, in random order (`diverse` ranks them lowest).
+    Failed and empty proposals are never selected. If fewer than K are usable, all of them are, and the reason says so.
 
     >>> select([{"text": "a", "error": None, "score": 0.0}, {"text": "b", "error": None, "score": 1.0}],
     ...        SelectionConfig(num_proposals=1), random.Random(0))
@@ -52,8 +52,8 @@ def select(
     """
     usable = [i for i, proposal in enumerate(proposals) if proposal["text"] and not proposal["error"]]
     if not usable:
-        raise InputError("no usable proposal: all failed or are empty")
-    draw.shuffle(usable)  # every step below is stable: equal scores stay in this drawn order
+        raise InputError("no usable proposals: all of them failed or are empty")
+    draw.shuffle(usable)  # all steps below are stable, so equal scores stay in this random order
     scored = [i for i in usable if proposals[i]["score"] is not None]
     scored.sort(key=lambda i: -proposals[i]["score"])
     unscored = [i for i in usable if proposals[i]["score"] is None]
@@ -83,7 +83,7 @@ def select(
 
 
 def spread(ranked: Sequence[int], num: int) -> list[int]:
-    """`num` of `ranked` at even distances, the first and the last among them; one alone is the middle one.
+    """Return `num` items of `ranked` at even distances, including the first and the last (for one item: the middle).
 
     >>> spread([10, 11, 12, 13, 14, 15, 16, 17], 4), spread([10, 11, 12], 1)
     ([10, 12, 15, 17], [11])
@@ -98,10 +98,11 @@ def spread(ranked: Sequence[int], num: int) -> list[int]:
 def most_diverse(
     ranked: Sequence[int], proposals: Sequence[Mapping[str, Any]], num: int, diversity: float
 ) -> list[int]:
-    """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998), greedily, in the order of choice.
+    """Select by maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998); return them in the order of choice.
 
-    Each step takes the largest `(1 - diversity) x score - diversity x largest similarity to those kept`. Scores are
-    normalised to 0..1 within the prompt (all equal: 1), an unscored proposal counts 0. Of equals the first of `ranked`.
+    Each step takes the proposal with the largest `(1 - diversity) x score - diversity x similarity`, where similarity
+    is the largest one to a proposal already selected. Scores are normalised to 0..1 within the prompt (1 if all are
+    equal), and a missing score counts as 0. The first of `ranked` wins a tie.
     """
     relevance = _normalised({i: proposals[i]["score"] for i in ranked})
     nearest = dict.fromkeys(ranked, 0.0)
@@ -131,10 +132,10 @@ def _normalised(scores: Mapping[int, float | None]) -> dict[int, float]:
 
 
 def is_easy(scores: Sequence[float | None]) -> bool | None:
-    """Whether half of the scored proposals or more are right (a verifier's 1.0); None where none is scored.
+    """Return whether at least half of the scored proposals are correct (score 1.0), or None if no proposal has a score.
 
-    AggLM (arXiv 2509.06870) calls a prompt hard when the majority *answer* is wrong. Answers to open tasks do not
-    group, so here it is the majority of the *proposals*.
+    AggLM (arXiv 2509.06870) calls a prompt hard if the majority *answer* is wrong. Answers to open tasks cannot be
+    grouped, so we look at the majority of the *proposals* instead.
     """
     known = [score for score in scores if score is not None]
     if not known:
@@ -143,9 +144,9 @@ def is_easy(scores: Sequence[float | None]) -> bool | None:
 
 
 def easy_below(scores: Folder, easy_per_hard: float, seed: int) -> int:
-    """The threshold that keeps `easy_per_hard` easy prompts per hard one: those with `prompt_hash` below it.
+    """Return the threshold that keeps `easy_per_hard` easy prompts per hard prompt: those whose hash is below it.
 
-    Reads three columns of the finished scores, shard by shard; 8 bytes per easy prompt are held.
+    Reads three columns of the finished scores, shard by shard, and holds 8 bytes per easy prompt.
     """
     num_hard, hashes = 0, [np.empty(0, np.uint64)]
     for prompt_ids, values in _train_scores(scores):
@@ -160,7 +161,7 @@ def easy_below(scores: Folder, easy_per_hard: float, seed: int) -> int:
 
 
 def _train_scores(scores: Folder) -> Iterator[tuple[list[str], list[list[float | None]]]]:
-    """Ids and scores of the prompts to train on, shard by shard."""
+    """Yield the ids and the scores of the training prompts, shard by shard."""
     columns = ["prompt_id", "split", "proposals.list.element.score"]
     for name in scores.names(".parquet"):
         with scores.fs.open_input_file(scores.file(name)) as file:
@@ -170,7 +171,7 @@ def _train_scores(scores: Folder) -> Iterator[tuple[list[str], list[list[float |
 
 
 def prompt_hash(prompt_id: str, seed: int) -> int:
-    """A number below 2**64 drawn for the prompt: the same in every shard order and on every machine."""
+    """Return a seeded hash of the prompt id, below 2**64: the same in every shard order and on every machine."""
     digest = hashlib.blake2b(f"easy/{seed}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -179,7 +180,7 @@ def prompt_hash(prompt_id: str, seed: int) -> int:
 
 
 class SelectionWorker(RowWorker):
-    """Selects the proposals of a row, with a draw of its own; leaves out the easy prompts beyond the threshold."""
+    """Selects the proposals of a row, and removes easy prompts whose hash is not below the threshold."""
 
     def __init__(self, config: SelectionConfig, seed: int, easy_below: int | None = None) -> None:
         self.config, self.seed, self.easy_below = config, seed, easy_below
@@ -199,7 +200,7 @@ class SelectionWorker(RowWorker):
 
 
 def selected_texts(row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row's selection, in the order shown."""
+    """Return the texts of a row's selected proposals, in the order to show them."""
     return [row["proposals"][index]["text"] for index in row["selected"]]
 
 
@@ -207,12 +208,12 @@ def _worker(run: Run) -> Callable[[], RowWorker]:
     config, seed = run.config.selection, run.config.run.seed
     scored = run.manifest("scores")
     if config.easy_per_hard is None or scored is None or scored.status != "done":
-        return partial(SelectionWorker, config, seed)  # without finished scores the stage is refused when it is run
+        return partial(SelectionWorker, config, seed)  # run_stage refuses to start without finished scores
     return partial(SelectionWorker, config, seed, easy_below(run.folder.child("scores"), config.easy_per_hard, seed))
 
 
 def stage(run: Run) -> Stage:
-    """The selection stage of a run."""
+    """Return the selection stage of a run."""
     config = run.config.selection
     return Stage(
         name="selection",

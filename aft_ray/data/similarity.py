@@ -1,16 +1,16 @@
-"""How alike two texts are: Jaccard similarity of their sets of n-grams, 0 to 1."""
+"""Measures the similarity of two texts: the Jaccard index of their sets of n-grams, from 0 to 1."""
 
 from __future__ import annotations
 
 N = 3
 SHORT = 8
-"""A text of fewer words has too few word n-grams to tell anything: such a pair is compared by characters."""
+"""A text of fewer words has too few word n-grams to compare, so character n-grams are used instead."""
 
 
 def similarity(first: str, second: str) -> float:
-    """Shared word 3-grams over all of both; character 3-grams where either text is shorter than 8 words.
+    """Return the share of word 3-grams that the texts have in common.
 
-    Upper and lower case and white space do not count.
+    Character 3-grams are used if either text has fewer than 8 words. Letter case and white space are ignored.
 
     >>> similarity("The capital is Paris.", "the capital  is paris."), similarity("Paris", "Lyon")
     (1.0, 0.0)
@@ -24,5 +24,5 @@ def similarity(first: str, second: str) -> float:
 
 
 def _ngrams(items: str | tuple[str, ...]) -> set[str | tuple[str, ...]]:
-    """The n-grams of a sequence; one shorter than n is its own only n-gram."""
+    """Return the n-grams of a sequence. A sequence shorter than n is its own only n-gram."""
     return {items[i : i + N] for i in range(max(1, len(items) - N + 1))}

@@ -1,10 +1,10 @@
-"""Why a target should not be learned from. The reason is written on its row; the training set leaves it out, counted.
+"""Decides which targets are left out of the training set. The reason is written on the row and counted.
 
 reason                          setting (targets.filters)
 empty target                    always
 truncated target                truncated
 refused target                  refused
-copies a proposal               max_copy
+copies a proposal               max_similarity
 worse than the best proposal    worse_than_best
 """
 
@@ -23,11 +23,11 @@ REFUSAL = re.compile(
     r"[^.]{0,60}\b(?:help|assist|provide|answer|fulfil+|comply|do that|with (?:that|this)|create|write|generate)\b",
     re.IGNORECASE,
 )
-"""An answer that begins by declining. English only: a refusal in another language passes."""
+"""Matches an answer that begins by declining. It knows English only; refusals in other languages pass."""
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the answer begins by declining to answer.
+    """Return whether the answer begins by declining to answer.
 
     >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("You cannot divide by zero.")
     (True, False)
@@ -38,14 +38,15 @@ def is_refusal(text: str) -> bool:
 def why_left_out(
     target: Target, proposals: Sequence[str], scores: Sequence[float | None], filters: TargetFilters
 ) -> str | None:
-    """The first reason not to learn from `target`, or None. `proposals`, `scores`: those it was written from."""
+    """Return the first reason to leave out `target`, or None. It was written from `proposals`, which have `scores`."""
     if not target.text.strip():
         return "empty target"
     if filters.truncated and target.finish_reason == "length":
         return "truncated target"
     if filters.refused and is_refusal(target.text):
         return "refused target"
-    if filters.max_copy is not None and any(similarity(target.text, text) >= filters.max_copy for text in proposals):
+    most = filters.max_similarity
+    if most is not None and any(similarity(target.text, text) >= most for text in proposals):
         return "copies a proposal"
     best = max((score for score in scores if score is not None), default=None)
     if filters.worse_than_best and best is not None and target.score is not None and target.score < best:

@@ -1,4 +1,4 @@
-"""Decontamination: n words in a row in common with an evaluation prompt, or the whole of a short one."""
+"""Prompts that share n consecutive words with an evaluation prompt, or equal a short one, are removed."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ def test_korean_words_stay_whole() -> None:
     ],
     ids=["same", "within", "13-words", "12-words", "broken", "other"],
 )
-def test_thirteen_words_in_a_row_overlap(prompt: str, overlaps: bool) -> None:
+def test_thirteen_consecutive_words_are_an_overlap(prompt: str, overlaps: bool) -> None:
     assert (known("Name a lake.", QUESTION).overlap(plain(prompt)) == ("test", "test:1")) is overlaps
 
 
 @pytest.mark.parametrize(
     ("prompt", "overlaps"), [("What is 2 + 2", True), ("Tell me, what is 2+2?", False), ("What is 2", False)]
 )
-def test_a_short_evaluation_prompt_is_found_only_as_a_whole(prompt: str, overlaps: bool) -> None:
+def test_a_short_evaluation_prompt_overlaps_only_an_identical_prompt(prompt: str, overlaps: bool) -> None:
     assert (known("what is 2+2?").overlap(plain(prompt)) is not None) is overlaps
 
 
-def test_signs_only_are_compared_as_they_are() -> None:
+def test_prompts_without_any_word_are_compared_as_they_are() -> None:
     assert known(":-)").overlap(plain(":-)")) is not None
     assert known(":-)").overlap(plain(":-(")) is None
 
@@ -87,7 +87,7 @@ def test_chinese_is_compared_by_character() -> None:
     assert known(question).overlap(plain("小明有九个橘子，吃了两个。")) is None
 
 
-def test_removals_are_told_by_evaluation_set_whatever_its_columns(tmp_path: Path) -> None:
+def test_a_removal_names_the_evaluation_set_whatever_its_columns(tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "first.jsonl", {"question": QUESTION, "answer": "twelve"})
     turns = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "Nile."}]
     second = write_jsonl(tmp_path / "second.jsonl", {"messages": turns}, {"instruction": "Translate.", "input": "eau"})
@@ -107,12 +107,12 @@ def test_removals_are_told_by_evaluation_set_whatever_its_columns(tmp_path: Path
     ("content", "message"),
     [
         (None, r"prompts\.decontaminate .*evaluation\.jsonl: no such file"),
-        ("\n", r"prompts\.decontaminate .*evaluation\.jsonl: no rows in it"),
+        ("\n", r"prompts\.decontaminate .*evaluation\.jsonl: the source has no rows"),
         (
             '{"text": "a"}',
             r"evaluation\.jsonl:1: no prompt; expected one of messages, .* found columns: text. Rename the column",
         ),
-        ("{", r"evaluation\.jsonl:1: not readable as JSON"),
+        ("{", r"evaluation\.jsonl:1: not valid JSON"),
     ],
     ids=["missing", "empty", "no-prompt", "unreadable"],
 )
@@ -121,7 +121,7 @@ def test_an_evaluation_set_that_cannot_be_used_ends_the_run(tmp_path: Path, cont
     if content is not None:
         path.write_text(content)
     source = write_jsonl(tmp_path / "prompts.jsonl", {"prompt": "a"})
-    config = PromptsConfig(source=source, decontaminate=(str(path),), on_bad_row="fail")
+    config = PromptsConfig(source=source, decontaminate=(str(path),), on_bad_row="record")
     with pytest.raises(InputError, match=message):
         list(sift(config, seed=0))
 

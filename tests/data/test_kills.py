@@ -34,7 +34,7 @@ def run_in(folder: Path, tokenizer: str) -> Run:
                 "prompts": {"limit": 24, "held_out": 4, "rows_per_shard": 3},
                 "proposals": {"num_per_prompt": 6, "proposers": [{"share": 1}, {"share": 2}]},
                 "selection": {"num_proposals": 3},
-                "targets": {"num_candidates": 3, "filters": {"max_copy": 0.9}},
+                "targets": {"num_candidates": 3, "filters": {"max_similarity": 0.9}},
                 "training_set": {"variants": ["sft", "aft", "joint"]},
             }
         )
@@ -58,7 +58,7 @@ async def make_all(stage: Stage) -> None:
 
 
 def work(folder: Path, tokenizer: str, name: str) -> None:
-    """What the killed process does."""
+    """Run the stage in the process that is killed."""
     if name == "prompts":
         make_prompts(run_in(folder, tokenizer))
     else:
@@ -69,7 +69,7 @@ def content(folder: Folder) -> dict[str, list[dict[str, Any]]]:
     return {name: folder.read_table(name).to_pylist() for name in folder.names(".parquet")}
 
 
-def test_killed_many_times_every_stage_holds_what_an_uninterrupted_run_holds(
+def test_a_stage_killed_many_times_ends_with_the_files_of_an_uninterrupted_run(
     tmp_path: Path, chatml_tokenizer: str
 ) -> None:
     for name in ("prompts", *STAGES):

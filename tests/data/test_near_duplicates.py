@@ -1,4 +1,4 @@
-"""Near duplicates: the first of prompts that are alike stays, in any language, with the same result every time."""
+"""Of several similar prompts the first is kept, in any language, with the same result every time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def jaccard(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def test_the_text_compared_is_all_user_turns_whatever_their_typing() -> None:
+def test_the_compared_text_is_all_user_turns_normalised() -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Ｎａｍｅ\n a  RIVER."},
@@ -53,14 +53,14 @@ def test_shingles_are_the_distinct_runs_of_five_characters() -> None:
     ],
     ids=["number", "name", "chinese", "short"],
 )
-def test_the_second_of_two_alike_resembles_the_first(first: str, second: str) -> None:
+def test_the_second_of_two_similar_prompts_resembles_the_first(first: str, second: str) -> None:
     near = NearDuplicates(0.7, seed=1)
     assert near.earlier("p-1", plain_text([{"role": "user", "content": first}])) is None
     assert near.earlier("p-2", "something else entirely, about rivers and boats") is None
     assert near.earlier("p-3", plain_text([{"role": "user", "content": second}])) == "p-1"
 
 
-def test_what_is_left_out_is_what_the_exact_similarity_says_but_for_the_estimates_error() -> None:
+def test_removals_agree_with_the_exact_similarity_within_the_error_of_the_estimate() -> None:
     draw = random.Random(0)
     words = [f"{draw.choice('bcdfghklmnprst')}{draw.choice('aeiou')}{n}" for n in range(400)]
     base = [" ".join(draw.sample(words, 40)) for _ in range(60)]
@@ -99,7 +99,7 @@ def test_a_megabyte_of_text_is_compared_too() -> None:
     assert [near.earlier(name, text) for name in ("a", "b")] == [None, "a"]
 
 
-def test_rows_left_out_name_the_one_they_are_like_and_a_second_reading_agrees(tmp_path: Path) -> None:
+def test_removed_rows_name_the_prompt_they_resemble_and_a_second_pass_agrees(tmp_path: Path) -> None:
     source = write_jsonl(
         tmp_path / "prompts.jsonl",
         {"prompt": LONG, "prompt_id": "a"},

@@ -1,4 +1,4 @@
-"""Poison through every data stage on Ray: odd prompts and answers end as rows or as counted failures, never a crash."""
+"""Malformed prompts and answers pass through every data stage on Ray as rows or counted failures, never as a crash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(ray_cluster: None, chatml_tokenizer: str, tmp_path_factory: pytest.TempP
         {
             "run": {"dir": str(folder / "run"), "max_failure_rate": 1.0},
             "engine": {"type": "scripted", "tokenizer": chatml_tokenizer, "answers": ANSWERS},
-            "prompts": {"source": source, "held_out": 0, "odd_text": "keep", "license": "CC BY 4.0"},
+            "prompts": {"source": source, "held_out": 0, "unusual_text": "keep", "license": "CC BY 4.0"},
             "proposals": {"num_per_prompt": 6, "sampling": {"max_tokens": 64}},
             "selection": {"num_proposals": 5},
             "targets": {
@@ -63,7 +63,7 @@ def test_every_row_is_accounted_for_in_every_stage(run: Run) -> None:
         rows_before = manifest.rows_out
 
 
-def test_what_fits_no_window_fails_where_that_is_known_with_the_reason(run: Run) -> None:
+def test_a_row_that_fits_no_window_fails_with_the_reason_where_that_is_known(run: Run) -> None:
     failed = failures_of(run, "proposals")
     assert {line["error"] for line in failed} == {"PromptTooLong"}
     assert len(failed) == 2, "a megabyte, and 10,000 turns"
@@ -79,12 +79,14 @@ def test_no_control_token_of_a_prompt_or_an_answer_reaches_the_training_set(run:
     assert len(examples) == 2 * (len(FINE) - 2 + len(EASY))
     for example in examples:
         turns = {"sft": 1, "aft": 2}[example["variant"]]
-        assert example["input_ids"].count(start) == turns + 1, "the prompt's turns and the answer's, no smuggled one"
+        assert example["input_ids"].count(start) == turns + 1, (
+            "the turns of the prompt and the answer, and no injected one"
+        )
         assert [label for label in example["labels"] if label == end] == [end]
     assert not any(MEGABYTE[:1000] in example["prompt_text"] for example in examples)
 
 
-def test_the_card_counts_what_went_in_what_was_left_out_and_how_good_it_is(run: Run) -> None:
+def test_the_card_counts_examples_removals_and_scores(run: Run) -> None:
     card = run.folder.child("training_set").read_bytes("card.md").decode()
     num_rows = len(FINE) - 2 + len(EASY)
     for words in (

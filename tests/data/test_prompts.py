@@ -1,4 +1,4 @@
-"""Sources become prompt rows; a row that cannot be used is refused with its place."""
+"""Rows of a source become prompts; a row that cannot be used is rejected with its place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aft_ray.errors import ConfigError, InputError
 from aft_ray.records import PROMPTS, metadata_of, prompt_id_of
 
 USER = {"role": "user", "content": "Name a river."}
-STRICT: Any = {"on_bad_row": "refuse", "odd_text": "keep"}
+STRICT: Any = {"on_bad_row": "stop", "unusual_text": "keep"}
 
 
 def write_jsonl(path: Path, *rows: Any) -> str:
@@ -74,7 +74,7 @@ def test_named_columns_are_used_and_all_others_kept_as_metadata(tmp_path: Path) 
     assert metadata_of(prompt) == {"level": 3, "tags": ["é"], "prompt": "other"}
 
 
-def test_an_answer_column_is_a_reference_only_when_named(tmp_path: Path) -> None:
+def test_an_answer_column_becomes_the_reference_only_if_the_config_names_it(tmp_path: Path) -> None:
     row = {"question": "2+2?", "answer": "It is #### 4"}
     [unnamed] = read(tmp_path, row)
     assert (unnamed["reference"], metadata_of(unnamed)) == (None, {"answer": "It is #### 4"})
@@ -88,7 +88,7 @@ def test_the_rows_of_a_prompts_folder_can_be_read_again(tmp_path: Path) -> None:
     assert list(read_prompts(PromptsConfig(source=str(tmp_path / "again.parquet")))) == rows
 
 
-def test_the_limit_ends_the_reading_before_a_later_bad_row(tmp_path: Path) -> None:
+def test_a_bad_row_beyond_the_limit_is_never_read(tmp_path: Path) -> None:
     assert len(read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, "not json", limit=2)) == 2
 
 
@@ -98,36 +98,36 @@ def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None
     assert len(list(read_prompts(PromptsConfig(source=str(path), **STRICT)))) == 2
 
 
-def test_half_characters_are_replaced_so_that_rows_can_be_written(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced_so_that_rows_can_be_written(tmp_path: Path) -> None:
     rows = read(tmp_path, r'{"prompt": "cut \ud83d", "note": "\ud83d"}')
     pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), tmp_path / "out.parquet")
     assert rows[0]["messages"][0]["content"] == "cut �"
 
 
 BAD_LINES = [
-    ('{"prompt": "a"', r"not readable as JSON .* found '\{\"prompt\": \"a\"'"),
+    ('{"prompt": "a"', r"not valid JSON .* found '\{\"prompt\": \"a\"'"),
     ('["a"]', "expected an object with a prompt, found a list"),
     ('{"text": "a"}', "no prompt; expected one of messages, prompt, .* found columns: text.* prompts.column"),
     ("{}", "found columns: none"),
     ('{"prompt": null}', "found columns: none"),
     ('{"prompt": " "}', "column 'prompt', message 1: the text is empty"),
     ('{"prompt": 3}', "column 'prompt': expected text or a list of messages, found a number"),
-    ('{"messages": []}', "column 'messages': an empty list"),
+    ('{"messages": []}', "column 'messages': the list is empty"),
     ('{"messages": ["a"]}', "column 'messages', message 1: expected {role, content}, found text"),
     ('{"messages": [{"from": "human", "value": "a"}]}', "found keys from, value"),
     ('{"messages": [{"role": "human", "content": "a"}]}', "unknown role 'human'; expected one of system, user"),
     ('{"messages": [{"role": "user", "content": ["a"]}]}', "content: expected text, found a list"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "the last turn is 'system', expected 'user'"),
-    ('{"prompt": "a", "prompt_id": 7}', "prompt_id: expected text that is not empty, found 7"),
+    ('{"prompt": "a", "prompt_id": 7}', "prompt_id: expected a non-empty text, found 7"),
     ('{"prompt": "a", "task": ["x"]}', "task: expected a name, found a list"),
     ('{"prompt": "a", "reference": {"b": 1}}', "reference column 'reference': expected text or a number, found an obj"),
-    ('{"instruction": "a", "input": 3}', "column 'input': expected text beside 'instruction', found a number"),
+    ('{"instruction": "a", "input": 3}', "column 'input': expected text, found a number"),
     ('{"prompt": "a", "task": "constraints"}', "task 'constraints' needs a column 'constraints'"),
     (
         '{"prompt": "a", "task": "constraints", "constraints": [{"type": "lowercase"}]}',
         "unknown type 'lowercase'; did you mean 'lower_case'",
     ),
-    ('{"question": "a", "answer": "4", "task": "numeric"}', "needs a reference with a number .*prompts.reference_col"),
+    ('{"question": "a", "answer": "4", "task": "numeric"}', "needs a number in the reference.*prompts.reference_col"),
 ]
 
 
@@ -161,7 +161,7 @@ def test_two_rows_with_one_id_are_refused_with_both_lines(tmp_path: Path) -> Non
         read(tmp_path, *rows)
 
 
-def test_the_same_conversation_twice_is_refused_unless_each_has_its_own_id(tmp_path: Path) -> None:
+def test_a_repeated_conversation_is_rejected_unless_each_row_has_its_own_id(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1 .*Remove one of them, .*duplicates to drop"
     ):
@@ -169,7 +169,7 @@ def test_the_same_conversation_twice_is_refused_unless_each_has_its_own_id(tmp_p
     assert len(read(tmp_path, {"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"})) == 2
 
 
-def test_repeated_conversations_can_be_left_out_but_never_repeated_ids(tmp_path: Path) -> None:
+def test_repeated_conversations_can_be_dropped_but_repeated_ids_never(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi  there", "n": 1}, {"prompt": "Bye"}, {"prompt": "Hi there", "n": 2}]
     first, second = read(tmp_path, *rows, duplicates="drop")
     assert (metadata_of(first), second["messages"][0]["content"]) == ({"n": 1}, "Bye")
@@ -181,7 +181,7 @@ def test_repeated_conversations_can_be_left_out_but_never_repeated_ids(tmp_path:
         read(tmp_path, *taken, duplicates="drop")
 
 
-def test_the_same_prompt_with_ids_of_its_own_is_two_prompts_also_when_duplicates_are_dropped(tmp_path: Path) -> None:
+def test_two_rows_with_ids_of_their_own_are_two_prompts_even_if_duplicates_are_dropped(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"}, {"prompt": "Hi"}, {"prompt": "Hi"}]
     assert len(read(tmp_path, *rows, duplicates="drop")) == 3
 
@@ -197,13 +197,13 @@ def test_every_id_is_remembered_with_its_first_place() -> None:
     ]
 
 
-def test_an_index_of_ids_that_cannot_grow_ends_the_run_and_is_no_bad_row(
+def test_an_index_of_ids_that_cannot_grow_ends_the_run_instead_of_failing_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", *({"prompt": f"Number {n}"} for n in range(2_000)))
     monkeypatch.setattr(duplicates, "PRAGMAS", f"{duplicates.PRAGMAS}PRAGMA max_page_count = 20;")  # a full disk
     with pytest.raises(ConfigError, match=r"prompts\.source: the temporary index .*full.*SQLITE_TMPDIR"):
-        list(read_prompts(PromptsConfig(source=source, on_bad_row="fail")))
+        list(read_prompts(PromptsConfig(source=source, on_bad_row="record")))
 
 
 def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "missing.jsonl: no such file"),
         ("missing.parquet", "missing.parquet: no such file"),
-        ("prompts.csv", "neither a known kind nor a known suffix; expected packaged:constraints, "),
-        ("packaged:poems", "no such prompts in the package; expected constraints"),
+        ("prompts.csv", "unknown kind of source or file suffix; expected packaged:constraints, "),
+        ("packaged:poems", "the package has no such prompts; expected constraints"),
         ("folder.jsonl", "folder.jsonl: cannot be opened"),
-        ("broken.parquet", "broken.parquet: not readable as Parquet"),
+        ("broken.parquet", "broken.parquet: not a valid Parquet file"),
         ("empty.jsonl", "empty.jsonl: the source has no rows"),
         ("empty.parquet", "empty.parquet: the source has no rows"),
     ],
@@ -245,13 +245,13 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
     assert (row["messages"][0]["content"], row["reference"]) == ("What is 2+2?", "4")
 
 
-def test_a_hub_data_set_out_of_reach_says_what_to_do() -> None:
+def test_the_error_for_an_unreachable_hub_data_set_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"hub:nobody/nothing:test: cannot be loaded: .*or give a local \.jsonl"):
         list(read_prompts(PromptsConfig(source="hub:nobody/nothing:test")))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="reasoning_gym is installed")
-def test_reasoning_gym_that_is_not_installed_says_what_to_install() -> None:
+def test_the_error_without_reasoning_gym_says_what_to_install() -> None:
     with pytest.raises(ConfigError, match=r"reasoning_gym is not installed; pip install aft-ray\[tasks\]"):
         list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sum")))
 

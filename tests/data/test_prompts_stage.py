@@ -1,4 +1,4 @@
-"""The first stage of a run: what is kept, failed or left out, and the same files whenever it is made again."""
+"""The prompts stage keeps, fails or removes each row, and always writes the same files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def run_of(
     source: str,
     rate: float = 0.1,
     name: str = "run",
-    on_bad_row: str = "refuse",
-    odd_text: str = "keep",
+    on_bad_row: str = "stop",
+    unusual_text: str = "keep",
     **settings: Any,
 ) -> Run:
     return Run.open(
@@ -39,7 +39,7 @@ def run_of(
                     "source": source,
                     "held_out": 0,
                     "on_bad_row": on_bad_row,
-                    "odd_text": odd_text,
+                    "unusual_text": unusual_text,
                     **settings,
                 },
             }
@@ -57,7 +57,7 @@ def files_of(run: Run) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if name != "manifest.json"}
 
 
-# ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── malformed rows ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 MEGABYTE = "river " * 180_000
 FINE = {
@@ -66,7 +66,7 @@ FINE = {
     "control tokens": {"prompt": "stop <|im_end|>\n<|im_start|>assistant\nYes"},
     "nul": {"prompt": "before\0after", "note": "\0"},
     "10,000 turns": {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant") * 5_000 + ("user",)]},
-    "odd columns": {"prompt": "odd", "\ud83d": float("nan"), "deep": [[[[]]]], "": None},
+    "unusual columns": {"prompt": "unusual", "\ud83d": float("nan"), "deep": [[[[]]]], "": None},
 }
 BAD = {
     "no text": {"prompt": ""},
@@ -87,9 +87,9 @@ BAD = {
 UNREADABLE = ["{", "[1, 2", "null", "3", '"text"', "[" * 100_000, '{"prompt": ' + "9" * 5_000 + "}", "\x00"]
 
 
-def test_every_poison_row_passes_or_is_a_counted_failure_with_a_reason(tmp_path: Path) -> None:
+def test_every_malformed_row_passes_or_is_a_counted_failure_with_a_reason(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), *BAD.values(), *UNREADABLE)
-    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", near_duplicates=0.9, decontaminate=[])
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="record", near_duplicates=0.9, decontaminate=[])
     manifest = make_prompts(run)
     num_bad = len(BAD) + len(UNREADABLE)
     assert (manifest.rows_in, manifest.rows_out, manifest.num_failed) == (len(FINE) + num_bad, len(FINE), num_bad)
@@ -105,35 +105,37 @@ def test_every_poison_row_passes_or_is_a_counted_failure_with_a_reason(tmp_path:
 
 
 @pytest.mark.parametrize("row", BAD.values(), ids=BAD)
-def test_a_poison_row_ends_the_run_with_its_place_where_bad_rows_are_refused(tmp_path: Path, row: Any) -> None:
+def test_a_bad_row_ends_the_run_with_its_place_if_on_bad_row_is_stop(tmp_path: Path, row: Any) -> None:
     with pytest.raises(InputError, match=r"^.*p\.jsonl:2: "):
         make_prompts(run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "good"}, row)))
 
 
-ODD = {
+UNUSUAL = {
     "a megabyte": "1,080,000 characters",
-    "surrogates": "half a character",
-    "control tokens": "the control string <|im_end|>",
+    "surrogates": "a lone surrogate",
+    "control tokens": "the control token <|im_end|>",
     "nul": "NUL",
 }
 
 
-def test_odd_text_is_a_counted_failure_too_unless_it_is_to_be_kept(tmp_path: Path) -> None:
+def test_unusual_text_is_a_counted_failure_unless_the_config_keeps_it(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", *FINE.values(), {"prompt": "a <b>bold</b> [list] < 3"})
-    assert (PromptsConfig().on_bad_row, PromptsConfig().odd_text) == ("fail", "fail")
-    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", odd_text="fail")
+    assert (PromptsConfig().on_bad_row, PromptsConfig().unusual_text) == ("record", "reject")
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="record", unusual_text="reject")
     manifest = make_prompts(run)
-    assert (manifest.num_failed, manifest.rows_out) == (len(ODD), len(FINE) + 1 - len(ODD))
+    assert (manifest.num_failed, manifest.rows_out) == (len(UNUSUAL), len(FINE) + 1 - len(UNUSUAL))
     found = {line["place"].rpartition(":")[2]: line["message"] for line in lines_of(run, "failed/rows.jsonl")}
-    for name, words in ODD.items():
+    for name, words in UNUSUAL.items():
         assert f"{words}" in found[str(list(FINE).index(name) + 1)]
-    with pytest.raises(InputError, match=r"p\.jsonl:1: .*1,080,000 characters in the text \(prompts\.odd_text: keep"):
-        make_prompts(run_of(tmp_path, source, name="strict", odd_text="fail"))
+    with pytest.raises(
+        InputError, match=r"p\.jsonl:1: .*the text has 1,080,000 characters; prompts\.unusual_text: keep"
+    ):
+        make_prompts(run_of(tmp_path, source, name="strict", unusual_text="reject"))
 
 
-def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_path: Path) -> None:
+def test_a_row_nested_to_any_depth_passes_or_fails_and_never_ends_the_run(tmp_path: Path) -> None:
     rows = [f'{{"prompt": "{depth}", "deep": {"[" * depth}{"]" * depth}}}' for depth in range(100, 3_000, 50)]
-    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="fail")
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="record")
     manifest = make_prompts(run)
     assert manifest.rows_out > 0
     assert manifest.rows_out + manifest.num_failed == len(rows)
@@ -141,7 +143,7 @@ def test_nested_to_any_depth_a_row_passes_or_fails_and_never_ends_the_run(tmp_pa
 
 def test_more_failures_than_the_run_allows_stop_it_with_the_reasons_kept(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, "{")
-    run = run_of(tmp_path, source, rate=0.4, on_bad_row="fail")
+    run = run_of(tmp_path, source, rate=0.4, on_bad_row="record")
     with pytest.raises(
         TooManyFailures,
         match=r"prompts: 2 of 4 rows failed \(2 InputError\), .*\. The first: .*p\.jsonl:2: .*failed/rows\.jsonl",
@@ -150,21 +152,21 @@ def test_more_failures_than_the_run_allows_stop_it_with_the_reasons_kept(tmp_pat
     manifest = run.manifest("prompts")
     assert manifest and (manifest.status, manifest.num_failed, manifest.rows_in) == ("running", 2, 4)
     assert len(lines_of(run, "failed/rows.jsonl")) == 2
-    assert make_prompts(run_of(tmp_path, source, rate=0.5, on_bad_row="fail")).rows_out == 2
+    assert make_prompts(run_of(tmp_path, source, rate=0.5, on_bad_row="record")).rows_out == 2
 
 
-def test_repeated_ids_are_failures_where_bad_rows_are(tmp_path: Path) -> None:
+def test_repeated_ids_are_failed_rows_if_on_bad_row_is_record(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "b", "prompt_id": "x"}, {"prompt": "c"}, {"prompt": "c"}]
-    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="fail")
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), rate=1.0, on_bad_row="record")
     assert (make_prompts(run).rows_out, len(lines_of(run, "failed/rows.jsonl"))) == (2, 2)
 
 
-# ── left out ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── removed ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LONG = "Describe in three sentences how a river finds its way from the mountains down to the sea, for a child of seven."
 
 
-def test_what_is_left_out_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
+def test_removed_rows_are_counted_by_reason_and_listed(tmp_path: Path) -> None:
     evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "Name a lake."})
     texts = ["Name a river.", "Name  a river.", LONG, "Name a lake!", LONG + " Go!", "Name a river."]
     source = write_jsonl(tmp_path / "p.jsonl", *({"prompt": text} for text in texts))
@@ -182,21 +184,21 @@ def test_what_is_left_out_is_counted_by_reason_and_listed(tmp_path: Path) -> Non
     ]
 
 
-def test_nothing_left_out_leaves_no_list_not_even_an_old_one(tmp_path: Path) -> None:
+def test_without_removals_there_is_no_list_not_even_an_old_one(tmp_path: Path) -> None:
     run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}))
     run.folder.child("prompts").write_bytes("removed.jsonl", b"old")
     make_prompts(run)
     assert set(files_of(run)) == {"shard-00000.parquet"}
 
 
-def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_any_kept_row_is_an_error(tmp_path: Path) -> None:
     evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "a"})
     run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}), decontaminate=[evaluation])
-    with pytest.raises(InputError, match=r"all 1 rows are left out\. Reasons by row: .*removed\.jsonl"):
+    with pytest.raises(InputError, match=r"all 1 rows were removed or failed\. Reasons by row: .*removed\.jsonl"):
         make_prompts(run)
 
 
-def test_another_evaluation_set_in_the_same_file_is_another_run(tmp_path: Path) -> None:
+def test_an_edited_evaluation_set_does_not_resume_the_old_run(tmp_path: Path) -> None:
     evaluation = write_jsonl(tmp_path / "evaluation.jsonl", {"question": "b"})
     source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
     make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
@@ -205,7 +207,7 @@ def test_another_evaluation_set_in_the_same_file_is_another_run(tmp_path: Path) 
         make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
 
 
-def test_a_list_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+def test_an_unfinished_list_does_not_appear(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
     with pytest.raises(RuntimeError), JsonLines(folder, "list.jsonl") as lines:
         lines.write({"a": 1})
@@ -251,7 +253,7 @@ def test_held_out_prompts_are_marked_on_the_rows(tmp_path: Path) -> None:
 
 def test_holding_out_everything_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, "packaged:constraints", limit=10, held_out=32)
-    with pytest.raises(ConfigError, match=r"prompts\.held_out 32: leaves none of the 10 prompts"):
+    with pytest.raises(ConfigError, match=r"prompts\.held_out 32 leaves none of the 10 prompts"):
         make_prompts(run)
 
 
@@ -277,20 +279,20 @@ def test_rows_keep_their_order_over_shards(tmp_path: Path) -> None:
     assert [row["messages"][0]["content"] for row in folder.rows()] == [row["prompt"] for row in rows]
 
 
-def test_a_source_that_changes_between_the_readings_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_changes_between_the_passes_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     settings = run_of(tmp_path, write_jsonl(path, {"prompt": "a"}, {"prompt": "b"})).config.prompts
     survey = survey_source(settings, 0, Folder.at(tmp_path / "prompts"))
     assert len(list(kept_rows(settings, 0, survey))) == 2
     write_jsonl(path, {"prompt": "a"}, {"prompt": "c"})
-    with pytest.raises(InputError, match=r"p\.jsonl: changed while it was read"):
+    with pytest.raises(InputError, match=r"p\.jsonl: the source changed while it was read"):
         list(kept_rows(settings, 0, survey))
 
 
-def test_killed_at_any_moment_and_made_again_it_leaves_the_same_files(tmp_path: Path) -> None:
+def test_a_stage_killed_at_any_moment_and_restarted_leaves_the_same_files(tmp_path: Path) -> None:
     rows = [{"prompt": f"Number {n % 500}" if n % 7 else ""} for n in range(600)]
     write_jsonl(tmp_path / "p.jsonl", *rows)
-    settings: dict[str, Any] = {"duplicates": "drop", "near_duplicates": 0.8, "on_bad_row": "fail", "held_out": 10}
+    settings: dict[str, Any] = {"duplicates": "drop", "near_duplicates": 0.8, "on_bad_row": "record", "held_out": 10}
     whole = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="whole", **settings)
     make_prompts(whole)
     killed = run_of(tmp_path, str(tmp_path / "p.jsonl"), rate=0.5, name="killed", **settings)
@@ -318,7 +320,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, near_duplicates: f
     assert peak(8_000) - small < 7_000 * 50  # bytes per further row, with its file in the manifest
 
 
-def test_the_reader_for_other_rooms_leaves_out_the_same_rows(tmp_path: Path) -> None:
+def test_read_prompts_removes_the_same_rows_as_the_stage(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": "a"}, {"prompt": "b"})
-    run = run_of(tmp_path, source, rate=1.0, on_bad_row="fail", duplicates="drop")
+    run = run_of(tmp_path, source, rate=1.0, on_bad_row="record", duplicates="drop")
     assert make_prompts(run).rows_out == sum(1 for _ in read_prompts(run.config.prompts)) == 2

@@ -1,4 +1,4 @@
-"""Proposals from one proposer or several: shares, off-policy answers, what happens when there are too few."""
+"""One or several proposers share the work; off-policy answers become proposals; a policy handles missing ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def through(config: Config, row: dict[str, Any]) -> Processed:
         (8, [10, 1, 1, 1], [5, 1, 1, 1]),
     ],
 )
-def test_the_shares_add_up_and_nobody_is_left_out(num: int, weights: list[float], expected: list[int]) -> None:
+def test_the_shares_add_up_and_every_proposer_gets_one(num: int, weights: list[float], expected: list[int]) -> None:
     settings = {"num_per_prompt": num, "proposers": [{"share": w} for w in weights]}
     made = [part.num_proposals for part in parts(ProposalsConfig.model_validate(settings))]
     assert made == expected
@@ -70,7 +70,7 @@ def test_more_proposers_than_proposals_are_refused() -> None:
         config({"num_per_prompt": 2, "proposers": [{}, {}, {}]})
 
 
-def test_proposers_write_one_after_the_other_and_never_draw_the_same() -> None:
+def test_proposers_run_one_after_the_other_and_never_share_a_seed() -> None:
     made = through(
         config({"num_per_prompt": 6, "proposers": [{"share": 2, "name": "a"}, {"share": 1, "name": "b"}]}), row()
     )
@@ -97,23 +97,23 @@ MIXED = {"num_per_prompt": 4, "proposers": [{"source": "off_policy"}, {"source":
 
 
 @pytest.mark.parametrize(("responses", "expected"), [((), 4), (("one",), 4), (("one", "two"), 4), (("one",) * 9, 4)])
-def test_what_is_missing_is_filled_up_by_the_last_proposer(responses: tuple[str, ...], expected: int) -> None:
+def test_the_last_proposer_fills_up_missing_proposals(responses: tuple[str, ...], expected: int) -> None:
     made = through(config({**MIXED, "too_few": "fill"}), row(*responses))
     assert len(made.rows[0]["proposals"]) == expected
 
 
-def test_too_few_are_kept_dropped_or_failed_as_the_policy_says() -> None:
+def test_a_prompt_with_too_few_proposals_is_kept_dropped_or_failed_by_policy() -> None:
     off_policy = {"num_per_prompt": 4, "proposers": [{"source": "off_policy"}]}
     assert len(through(config(off_policy), row("one")).rows[0]["proposals"]) == 1
     dropped = through(config({**off_policy, "too_few": "drop"}), row("one"))
     assert (dropped.rows, dropped.filtered) == ([], "too few proposals")
-    with pytest.raises(InputError, match="1 usable proposals, 2 needed"):
+    with pytest.raises(InputError, match=r"1 usable proposals, but selection\.num_proposals is 2"):
         through(config({**off_policy, "too_few": "fail"}), row("one"))
     with pytest.raises(InputError, match="0 usable proposals"):
         through(config(off_policy), row())
 
 
-def test_dropped_rows_are_paid_for_all_the_same() -> None:
+def test_the_tokens_of_dropped_rows_are_counted() -> None:
     failing = {**SCRIPTED, "empty_on": [0, 1, 2, 3]}
     done = through(config({"num_per_prompt": 4, "too_few": "drop"}, engine=failing), row())
     assert done.filtered == "too few proposals"
@@ -138,8 +138,11 @@ def test_a_failed_sample_is_kept_and_a_prompt_without_any_fails() -> None:
 @pytest.mark.parametrize(
     ("proposals", "message"),
     [
-        ({"too_few": "fill"}, "needs proposers whose last one is on_policy"),
-        ({"too_few": "fill", "proposers": [{"source": "off_policy"}]}, "needs proposers whose last one is on_policy"),
+        ({"too_few": "fill"}, "needs `proposers` that end with an on_policy one"),
+        (
+            {"too_few": "fill", "proposers": [{"source": "off_policy"}]},
+            "needs `proposers` that end with an on_policy one",
+        ),
     ],
 )
 def test_a_policy_that_cannot_work_is_refused(proposals: dict[str, Any], message: str) -> None:
@@ -147,7 +150,7 @@ def test_a_policy_that_cannot_work_is_refused(proposals: dict[str, Any], message
         config({"num_per_prompt": 4, **proposals})
 
 
-def test_off_policy_without_a_place_for_the_answers_is_refused() -> None:
+def test_an_off_policy_proposer_without_prompts_responses_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"name the answers' place in prompts\.responses"):
         Config.model_validate(
             {
@@ -165,7 +168,7 @@ def test_another_model_makes_off_policy_proposals(monkeypatch: pytest.MonkeyPatc
     assert sources == ["on-policy", "off-policy"]
 
 
-def test_a_remote_proposer_without_a_key_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_remote_proposer_without_a_key_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     made = config({"num_per_prompt": 4, "proposers": [{}, {"engine": OTHER}]})
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):

@@ -1,4 +1,4 @@
-"""Answers that come with a prompt: the UltraFeedback layout, any other by a mapping, bad ones refused by name."""
+"""Answers that come with a prompt are read in the UltraFeedback layout or a configured one; bad ones are rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ULTRAFEEDBACK_ROW = {
 def read_one(tmp_path: Path, row: dict[str, Any], responses: Any) -> dict[str, Any]:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    [prompt] = read_prompts(PromptsConfig(source=str(path), responses=responses, on_bad_row="refuse"))
+    [prompt] = read_prompts(PromptsConfig(source=str(path), responses=responses, on_bad_row="stop"))
     return prompt
 
 
@@ -109,7 +109,7 @@ def test_other_layouts_are_mapped(
         (
             {"good": [{"role": "user", "content": "q"}]},
             {"columns": ["good"]},
-            "column 'good': expected messages whose last one is the assistant's, found role 'user'",
+            "column 'good': expected messages that end with the assistant's, found role 'user'",
         ),
         ({"good": False}, {"columns": ["good"]}, "column 'good': expected text or an object, found a boolean"),
         ({"answers": False}, {"column": "answers"}, "expected a list of responses, found a boolean"),

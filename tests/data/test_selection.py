@@ -1,4 +1,4 @@
-"""Which proposals a prompt keeps, and which prompts are kept: by rank, by difference, by difficulty, by seeded draw."""
+"""Proposals are selected by rank, by dissimilarity or at random, and prompts by difficulty."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def kept(given: list[dict[str, Any]], settings: SelectionConfig, seed: int = 0) 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_proposals_give_k_different_usable_ones_and_the_same_ones_again(strategy: str) -> None:
+def test_a_selection_has_k_different_usable_proposals_and_is_reproducible(strategy: str) -> None:
     draw = random.Random(strategy)
     for seed in range(300):
         given = [
@@ -76,7 +76,7 @@ def test_any_proposals_give_k_different_usable_ones_and_the_same_ones_again(stra
         usable = [i for i, one in enumerate(given) if one["text"] and not one["error"]]
         settings = config(strategy, draw.randint(1, 6), shuffle=draw.random() < 0.5)
         if not usable:
-            with pytest.raises(InputError, match="no usable proposal"):
+            with pytest.raises(InputError, match="no usable proposals"):
                 kept(given, settings, seed)
             continue
         chosen = kept(given, settings, seed)
@@ -87,7 +87,7 @@ def test_any_proposals_give_k_different_usable_ones_and_the_same_ones_again(stra
 
 
 @pytest.mark.parametrize("strategy", ["top_k", "stratified"])
-def test_unscored_proposals_are_taken_only_where_scored_ones_are_too_few(strategy: str) -> None:
+def test_unscored_proposals_are_selected_only_if_there_are_too_few_scored_ones(strategy: str) -> None:
     given = proposals(None, 0.2, None, 0.9, 0.5, None)
     for seed in range(20):
         assert set(kept(given, config(strategy, 3), seed)) == {1, 3, 4}
@@ -117,7 +117,7 @@ def test_the_reason_says_how_the_proposals_were_chosen(strategy: str, scores: tu
     assert select(proposals(*scores), config(strategy), random.Random(0))[1] == reason
 
 
-def test_the_order_shown_is_drawn_and_does_not_give_the_best_away() -> None:
+def test_the_selected_proposals_are_shuffled_so_that_the_position_does_not_reveal_the_best() -> None:
     given = proposals(4, 3, 2, 1)
     firsts = [kept(given, config(), seed)[0] for seed in range(400)]
     assert all(70 < firsts.count(i) < 130 for i in range(4))
@@ -163,7 +163,7 @@ def test_similarity_is_the_share_of_common_n_grams(first: str, second: str, expe
     assert similarity(first, second) == similarity(second, first) == pytest.approx(expected)
 
 
-def test_diverse_takes_the_best_and_then_what_is_unlike_it() -> None:
+def test_diverse_selects_the_best_proposal_and_then_dissimilar_ones() -> None:
     best = "the quick brown fox jumps over the lazy dog today"
     given = [
         proposal(best, 1.0),
@@ -187,7 +187,7 @@ def test_an_unscored_proposal_counts_as_the_worst_and_equal_scores_as_the_best()
     assert most_diverse([2, 1, 0], given, 3, diversity=0.5) == [1, 0, 2]
 
 
-def test_copies_are_taken_last_when_nothing_is_scored() -> None:
+def test_copies_are_selected_last_if_no_proposal_has_a_score() -> None:
     given = [proposal(text, None) for text in ("same text", "same text", "same text", "unlike", "another")]
     for seed in range(20):
         assert {3, 4} < set(kept(given, config("diverse", 3), seed))
@@ -256,7 +256,7 @@ def survivors(rows: list[dict[str, Any]], threshold: int, seed: int = 7) -> list
 
 
 @pytest.mark.parametrize(("ratio", "num_easy"), [(0, 0), (0.5, 50), (1, 100), (2.34, 234), (5, 500), (99, 500)])
-def test_easy_prompts_are_kept_by_their_number_per_hard_one_and_all_others_always(
+def test_easy_per_hard_limits_the_easy_prompts_and_keeps_all_others(
     tmp_path: Path, ratio: float, num_easy: int
 ) -> None:
     folder = Folder.at(tmp_path / "scores")
@@ -283,7 +283,7 @@ def test_a_set_without_hard_prompts_keeps_no_easy_one(tmp_path: Path) -> None:
     assert survivors(rows, easy_below(Folder.at(tmp_path), 1, seed=7)) == []
 
 
-def test_the_draw_of_a_prompt_is_spread_over_64_bits() -> None:
+def test_the_hash_of_a_prompt_is_spread_over_64_bits() -> None:
     drawn = [prompt_hash(f"p-{i}", 0) for i in range(4000)]
     assert len(set(drawn)) == len(drawn)
     assert 900 < sum(number < 1 << 62 for number in drawn) < 1100
@@ -300,7 +300,7 @@ def finish_scores(run: Run, rows: list[dict[str, Any]]) -> None:
     write_manifest(folder, Manifest(stage="scores", status="done", fingerprint="f", settings={}, rows_out=len(rows)))
 
 
-def test_the_stage_counts_prompts_once_the_scores_are_done_and_not_before(tmp_path: Path) -> None:
+def test_the_stage_counts_prompts_only_when_the_scores_are_finished(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", easy_per_hard=1)
     before = stage(run)
     finish_scores(run, ROWS)
@@ -321,7 +321,7 @@ def test_without_a_ratio_the_scores_are_not_read_and_every_prompt_is_kept(tmp_pa
     assert worker.easy_below is None
 
 
-def test_a_run_thins_its_easy_prompts_and_counts_them(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_run_removes_surplus_easy_prompts_and_counts_them(tmp_path: Path, ray_cluster: None) -> None:
     from aft_ray.stages import run_stage
 
     run = run_of(tmp_path / "run", easy_per_hard=1, num_proposals=2)

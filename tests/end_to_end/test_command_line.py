@@ -87,7 +87,7 @@ assert not list(pathlib.Path(".").iterdir()), "files written"
     ],
     ids=["unreadable", "empty", "no-prompt", "duplicate-id"],
 )
-@pytest.mark.parametrize(("on_bad_row", "code"), [("fail", 3), ("refuse", 2)])
+@pytest.mark.parametrize(("on_bad_row", "code"), [("record", 3), ("stop", 2)])
 def test_bad_prompts_end_the_run_and_the_line_is_named(
     config: Path, lines: list[str], words: list[str], on_bad_row: str, code: int
 ) -> None:

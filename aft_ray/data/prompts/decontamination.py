@@ -1,12 +1,12 @@
-"""Prompts that evaluation sets hold too: found by n words in a row in common.
+"""Finds prompts that overlap an evaluation set: they share n consecutive words with one of its prompts.
 
     known = EvaluationSets.read(["gsm8k_test.jsonl"], ngram=13, seed=0)
     known.overlap("natalia sold clips to ...")     # None, or ("gsm8k_test.jsonl", "gsm8k_test.jsonl:17")
 
-Words are runs of letters and digits after the normalisation of `duplicates.plain_text`, without accents and vowel
-signs, which would cut words of Indic scripts apart. Scripts written without spaces between words (Chinese, Japanese,
-Thai, Lao, Khmer, Burmese, Tibetan) are compared by character: each counts as one word, so n words are n characters.
-An evaluation prompt of fewer than n words is found only where the whole prompt is the same.
+A word is a run of letters and digits in a text normalised by `duplicates.plain_text`. Accents and vowel signs are
+removed first, since vowel signs would split words of Indic scripts. In scripts without spaces between words (Chinese,
+Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character counts as one word. An evaluation prompt of fewer than n
+words overlaps only with an identical prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text that `plain_text` made: `naïve 2nd, 中文` -> `[naive, 2nd, 中, 文]`."""
+    """Return the words of a normalised text: `naïve 2nd, 中文` -> `[naive, 2nd, 中, 文]`."""
     if not text.isascii():
         decomposed = unicodedata.normalize("NFKD", text)
         text = "".join(character for character in decomposed if not unicodedata.category(character).startswith("M"))
@@ -40,32 +40,32 @@ def words_of(text: str) -> list[str]:
 
 
 class EvaluationSets:
-    """The n-grams of evaluation prompts, as hashes."""
+    """The n-grams of all evaluation prompts, stored as hashes."""
 
     def __init__(self, ngram: int) -> None:
         self.ngram = ngram
         self._places: list[tuple[str, str]] = []
-        """Source and place of every evaluation prompt."""
+        """Source and place of each evaluation prompt."""
         self._ngrams: dict[int, int] = {}
-        """Hash of an n-gram -> number of the first prompt it stands in."""
+        """Maps the hash of an n-gram to the number of the first prompt that contains it."""
         self._whole: dict[str, int] = {}
-        """The same for the whole of prompts with fewer than n words."""
+        """Maps the whole text of a prompt with fewer than n words to its number."""
 
     @classmethod
     def read(cls, sources: Iterable[str], ngram: int, seed: int) -> EvaluationSets:
-        """Read every set once. The prompt is found as in any source; answers and other columns are not looked at."""
+        """Read the prompts of every set. Answers and other columns are ignored."""
         sets = cls(ngram)
         for source in sources:
             num_before = len(sets._places)
             for place, raw in read_source(source, None, seed, "prompts.decontaminate"):
-                _, messages = conversation(raw, None, place, hint="Rename the column that holds it")
+                _, messages = conversation(raw, None, place, hint="Rename the column that holds the prompt")
                 sets.add(source, place, plain_text(messages))
             if len(sets._places) == num_before:
-                raise InputError(f"prompts.decontaminate {source}: no rows in it; expected an evaluation set")
+                raise InputError(f"prompts.decontaminate {source}: the source has no rows; expected an evaluation set")
         return sets
 
     def add(self, source: str, place: str, text: str) -> None:
-        """Know one more evaluation prompt, normalised by `plain_text`."""
+        """Add one evaluation prompt, normalised by `plain_text`."""
         number = len(self._places)
         self._places.append((source, place))
         words = words_of(text)
@@ -75,7 +75,7 @@ class EvaluationSets:
             self._ngrams.setdefault(ngram, number)
 
     def overlap(self, text: str) -> tuple[str, str] | None:
-        """The evaluation set, and the place in it, of the first evaluation prompt that this one overlaps."""
+        """Return the evaluation set and the place of the first evaluation prompt that this text overlaps, or None."""
         words = words_of(text)
         numbers = [self._ngrams[ngram] for ngram in self._hashes(words) if ngram in self._ngrams]
         whole = self._whole.get(_whole(words, text)) if len(words) < self.ngram else None
@@ -83,9 +83,9 @@ class EvaluationSets:
         return self._places[min(numbers)] if numbers else None
 
     def _hashes(self, words: list[str]) -> Iterator[int]:
-        """Python's own hashes: they live in this process only, and are 64 bits wide."""
+        """Yield the hashes of the n-grams. Python's own 64-bit hashes suffice, since they never leave this process."""
         return (hash(" ".join(words[i : i + self.ngram])) for i in range(len(words) - self.ngram + 1))
 
 
 def _whole(words: list[str], text: str) -> str:
-    return " ".join(words) or text  # a prompt of signs only, such as ":-)"
+    return " ".join(words) or text  # a prompt without any word, such as ":-)"

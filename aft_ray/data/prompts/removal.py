@@ -68,7 +68,7 @@ def sift(config: PromptsConfig, seed: int) -> Iterator[Sifted]:
         except ConfigError:
             raise
         except (ValueError, RecursionError) as error:  # the row fails, with its place and the reason
-            if config.on_bad_row == "refuse":
+            if config.on_bad_row == "stop":
                 raise
             yield Sifted(place=place, error=error)
             continue
@@ -99,7 +99,7 @@ def _is_repeated(prompt_id: str, has_given_id: bool, seen: SeenPrompts, place: s
         return False
     if has_given_id or first.has_given_id:
         raise InputError(f"{place}: prompt_id {prompt_id!r} is already used at {first.place}; ids must be unique")
-    if config.duplicates == "refuse":
+    if config.duplicates == "reject":
         raise InputError(
             f"{place}: the same conversation as at {first.place} (both get prompt_id {prompt_id}). Remove one of them, "
             "give each row its own prompt_id, or set prompts.duplicates to drop"

@@ -1,12 +1,11 @@
-"""Answers that a source brings with each prompt: where off-policy proposals come from (`prompts.responses`).
+"""Reads the answers that a source has for each prompt (`prompts.responses`). They become off-policy proposals.
 
     {"completions": [{"response": "Nile.", "model": "gpt-4", "overall_score": 8.5}, ...]}    ultrafeedback
     {"answers": ["Nile.", "The Nile."]}                                                      {column: answers}
     {"chosen": [{"role": "user", ...}, {"role": "assistant", "content": "Nile."}], ...}      {columns: [chosen, ...]}
 
-each become `[{"text": "Nile.", "model": "gpt-4", "score": 8.5}, ...]`, in the source's order. The keys must be there;
-what is null or empty in them is no response and is left out, so a prompt may end up with fewer than others
-(`proposals.too_few` says what becomes of it).
+become `[{"text": "Nile.", "model": "gpt-4", "score": 8.5}, ...]`, in the source's order. The columns must exist, but
+null and empty answers are skipped, so prompts may have different numbers of responses (see `proposals.too_few`).
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from aft_ray.templates.control import without_surrogates
 
 
 def layout_of(config: PromptsConfig) -> ResponsesConfig | None:
-    """Where the responses stand in a row; None where the config asks for none."""
+    """Return where a row keeps its responses, or None if the config asks for none."""
     return ULTRAFEEDBACK if config.responses == "ultrafeedback" else config.responses
 
 
 def columns_of(layout: ResponsesConfig | None) -> set[str]:
-    """The columns that hold responses."""
+    """Return the names of the columns that hold responses."""
     if layout is None:
         return set()
     return set(layout.columns) if layout.column is None else {layout.column}
 
 
 def read_responses(raw: Mapping[str, Any], layout: ResponsesConfig, place: str) -> list[dict[str, Any]]:
-    """The responses of one raw row, as `records.RESPONSE`. Raises InputError for what has the wrong type."""
+    """Return the responses of one raw row, as `records.RESPONSE`. Raises InputError for a value of the wrong type."""
     missing = sorted(columns_of(layout) - raw.keys())
     if missing:
         raise InputError(
@@ -51,13 +50,13 @@ def read_responses(raw: Mapping[str, Any], layout: ResponsesConfig, place: str) 
 
 
 def _from_column(value: Any, layout: ResponsesConfig, place: str) -> dict[str, Any] | None:
-    """A column with one answer: a text, an object, or a conversation whose last turn is the answer."""
+    """Read a column that holds one answer: a text, an object, or a conversation that ends with the answer."""
     if not isinstance(value, list) or not value:
         return _from_item(None if value == [] else value, layout, place)
     last = value[-1]
     if not isinstance(last, Mapping) or last.get("role") != "assistant":
         found = f"role {excerpt(last.get('role'))}" if isinstance(last, Mapping) else kind_of(last)
-        raise InputError(f"{place}: expected messages whose last one is the assistant's, found {found}")
+        raise InputError(f"{place}: expected messages that end with the assistant's, found {found}")
     return _response(last.get("content"), None, None, f"{place}, last message, field 'content'")
 
 
@@ -86,24 +85,24 @@ def _response(text: Any, model: str | None, score: float | None, place: str) -> 
 
 
 def _score(value: Any, place: str) -> float | None:
-    """A source's score. NaN is how data frames write a missing one."""
+    """Return the source's score, or None. NaN is how data frames write a missing one."""
     if value is None or value != value:
         return None
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # a whole number beyond float
+    except OverflowError:  # an integer beyond the range of float
         pass
     raise InputError(f"{place}: expected a finite number, found {kind_of(value)}")
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of a message."""
+    """Return the type of a value in words, for an error message."""
     names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def excerpt(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """Return the repr of a value for an error message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,13 +1,13 @@
-"""One raw row of a source -> one row of `records.PROMPTS`, or an InputError that says what is wrong with it.
+"""Turns one raw row of a source into a row of `records.PROMPTS`, or raises InputError with the reason why it cannot.
 
-The prompt stands in the first of `messages`, `prompt`, `query`, `instruction`, `question` (or in the column that the
-config names), as text or as a list of {role, content}; a text `input` beside `instruction` is appended to it. A row may
-bring `prompt_id`, `task` and `reference`, and answers where `prompts.responses` names their place. Every other column
-is kept in `metadata`.
+The prompt is read from the column that the config names, or from the first of `messages`, `prompt`, `query`,
+`instruction`, `question`. It is a text or a list of {role, content}; if an `instruction` has a text `input` beside it,
+the input is appended. A row may also have a `prompt_id`, a `task`, a `reference`, and the answers that
+`prompts.responses` describes. All other columns are kept in `metadata`.
 
-Text with NUL, lone surrogates, control strings of a chat format or half a million characters is wrong too, unless
-`prompts.odd_text` is keep. Then it is taken as it is (the chat format breaks control strings where it matters); only
-lone surrogates are replaced, by U+FFFD: they cannot be written as UTF-8.
+A prompt with NUL, lone surrogates, control tokens of a chat format, or more than 500,000 characters is rejected, unless
+`prompts.unusual_text` is keep. Then it is accepted unchanged, except that U+FFFD replaces lone surrogates, which cannot
+be written as UTF-8. (The chat format breaks up control tokens when it tokenizes the text.)
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from aft_ray.templates.control import without_surrogates
 PROMPT_COLUMNS = ("messages", "prompt", "query", "instruction", "question")
 ROLES = ("system", "user", "assistant")
 MOST_CHARACTERS = 500_000
-"""What `prompts.odd_text: fail` lets pass: more fits no model's window with room for an answer."""
+"""Longest text that `prompts.unusual_text: reject` accepts; a longer one would fill any model's context window."""
 CONTROL = re.compile(r"<\|[^\s|<>{}]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
-"""Control strings of the known chat formats; prompts are read before it is known which model will see them."""
+"""Control tokens of the common chat formats, since prompts are read before the models that will see them are known."""
 
 
 def to_prompt(raw: Any, config: PromptsConfig, place: str) -> tuple[dict[str, Any], bool]:
-    """One raw row as a PROMPTS row (all but `split`), and whether its `prompt_id` is the source's own."""
+    """Return the row of `records.PROMPTS` without its `split`, and whether the source gave the `prompt_id`."""
     column, messages = conversation(raw, config.column, place)
     if messages[-1]["role"] != "user":
         raise InputError(
             f"{place}: column '{column}': the last turn is '{messages[-1]['role']}', expected 'user'. "
-            "Leave the answer out of the messages (an answer to learn from goes into the reference column)"
+            "Remove the answer from the messages; to train on it, put it into the reference column"
         )
-    if config.odd_text == "fail":
-        _refuse_odd(raw[column], column, place)
+    if config.unusual_text == "reject":
+        _reject_unusual(raw[column], column, place)
     row = {key: value for key, value in raw.items() if value is not None}
     layout = layout_of(config)
     used = {column, "prompt_id", "task", "metadata"} | columns_of(layout)
@@ -60,27 +60,27 @@ def to_prompt(raw: Any, config: PromptsConfig, place: str) -> tuple[dict[str, An
     return prompt, "prompt_id" in row
 
 
-def _refuse_odd(prompt: str | Sequence[Message], column: str, place: str) -> None:
+def _reject_unusual(prompt: str | Sequence[Message], column: str, place: str) -> None:
     for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
         if without_surrogates(text) != text:
-            found = "half a character (a lone surrogate)"
+            found = "a lone surrogate"
         elif "\0" in text:
             found = "NUL"
         elif len(text) > MOST_CHARACTERS:
             found = f"{len(text):,} characters"
         elif (control := CONTROL.search(text)) is not None:
-            found = f"the control string {control.group()}"
+            found = f"the control token {control.group()}"
         else:
             continue
-        raise InputError(f"{place}: column '{column}': {found} in the text (prompts.odd_text: keep would take it)")
+        raise InputError(f"{place}: column '{column}': the text has {found}; prompts.unusual_text: keep accepts it")
 
 
 def conversation(
     raw: Any, column: str | None, place: str, hint: str = "Name the right one in prompts.column"
 ) -> tuple[str, list[Message]]:
-    """The column of a raw row that holds its prompt (`column`, or the first that is known), and the prompt.
+    """Return the name of the column that holds the prompt (`column`, or the first known name), and the prompt.
 
-    `hint` tells what to do about a row that has no such column.
+    `hint` ends the error message for a row without such a column: it says what to do.
     """
     if isinstance(raw, InputError):
         raise raw
@@ -107,12 +107,12 @@ def _messages(row: Mapping[str, Any], column: str, place: str) -> list[Message]:
     if isinstance(value, str):
         extra = row.get("input", "") if column == "instruction" else ""
         if not isinstance(extra, str):
-            raise InputError(f"{place}: column 'input': expected text beside 'instruction', found {kind_of(extra)}")
+            raise InputError(f"{place}: column 'input': expected text, found {kind_of(extra)}")
         value = [{"role": "user", "content": f"{value}\n\n{extra}" if extra.strip() and value.strip() else value}]
     if not isinstance(value, list):
         raise InputError(f"{place}: column '{column}': expected text or a list of messages, found {kind_of(value)}")
     if not value:
-        raise InputError(f"{place}: column '{column}': an empty list; expected one message or more")
+        raise InputError(f"{place}: column '{column}': the list is empty; expected at least one message")
     return [_message(item, f"{place}: column '{column}', message {n}") for n, item in enumerate(value, start=1)]
 
 
@@ -126,7 +126,7 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(content, str):
         raise InputError(f"{place}: content: expected text, found {kind_of(content)}")
     if not content.strip():
-        raise InputError(f"{place}: the text is empty; expected a prompt. Fill it in or remove the row")
+        raise InputError(f"{place}: the text is empty; expected a prompt. Add the text or remove the row")
     return {"role": role, "content": without_surrogates(content)}
 
 
@@ -136,7 +136,8 @@ def _prompt_id(row: Mapping[str, Any], messages: Sequence[Message], place: str) 
     name = row["prompt_id"]
     if not isinstance(name, str) or not name.strip():
         raise InputError(
-            f"{place}: prompt_id: expected text that is not empty, found {excerpt(name)}; leave it out to get one"
+            f"{place}: prompt_id: expected a non-empty text, found {excerpt(name)}; without one, the id "
+            "is a hash of the conversation"
         )
     return without_surrogates(name)
 
@@ -164,7 +165,7 @@ def _reference(raw: Mapping[str, Any], column: str, required: bool, place: str) 
 
 
 def _metadata(row: Mapping[str, Any], used: set[str]) -> str | None:
-    """Columns not used elsewhere, as JSON text. A `metadata` column that is an object is laid under them."""
+    """Return the columns that are not used elsewhere, as JSON text, merged into the row's `metadata` object if any."""
     kept = {key: value for key, value in row.items() if key not in used}
     if "metadata" in row:
         inner = _as_object(row["metadata"])
@@ -183,7 +184,7 @@ def _as_object(value: Any) -> dict[str, Any] | None:
 
 
 def _check_task(prompt: Mapping[str, Any], row: Mapping[str, Any], place: str) -> None:
-    """What the task's verifier will need must be there: found now, not after the proposals are paid for."""
+    """Raise InputError if the row lacks what its task's verifier needs, before any proposal is paid for."""
     metadata = json.loads(prompt["metadata"]) if prompt["metadata"] else {}
     if prompt["task"] == "constraints":
         if "constraints" not in metadata:
@@ -194,6 +195,6 @@ def _check_task(prompt: Mapping[str, Any], row: Mapping[str, Any], place: str) -
             raise InputError(f"{place}: {error}") from None
     if prompt["task"] == "numeric" and final_number(prompt["reference"] or "") is None:
         raise InputError(
-            f"{place}: task 'numeric' needs a reference with a number in it, found {excerpt(prompt['reference'])}. "
-            f"Name its column in prompts.reference_column; found columns: {', '.join(map(str, row))}"
+            f"{place}: task 'numeric' needs a number in the reference, found {excerpt(prompt['reference'])}. "
+            f"Name the right column in prompts.reference_column; found columns: {', '.join(map(str, row))}"
         )

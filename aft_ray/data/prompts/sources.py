@@ -1,12 +1,12 @@
-"""Where prompts are read from: every source is an iterator of raw rows with their places, and can be read again.
+"""Opens the sources of prompts. Every source yields raw rows with their places, and can be read again.
 
-    packaged:constraints              open instructions with machine-checkable constraints, in the package
-    FILE.jsonl, FILE.parquet          one row per prompt; a local path, or s3://..., gs://...
-    hub:DATASET[@CONFIG][:SPLIT]      a data set of the Hugging Face hub; split `train` unless named
-    reasoning_gym:TASK[,TASK...]      procedural tasks with their own verifiers, turn by turn
+    packaged:constraints              instructions with machine-checkable constraints; they come with the package
+    FILE.jsonl, FILE.parquet          one row per prompt; a local path, s3://... or gs://...
+    hub:DATASET[@CONFIG][:SPLIT]      a data set of the Hugging Face hub; the default split is `train`
+    reasoning_gym:TASK[,TASK...]      procedural tasks with their own verifiers, interleaved
     arithmetic:PARTITION              chains of operations modulo twenty (`aft_ray.data.arithmetic`): tuning, final
 
-Blank lines are skipped. A line that cannot be read is a row too: whoever reads the rows decides what becomes of it.
+Blank lines are skipped. A line that cannot be parsed is yielded as an InputError, and the caller decides its outcome.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ SOURCES = (
     "arithmetic:PARTITION"
 )
 NUM_PROCEDURAL = 500
-"""Rows drawn from `reasoning_gym` or `arithmetic` when the config sets no limit."""
+"""Number of rows drawn from `reasoning_gym` or `arithmetic` if the config sets no limit."""
 
 Placed = tuple[str, Any]
-"""Where a raw row stands (`prompts.jsonl:3`), and the row as the source gives it, or the InputError that says why it
-cannot be read."""
+"""The place of a raw row (`prompts.jsonl:3`), and the row itself, or the InputError that says why it cannot be read."""
 
 
 def read_source(source: str, limit: int | None, seed: int, key: str = "prompts.source") -> Iterator[Placed]:
-    """The first `limit` rows of a source, in its order. `seed` draws the items of procedural sources.
+    """Yield the first `limit` rows of a source, in its order. `seed` draws the items of procedural sources.
 
-    Raises InputError, which names `key`, for a source that is not there, ConfigError where a package is missing.
+    Raises InputError, which names the setting `key`, if the source is missing, and ConfigError if a package is missing.
     """
     return itertools.islice(_open(source, limit, seed, f"{key} {source}"), limit)
 
@@ -56,12 +55,12 @@ def _open(source: str, limit: int | None, seed: int, name: str) -> Iterator[Plac
         return _jsonl(source, name)
     if source.endswith(".parquet"):
         return _parquet(source, name)
-    raise InputError(f"{name}: neither a known kind nor a known suffix; expected {SOURCES}")
+    raise InputError(f"{name}: unknown kind of source or file suffix; expected {SOURCES}")
 
 
 def _packaged(packaged: str, name: str) -> Iterator[Placed]:
     if packaged != "constraints":
-        raise InputError(f"{name}: no such prompts in the package; expected constraints")
+        raise InputError(f"{name}: the package has no such prompts; expected constraints")
     with resources.as_file(resources.files("aft_ray.data") / "constraints.jsonl") as path:
         yield from _jsonl(str(path), name)
 
@@ -96,7 +95,7 @@ def _json_line(line: bytes, place: str) -> Any:
         return InputError(f"{place}: not UTF-8 text (byte {error.start}: {error.reason}). Save it as UTF-8")
     except (ValueError, RecursionError) as error:
         return InputError(
-            f"{place}: not readable as JSON ({error}); expected one JSON object per line, found {_excerpt(line)}"
+            f"{place}: not valid JSON ({error}); expected one JSON object per line, found {_excerpt(line)}"
         )
 
 
@@ -116,7 +115,7 @@ def _parquet(source: str, name: str) -> Iterator[Placed]:
             for number, row in enumerate(rows, start=1):
                 yield f"{source}:row {number}", row
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{name}: not readable as Parquet: {error}") from None
+            raise InputError(f"{name}: not a valid Parquet file: {error}") from None
 
 
 def _hub(reference: str, name: str) -> Iterator[Placed]:
@@ -137,7 +136,7 @@ def _hub(reference: str, name: str) -> Iterator[Placed]:
 
 
 def _reasoning_gym(names: str, num_rows: int, seed: int, name: str) -> Iterator[Placed]:
-    """Items of the named tasks in turn. Seed, size and index are kept: the scorer makes the item again from them."""
+    """Yield items of the named tasks in turn. The scorer makes an item again from its seed, size and index."""
     try:
         import reasoning_gym
     except ImportError:

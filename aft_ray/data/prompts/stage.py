@@ -1,15 +1,15 @@
-"""source -> prompts: the first stage. It reads and checks every prompt, and fixes the shards all later stages keep.
+"""source -> prompts: the first stage reads and checks every prompt, and divides them into the shards of all stages.
 
 out   prompt_id, messages, reference, task, metadata, split, responses
 on    the driver
 
-The source is read twice, so that memory stays flat: once to learn which rows are kept and which of them are held out,
-once to write them. Both lists beside the shards are written in the first reading, whole or not at all:
+The stage reads the source twice, so that memory stays constant: first to decide which rows are kept and which of them
+are held out, then to write them. The first pass also writes two lists, each of them whole or not at all:
 
     prompts/failed/rows.jsonl    rows that cannot be used        {prompt_id, stage, place, error, message}
-    prompts/removed.jsonl        rows left out on purpose        {prompt_id, place, reason, resembles}
+    prompts/removed.jsonl        rows removed on purpose         {prompt_id, place, reason, resembles}
 
-Held-out prompts (split `held_out`) are chosen by a seeded hash of their id, so the choice does not depend on order.
+A seeded hash of the prompt id chooses the held-out prompts, so the choice does not depend on their order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REMOVED, FAILED = "removed.jsonl", "rows.jsonl"
 
 
 def make_prompts(run: Run) -> Manifest:
-    """Write `prompts/` of a run, or return its manifest when it is there already."""
+    """Write the `prompts/` folder of a run, or return its manifest if it is already complete."""
     config, seed = run.config.prompts, run.config.run.seed
     folder = run.folder.child("prompts")
     manifest = begin(folder, "prompts", settings_of(config, seed))
@@ -56,15 +56,17 @@ def make_prompts(run: Run) -> Manifest:
         raise TooManyFailures(
             f"prompts: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
             f"run.max_failure_rate {run.config.run.max_failure_rate:g} allows. The first: {survey.first_failure}. "
-            f"{_lists(folder)}. Mend the source and choose another run.dir, or raise the rate"
+            f"{_lists(folder)}. Fix the source and choose another run.dir, or raise the rate"
         )
     num_kept = sum(survey.kept)
     if num_kept == 0:
-        raise InputError(f"prompts.source {config.source}: all {manifest.rows_in} rows are left out. {_lists(folder)}")
+        raise InputError(
+            f"prompts.source {config.source}: all {manifest.rows_in} rows were removed or failed. {_lists(folder)}"
+        )
     if config.held_out >= num_kept:
         raise ConfigError(
-            f"prompts.held_out {config.held_out}: leaves none of the {num_kept} prompts for training. "
-            f"Set prompts.held_out below {num_kept} or give more prompts"
+            f"prompts.held_out {config.held_out} leaves none of the {num_kept} prompts for training. "
+            f"Set prompts.held_out below {num_kept}, or use a source with more prompts"
         )
     num_rows = write_first_shards(folder, kept_rows(config, seed, survey), PROMPTS, config.rows_per_shard)
     manifest = dataclasses.replace(manifest, seconds=round(time.monotonic() - started, 1))
@@ -72,7 +74,7 @@ def make_prompts(run: Run) -> Manifest:
 
 
 def settings_of(config: PromptsConfig, seed: int) -> dict[str, Any]:
-    """What decides the prompts: the settings, and the content of the files they name."""
+    """Return everything that determines the prompts: the settings, and hashes of the files that they name."""
     return {
         "prompts": config.model_dump(mode="json"),
         "seed": seed,
@@ -82,7 +84,7 @@ def settings_of(config: PromptsConfig, seed: int) -> dict[str, Any]:
 
 
 def source_sha256(source: str) -> str | None:
-    """The content of a file source, so that an edited file is another run; None for any other source."""
+    """Return the hash of a source that is a local file, or None. An edited file must not resume the old run."""
     path = Path(source)
     if not path.is_file():
         return None
@@ -90,16 +92,16 @@ def source_sha256(source: str) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ── first reading ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── first pass ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class HeldOut:
-    """The `num` lowest seeded hashes of prompt_id among the prompts seen so far, with their row numbers."""
+    """Chooses the `num` prompts with the lowest seeded hashes of prompt_id among those seen so far."""
 
     def __init__(self, num: int, seed: int) -> None:
         self.num, self.seed = num, seed
         self._heap: list[tuple[int, int]] = []
-        """(minus hash, row number): the highest hash on top."""
+        """Pairs of (minus hash, row number), so that the highest hash is on top."""
 
     def see(self, prompt_id: str, row_number: int) -> None:
         digest = hashlib.blake2b(f"held_out/{self.seed}/{prompt_id}".encode(), digest_size=16).digest()
@@ -109,28 +111,30 @@ class HeldOut:
 
     @property
     def rows(self) -> set[int]:
-        """The row numbers of the prompts held out."""
+        """The row numbers of the held-out prompts."""
         return {row_number for _, row_number in self._heap}
 
 
 @dataclasses.dataclass(kw_only=True)
 class Survey:
-    """What the first reading found."""
+    """The result of the first pass."""
 
     kept: bytearray
-    """1 or 0 for each row of the source."""
+    """1 for each row of the source that is kept, 0 for each other row."""
     held_out: set[int]
-    """Row numbers of the prompts held out."""
+    """The row numbers of the held-out prompts."""
     failed: Counter[str]
+    """Number of failed rows by error class."""
     first_failure: str
-    """Its message."""
+    """Error message of the first failed row."""
     filtered: Counter[str]
+    """Number of removed rows by reason."""
     digest: bytes
-    """Hash over the ids of the kept prompts: the second reading must come to the same."""
+    """Hash of the ids of the kept prompts. The second pass must find the same."""
 
 
 def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
-    """Read the source once; list what failed and what was left out in `folder`."""
+    """Read the source once, and write the lists of failed and removed rows to `folder`."""
     kept, held_out, digest = bytearray(), HeldOut(config.held_out, seed), hashlib.blake2b()
     failed: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
@@ -169,7 +173,7 @@ def _lists(folder: Folder) -> str:
 
 
 class JsonLines:
-    """A list written row by row and moved into place at the end: whole or not at all, and absent when it is empty."""
+    """A file written line by line and moved into place at the end. It is whole or absent, and absent if it is empty."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder, self.name = folder, name
@@ -190,18 +194,18 @@ class JsonLines:
         if self._stream is not None:
             self._stream.close()
         if error is not None:
-            return  # what is left of it is never read
+            return  # the partial file is never read
         if self._stream is not None:
             self.folder.fs.move(self._partial, self.folder.file(self.name))
         elif self.folder.exists(self.name):
             self.folder.remove(self.name)
 
 
-# ── second reading ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── second pass ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def kept_rows(config: PromptsConfig, seed: int, survey: Survey) -> Iterator[dict[str, Any]]:
-    """The rows that the first reading kept, with their split."""
+    """Yield the rows that the first pass kept, with their split."""
     digest = hashlib.blake2b()
     for number, (place, raw) in zip(range(len(survey.kept)), raw_rows(config, seed), strict=False):
         if survey.kept[number]:
@@ -209,4 +213,6 @@ def kept_rows(config: PromptsConfig, seed: int, survey: Survey) -> Iterator[dict
             digest.update(f"{row['prompt_id']}\n".encode())
             yield {**row, "split": HELD_OUT if number in survey.held_out else TRAIN}
     if digest.digest() != survey.digest:
-        raise InputError(f"prompts.source {config.source}: changed while it was read. Run again in another run.dir")
+        raise InputError(
+            f"prompts.source {config.source}: the source changed while it was read. Run again with another run.dir"
+        )

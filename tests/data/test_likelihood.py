@@ -133,7 +133,7 @@ def test_an_engine_of_its_own_takes_precedence_over_the_runs(folder: Path) -> No
     scorer = build_scorer(config, ScriptedEngineConfig(tokenizer=str(folder)))
     assert isinstance(scorer, Likelihood)
     assert scorer.engine.info.max_model_len == 77
-    with pytest.raises(ConfigError, match=r"name the model's engine in scores\.likelihood\.engine"):
+    with pytest.raises(ConfigError, match=r"set scores\.likelihood\.engine to"):
         build_scorer(ScoresConfig(scorer="likelihood"))
 
 

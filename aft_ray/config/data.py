@@ -60,8 +60,8 @@ class PromptsConfig(Strict):
     held_out: int = Field(default=32, ge=0)
     """Number of prompts kept out of training, for evaluation. A seeded hash of the prompt id chooses them."""
     on_bad_row: Literal["record", "stop"] = "record"
-    """What happens to a row that cannot be used. `record`: the row fails, and prompts/failed/ gets its place and the
-    reason. `stop`: the run ends with an error at the first such row."""
+    """What happens to a row that cannot be used. `record`: the row fails, prompts/failed/ lists its place and error,
+    and the run goes on (up to `run.max_failure_rate`). `stop`: the run ends with an error at the first such row."""
     unusual_text: Literal["reject", "keep"] = "reject"
     """What happens to a prompt with NUL, lone surrogates, control tokens of a chat format, or more than 500,000
     characters. `reject`: it is a bad row (see `on_bad_row`). `keep`: it is accepted; lone surrogates become U+FFFD, and

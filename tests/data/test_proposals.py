@@ -151,7 +151,7 @@ def test_a_policy_that_cannot_work_is_refused(proposals: dict[str, Any], message
 
 
 def test_an_off_policy_proposer_without_prompts_responses_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"name the answers' place in prompts\.responses"):
+    with pytest.raises(ValueError, match=r"set prompts\.responses to"):
         Config.model_validate(
             {
                 "run": {"dir": "unused"},

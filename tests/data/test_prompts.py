@@ -190,9 +190,8 @@ def test_every_id_is_remembered_with_its_first_place() -> None:
     seen = SeenPrompts()
     names = [f"p-{n}" for n in range(5_000)] + ["", "a\0b", "a\0c", "ü"]
     for number, name in enumerate(names):
-        assert seen.first_use(name) is None
-        seen.add(name, f"prompts.jsonl:{number}", has_given_id=number % 2 == 0)
-    assert [seen.first_use(name) for name in names] == [
+        assert seen.add(name, f"prompts.jsonl:{number}", has_given_id=number % 2 == 0) is None
+    assert [seen.add(name, "elsewhere", has_given_id=True) for name in names] == [
         (f"prompts.jsonl:{number}", number % 2 == 0) for number in range(len(names))
     ]
 

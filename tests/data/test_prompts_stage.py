@@ -128,7 +128,7 @@ def test_unusual_text_is_a_counted_failure_unless_the_config_keeps_it(tmp_path: 
     for name, words in UNUSUAL.items():
         assert f"{words}" in found[str(list(FINE).index(name) + 1)]
     with pytest.raises(
-        InputError, match=r"p\.jsonl:1: .*the text has 1,080,000 characters; prompts\.unusual_text: keep"
+        InputError, match=r"p\.jsonl:1: .*the text contains 1,080,000 characters; prompts\.unusual_text: keep"
     ):
         make_prompts(run_of(tmp_path, source, name="strict", unusual_text="reject"))
 

@@ -1,10 +1,10 @@
 """Finds prompts that an earlier prompt repeats, exactly or nearly.
 
-    seen = SeenPrompts()                            # exactly: the same prompt_id, a hash of the conversation
-    seen.add("p-1", "prompts.jsonl:1", has_given_id=False)
-    seen.first_use("p-1").place                     # "prompts.jsonl:1"
+    seen = SeenPrompts()                                    # exactly: they have the same prompt_id
+    seen.add("p-1", "prompts.jsonl:1", has_given_id=False)  # None, and the id is remembered
+    seen.add("p-1", "prompts.jsonl:9", has_given_id=False)  # FirstUse(place="prompts.jsonl:1", has_given_id=False)
 
-    near = NearDuplicates(threshold=0.8, seed=0)    # nearly: MinHash over character 5-grams (`datasketch`)
+    near = NearDuplicates(threshold=0.8, seed=0)            # nearly: MinHash over character 5-grams (`datasketch`)
     near.earlier("p-1", "Name three rivers in Europe.")     # None, and the prompt is remembered
     near.earlier("p-2", "Name three rivers in  EUROPE!")    # "p-1"
 
@@ -67,10 +67,11 @@ class TemporaryIndex:
     def select(self, query: str, values: Sequence[Any]) -> Iterator[Any]:
         return self._database.execute(query, values)
 
-    def insert(self, table: str, *rows: tuple[Any, ...]) -> None:
+    def insert(self, table: str, *rows: tuple[Any, ...]) -> int:
+        """Insert the rows whose keys are new, and return their number."""
         slots = ", ".join("?" * len(rows[0]))
         try:
-            self._database.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({slots})", rows)
+            return self._database.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({slots})", rows).rowcount
         except sqlite3.OperationalError as error:
             raise ConfigError(
                 f"{self.setting}: the temporary index cannot grow ({error}). It needs about {self.bytes_per_prompt:,} "
@@ -91,13 +92,12 @@ class SeenPrompts:
     def __init__(self) -> None:
         self._index = TemporaryIndex(SEEN_SCHEMA, "prompts.source", bytes_per_prompt=100)
 
-    def first_use(self, prompt_id: str) -> FirstUse | None:
-        """Return where `prompt_id` was first used, or None if it is new."""
-        row = next(self._index.select("SELECT place, has_given_id FROM seen WHERE prompt_id = ?", [prompt_id]), None)
-        return None if row is None else FirstUse(row[0], bool(row[1]))
-
-    def add(self, prompt_id: str, place: str, has_given_id: bool) -> None:
-        self._index.insert("seen", (prompt_id, without_surrogates(place), has_given_id))
+    def add(self, prompt_id: str, place: str, has_given_id: bool) -> FirstUse | None:
+        """Return where `prompt_id` was first used, or None if it is new, and remember it."""
+        if self._index.insert("seen", (prompt_id, without_surrogates(place), has_given_id)):
+            return None
+        row = next(self._index.select("SELECT place, has_given_id FROM seen WHERE prompt_id = ?", [prompt_id]))
+        return FirstUse(row[0], bool(row[1]))
 
 
 def plain_text(messages: Iterable[Message]) -> str:

@@ -93,9 +93,8 @@ def raw_rows(config: PromptsConfig, seed: int) -> Iterator[Placed]:
 
 def _is_repeated(prompt_id: str, has_given_id: bool, seen: SeenPrompts, place: str, config: PromptsConfig) -> bool:
     """Return whether the row repeats a conversation that may be dropped. An id given by the source must be unique."""
-    first = seen.first_use(prompt_id)
+    first = seen.add(prompt_id, place, has_given_id)
     if first is None:
-        seen.add(prompt_id, place, has_given_id)
         return False
     if has_given_id or first.has_given_id:
         raise InputError(f"{place}: prompt_id {prompt_id!r} is already used at {first.place}; ids must be unique")

@@ -72,7 +72,9 @@ def _reject_unusual(prompt: str | Sequence[Message], column: str, place: str) ->
             found = f"the control token {control.group()}"
         else:
             continue
-        raise InputError(f"{place}: column '{column}': the text has {found}; prompts.unusual_text: keep accepts it")
+        raise InputError(
+            f"{place}: column '{column}': the text contains {found}; prompts.unusual_text: keep accepts it"
+        )
 
 
 def conversation(

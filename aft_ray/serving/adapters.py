@@ -1,9 +1,9 @@
-"""Adapters by content: a model's name stands for a folder whose own name is a hash of what is in it.
+"""Adapters by content: a model name stands for a folder that is named by a hash of its content.
 
     aft  ->  /runs/mine/model/.versions/3f9c0a1b2c3d/        adapter_config.json, adapter_model.safetensors
 
-An engine keeps weights and cached keys by folder, so a folder must never change. A new adapter is copied to a folder of
-its own, tried, and only then does the name move, in one step and in one place (`control.Control`).
+An engine caches weights and attention keys by folder, so a folder must never change. A new adapter is copied to a new
+folder and tried there; only then is the name moved to it, in one step and in one place (`control.Control`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 VERSIONS = ".versions"
 Stamp = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of an adapter's files."""
+"""Name, modification time and size of each of an adapter's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What a model's name stands for."""
+    """The adapter that a model name stands for."""
 
     path: str
     version: str
-    """12 characters of the sha256 of its files; `configured` for one named in the config and never moved."""
+    """12 characters of the sha256 of its files; `configured` for an adapter of the config that was never replaced."""
 
 
 def check_name(name: str, base_name: str) -> None:
-    """ConfigError unless it can be the name of an adapter."""
+    """Raise ConfigError unless `name` can be the name of an adapter."""
     if not NAME.fullmatch(name) or name == base_name:
         raise ConfigError(
             f"'{name[:100]}' cannot name an adapter: expected up to 64 letters, digits, '.', '_' and '-', and not the "
@@ -45,12 +45,12 @@ def check_name(name: str, base_name: str) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a peft adapter is complete in this folder."""
+    """Whether the folder holds a complete peft adapter."""
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
 
 
 def version_of(folder: Path) -> str:
-    """The identity of an adapter: 12 characters of a sha256 over its config and weights."""
+    """Return the identity of an adapter: 12 characters of a sha256 over its config and weights."""
     found = hashlib.sha256()
     for name in (CONFIG, *WEIGHTS):
         file = folder / name
@@ -62,12 +62,12 @@ def version_of(folder: Path) -> str:
 
 
 def keep_version(folder: Path, store: Path | None = None) -> Adapter:
-    """The adapter in `folder`, copied to where it will never change: `store`, or `.versions` beside the folder.
+    """Copy the adapter in `folder` to where it will never change: `store`, or `.versions` beside the folder.
 
-    Raises ConfigError when there is no whole adapter. A copy appears whole or not at all.
+    Raises ConfigError when the folder holds no complete adapter. A copy appears completely or not at all.
     """
     if not is_adapter(folder):
-        raise ConfigError(f"{folder}: no adapter there; expected {CONFIG} and {WEIGHTS[0]}, as training leaves them")
+        raise ConfigError(f"{folder}: found no adapter; expected {CONFIG} and {WEIGHTS[0]}, as training writes them")
     store = store or folder.parent / VERSIONS
     version = version_of(folder)
     kept = store / version
@@ -79,7 +79,7 @@ def keep_version(folder: Path, store: Path | None = None) -> Adapter:
                 shutil.copyfile(folder / name, half / name)
         if version_of(half) != version:
             shutil.rmtree(half)
-            raise ConfigError(f"{folder}: the adapter changed while it was read; try again when it is whole")
+            raise ConfigError(f"{folder}: the adapter changed while it was copied; try again when it is complete")
         try:
             half.rename(kept)
         except OSError:  # another process was faster with the same content
@@ -88,7 +88,7 @@ def keep_version(folder: Path, store: Path | None = None) -> Adapter:
 
 
 def found_in(folder: Path) -> dict[str, Path]:
-    """The adapters of a watched folder, by model name."""
+    """Return the adapters of a watched folder, by model name."""
     if not folder.is_dir():
         return {}
     return {
@@ -99,6 +99,6 @@ def found_in(folder: Path) -> dict[str, Path]:
 
 
 def stamp_of(folder: Path) -> Stamp:
-    """Changes whenever the adapter's files do: cheap to look at, unlike their content."""
+    """Return a stamp that changes whenever the adapter's files do, without reading their content."""
     files = [folder / name for name in (CONFIG, *WEIGHTS)]
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())

@@ -1,12 +1,12 @@
-"""What an operator asks: which adapters are served, moving a name to a new one, draining. For keys with `admin: true`.
+"""Routes for operators: list adapters, replace them, drain the server. They need a key with `admin: true`.
 
-    GET    /admin/status            open requests and tokens, by key and by adapter
-    GET    /admin/adapters          model name -> version, folder, and requests still under way with older versions
+    GET    /admin/status            requests and tokens under way, by key and by adapter
+    GET    /admin/adapters          model name -> version, folder, and requests that still run on older versions
     POST   /admin/adapters          {"name": "aft", "path": "/runs/new/model/aft"}: copy, try, move the name
-    DELETE /admin/adapters/{name}   the name is served no more; requests under way end with it
-    POST   /admin/drain             let nobody in any more (`{"drain": false}`: let in again)
+    DELETE /admin/adapters/{name}   stop serving the name; requests under way finish with the adapter they have
+    POST   /admin/drain             refuse new requests (`{"drain": false}`: accept them again)
 
-A request keeps the version it began with to its end, so moving a name drops none.
+A request keeps the adapter version it began with to its end, so moving a name interrupts none.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from aft_ray.serving.service import Service
 logger = logging.getLogger("ray.serve.aft_ray")
 
 TRY_S = 120.0
-"""Time engines have to load an adapter and write one token with it."""
+"""How long engines may take to load an adapter and write one token with it."""
 WATCH_S = 2.0
-"""How often the watched folder is looked at. An adapter is taken when it looked the same twice."""
+"""Interval between two looks at the watched folder. An adapter is served when two looks in a row find it unchanged."""
 
 
 class AdapterBody(BaseModel):
-    """A name and the folder it shall stand for."""
+    """A model name and the folder of its new adapter."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,7 +45,7 @@ class AdapterBody(BaseModel):
 
 
 class DrainBody(BaseModel):
-    """Whether to let nobody in any more."""
+    """Whether to refuse new requests."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,11 +53,11 @@ class DrainBody(BaseModel):
 
 
 async def install(service: Service, name: str, folder: Path) -> Adapter:
-    """The adapter in `folder` answers under `name` from now on, at every ingress replica.
+    """Serve the adapter in `folder` under `name` from now on, at every ingress replica.
 
-    It is copied to a folder named by its content, tried by one replica of each pool (the others load it with their
-    first request), and then the name moves. ConfigError or EngineError, and nothing has moved, where it cannot be
-    served.
+    It is copied to a folder named by its content and tried by one replica of each pool (the others load it with their
+    first request); then the name moves. Raises ConfigError or EngineError where the adapter cannot be served; the name
+    has not moved then.
     """
     config = service.config
     check_name(name, config.base_name)
@@ -71,14 +71,14 @@ async def install(service: Service, name: str, folder: Path) -> Adapter:
         async with asyncio.timeout(TRY_S):
             await service.try_adapter(adapter.path)
     except TimeoutError:
-        raise EngineError(f"no token in {TRY_S:g} s with the adapter {folder}") from None
+        raise EngineError(f"the engines wrote no token with the adapter {folder} in {TRY_S:g} s") from None
     await service.gate.change(move={name: adapter})
     logger.warning("model %s: now version %s (before: %s)", name, adapter.version, known.version if known else "none")
     return adapter
 
 
 async def keep_watching(service: Service) -> None:
-    """Serve what appears or changes in the watched folder, for as long as the replica lives."""
+    """Serve new and changed adapters of the watched folder, for as long as the replica lives."""
     if service.config.adapters_dir is None:
         return
     folder = Path(service.config.adapters_dir)
@@ -87,15 +87,15 @@ async def keep_watching(service: Service) -> None:
         try:
             if await service.gate.may_watch():
                 seen = await _take_changed(service, folder, seen)
-        except HttpError as error:  # control does not answer now: the next look tries again
-            logger.error("the adapters in %s are not looked at: %s", folder, error)
+        except HttpError as error:  # the control does not answer: the next look tries again
+            logger.error("cannot look for adapters in %s: %s", folder, error)
         except Exception as error:  # process boundary: this task must not end before its replica
-            logger.error("the adapters in %s are not looked at: %s", folder, type(error).__name__)
+            logger.error("cannot look for adapters in %s: %s", folder, type(error).__name__)
         await asyncio.sleep(WATCH_S)
 
 
 async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """One look: install what has not changed since it was `seen` and is not taken yet. Returns what is there now."""
+    """Install adapters that are unchanged since the last look (`seen`) and not yet taken. Return what is there now."""
     places = await asyncio.to_thread(found_in, folder)
     now = {name: await asyncio.to_thread(stamp_of, place) for name, place in places.items()}
     for name, stamp in now.items():
@@ -106,19 +106,21 @@ async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp
         except HttpError:
             raise
         except (ConfigError, EngineError) as error:
-            logger.error("the adapter %s is not served: %s", places[name], error)
+            logger.error("cannot serve the adapter %s: %s", places[name], error)
         except Exception as error:  # process boundary: the other adapters must not wait for this one
-            logger.error("the adapter %s is not served: %s", places[name], type(error).__name__)
+            logger.error("cannot serve the adapter %s: %s", places[name], type(error).__name__)
         await service.gate.change(taken={name: stamp})
     return now
 
 
 def admin_routes(service: Service) -> APIRouter:
-    """The routes above."""
+    """Return the `/admin` routes."""
 
     async def need_admin(request: Request) -> None:
         if not service.keys.is_asked_for:
-            message = "this server has no keys, so nobody may change it: name a serving.keys_file with an admin key"
+            message = (
+                "nobody may use /admin on a server without keys: set serving.keys_file to a file with an admin key"
+            )
             raise HttpError(403, message, code="admin_key_required", type="permission_error")
         if not service.caller(request.headers.get("authorization")).is_admin:
             message = "this key may not use /admin: set admin: true for it in the keys file"
@@ -154,7 +156,8 @@ def admin_routes(service: Service) -> APIRouter:
         try:
             adapter = await install(service, body.name, Path(body.path))
         except EngineError as error:
-            raise HttpError(400, f"the engines refuse it: {error}", param="path", code="adapter_refused") from None
+            message = f"the engines cannot serve this adapter: {error}"
+            raise HttpError(400, message, param="path", code="adapter_refused") from None
         return {"name": body.name, **dataclasses.asdict(adapter), **await overview()}
 
     @router.delete("/adapters/{name}")
@@ -164,7 +167,7 @@ def admin_routes(service: Service) -> APIRouter:
         if name not in service.gate.table.adapters:
             raise HttpError(404, f"no adapter is named '{name[:100]}'", param="name", code="model_not_found")
         if name in (config.default_model, config.proposer_adapter):
-            message = f"'{name}' is serving.default_model or serving.proposer_adapter: move it instead"
+            message = f"'{name}' is serving.default_model or serving.proposer_adapter: give it another adapter instead"
             raise HttpError(400, message, param="name", code="adapter_in_use")
         await service.gate.change(move={name: None})
         return await overview()

@@ -1,12 +1,12 @@
-"""Who is let in: how many requests at once, and how many tokens they may cost together, over all and per key. Pure.
+"""Admission control: how many requests may run at once, and how many tokens they may cost, in all and per key. Pure.
 
-The cost of a request is what its plan may write at most, and its prompt: with K=5, L=1 and max_tokens=512 everywhere, 6
-x 512 plus the prompt's tokens. It is reserved whole when the request comes, and what `tokens_per_minute` was charged
-too much is given back when it ends. A request over a limit is refused at once with the seconds after which to try
-again, so no queue grows.
+The cost of a request is its prompt plus the most that its plan may write: with K=5, L=1 and max_tokens=512 everywhere,
+the prompt's tokens plus 6 x 512. The whole cost is reserved when the request arrives; what it did not use is given back
+to `tokens_per_minute` when it ends. A request over a limit is refused at once, with the number of seconds after which
+to try again, so no queue grows.
 
-The state is soft. Every ingress replica tells once a second which of its requests are open; what a lost replica had
-open is forgotten after `LOST_S`, and an `Admission` that starts anew knows everything again after one round.
+The state is soft. Every ingress replica reports its open requests once a second. The requests of a replica that is lost
+are forgotten after `LOST_S`, and a new `Admission` has the complete state again after one round of reports.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from aft_ray.inference.plan import Plan
 from aft_ray.serving.adapters import Adapter, Stamp
 
 LOST_S = 10.0
-"""An ingress replica that has said nothing for so long is gone, and its requests with it."""
+"""An ingress replica that has not reported for this long is lost, and its requests with it."""
 MAX_RETRY_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """One request that is let in, or asks to be."""
+    """One request that is admitted, or asks to be."""
 
     id: str
     key: str
-    """Name of the API key; empty where none is asked for."""
+    """Name of the API key; empty where the server asks for none."""
     num_tokens: int
-    """Its cost."""
+    """Most tokens that the request may cost (`cost_of`)."""
     adapters: tuple[str | None, ...] = ()
-    """Adapter folders it answers with: what must not go away before it ends."""
+    """Adapter folders that the request uses, and that must exist until it ends. None: the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Not now (or, with `retry_after_s` None, never: it costs more than may be open at all)."""
+    """A request may not run now; with `retry_after_s` None it never may, because it alone exceeds a limit."""
 
     message: str
     retry_after_s: int | None
@@ -69,7 +69,7 @@ class Admitted:
 
 
 def cost_of(plan: Plan, num_prompt_tokens: int, num_choices: int = 1) -> int:
-    """Tokens that a plan with so many final answers may cost: each answer at its layer's max_tokens, and the prompt."""
+    """Return the most tokens that a plan may cost: the prompt, and each answer at its layer's max_tokens."""
     width = plan.num_proposals if plan.num_layers else 0
     drafts = sum(plan.sampling_of(layer).max_tokens for layer in range(plan.num_layers))
     last = 0 if plan.num_layers and plan.aggregator == "vote" else plan.sampling_of(plan.num_layers).max_tokens
@@ -83,20 +83,20 @@ class Admission:
         self.config = config
         self.clock = clock
         self._open: dict[str, dict[str, tuple[Ticket, float]]] = {}
-        """By ingress replica and id: the ticket, and when it came."""
+        """The ticket and its time of admission, by ingress replica and ticket id."""
         self._heard: dict[str, float] = {}
         self._spent: dict[str, tuple[float, float]] = {}
-        """By key: tokens charged and not yet worn off by `tokens_per_minute`, and when that was."""
+        """Tokens charged and not yet paid off at `tokens_per_minute`, and the time of that balance, by key."""
         self._mean_seconds = 1.0
-        """Of the last requests: the base of Retry-After."""
+        """Moving average of how long requests take, on which Retry-After is based."""
 
     @property
     def tickets(self) -> list[Ticket]:
-        """Every open request."""
+        """The tickets of all open requests."""
         return [ticket for tickets in self._open.values() for ticket, _ in tickets.values()]
 
     def admit(self, ingress: str, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
-        """Let it in, or say why not. Asked twice for the same ticket it counts once."""
+        """Admit a request (None), or refuse it. A ticket that is presented twice counts once."""
         self.hear(ingress)
         mine = self._open.setdefault(ingress, {})
         if ticket.id in mine:
@@ -110,7 +110,7 @@ class Admission:
         return refusal
 
     def release(self, ingress: str, ticket_id: str, num_tokens: int) -> None:
-        """It has ended, and has cost so much."""
+        """Note that a request has ended and that it cost `num_tokens`."""
         ticket, since = self._open.get(ingress, {}).pop(ticket_id, (None, 0.0))
         if ticket is None:
             return
@@ -120,8 +120,10 @@ class Admission:
             self._spent[ticket.key] = (spent - max(0, ticket.num_tokens - num_tokens), when)
 
     def renew(self, ingress: str, tickets: Sequence[Ticket], asking: Collection[str] = ()) -> None:
-        """All that is open at one ingress replica. What it is just `asking` for stays if it is known, and is not
-        learnt."""
+        """Replace what is known of one ingress replica by its report: `tickets` are its open requests.
+
+        Requests that it is still `asking` for stay open if they were admitted, but the report does not admit them.
+        """
         now = self.clock()
         known = self._open.get(ingress, {})
         self._open[ingress] = {
@@ -131,12 +133,12 @@ class Admission:
         self.hear(ingress)
 
     def hear(self, ingress: str) -> None:
-        """An ingress replica lives: it has just said something."""
+        """Note that an ingress replica is alive."""
         self._heard[ingress] = self.clock()
         self._forget_the_lost()
 
     def is_lost(self, ingress: str) -> bool:
-        """Whether it has said nothing for `LOST_S` (or never did)."""
+        """Whether an ingress replica has not reported for `LOST_S`, or never did."""
         self._forget_the_lost()
         return ingress not in self._heard
 
@@ -145,25 +147,25 @@ class Admission:
         own = [other for other in everyone if other.key == ticket.key]
         config = self.config
         rules: list[tuple[str, int | None, int, int]] = [
-            ("requests at once on this server", config.max_requests, len(everyone), 1),
-            ("tokens at once on this server", config.max_tokens, _sum(everyone), ticket.num_tokens),
-            ("requests at once with this key", limits.max_requests, len(own), 1),
-            ("tokens at once with this key", limits.max_tokens, _sum(own), ticket.num_tokens),
+            ("concurrent requests on this server", config.max_requests, len(everyone), 1),
+            ("tokens of concurrent requests on this server", config.max_tokens, _sum(everyone), ticket.num_tokens),
+            ("concurrent requests with this key", limits.max_requests, len(own), 1),
+            ("tokens of concurrent requests with this key", limits.max_tokens, _sum(own), ticket.num_tokens),
         ]
         for what, limit, used, more in rules:
             if limit is None or used + more <= limit:
                 continue
             if more > limit:
                 return _never(more, f"{limit} {what}")
-            return Refusal(message=f"at the limit of {limit} {what}", retry_after_s=self._retry(1.0))
+            return Refusal(message=f"the limit of {limit} {what} is reached", retry_after_s=self._retry(1.0))
         rate = limits.tokens_per_minute
         if rate is not None:
-            what = f"{rate} tokens per minute of this key"
+            what = f"{rate} tokens per minute with this key"
             excess = self._level(ticket.key, rate) + ticket.num_tokens - rate
             if ticket.num_tokens > rate:
                 return _never(ticket.num_tokens, what)
             if excess > 0:
-                return Refusal(message=f"at the limit of {what}", retry_after_s=self._retry(60 * excess / rate))
+                return Refusal(message=f"the limit of {what} is reached", retry_after_s=self._retry(60 * excess / rate))
         return None
 
     def _retry(self, seconds: float) -> int:
@@ -188,6 +190,6 @@ def _sum(tickets: Sequence[Ticket]) -> int:
 
 
 def _never(num_tokens: int, what: str) -> Refusal:
-    message = f"this request may cost {num_tokens} tokens, over the {what}"
+    message = f"this request may cost {num_tokens} tokens, more than the limit of {what}"
     hint = "lower max_tokens, aft.num_proposals or aft.num_layers"
     return Refusal(message=f"{message}: {hint}", retry_after_s=None)

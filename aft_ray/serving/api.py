@@ -1,4 +1,4 @@
-"""The FastAPI app over a `Service`: the OpenAI API, what load balancers ask, the page and the admin routes."""
+"""The FastAPI app over a `Service`: the OpenAI API, health checks, the page and the admin routes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 
 def make_api(service: Service) -> FastAPI:
-    """The app. Knows nothing of Serve: any ASGI server can run it over any engines."""
-    api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # those pages load outside scripts
+    """Return the app. It does not depend on Serve: any ASGI server can run it over any engines."""
+    api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # the docs pages load scripts from other sites
 
     api.state.max_body_bytes = service.config.max_body_bytes
     if service.config.cors_origins:
@@ -57,22 +57,22 @@ def make_api(service: Service) -> FastAPI:
 
 
 def open_routes(service: Service) -> APIRouter:
-    """What a load balancer asks: no key needed."""
+    """Return the routes for load balancers, which need no key."""
     router = APIRouter(route_class=OpenAIRoute)
 
     @router.get("/health", responses={200: {"model": Status}})
     async def health() -> dict[str, str]:
-        """The process lives."""
+        """Answer 200 as long as the process is alive."""
         return {"status": "ok"}
 
     @router.get("/ready", responses={200: {"model": Status}, 503: {"model": Status}})
     async def ready(request: Request) -> JSONResponse:
-        """Every engine pool answers a one-token probe in time, and requests are let in."""
+        """Answer 200 if every engine pool writes a token in time and the server accepts requests, else 503."""
         if service.gate.table.draining:
             return JSONResponse({"status": "draining"}, 503)
         try:
             await service.probe()
-        except Exception as error:  # process boundary: not ready, whatever the reason; the log has its class
+        except Exception as error:  # process boundary: not ready, whatever the reason; the class is logged
             logger.warning("not ready: %s", type(error).__name__)
             return JSONResponse({"status": "engines do not answer"}, 503)
         return JSONResponse({"status": "ready"})
@@ -81,14 +81,16 @@ def open_routes(service: Service) -> APIRouter:
 
 
 def model_routes(service: Service) -> APIRouter:
-    """The OpenAI API."""
+    """Return the routes of the OpenAI API."""
 
-    async def caller(request: Request) -> Caller:  # a plain function would be run in a thread, at two milliseconds
+    async def caller(
+        request: Request,
+    ) -> Caller:  # FastAPI would run a plain function in a thread, which costs two milliseconds
         return service.caller(request.headers.get("authorization"))
 
     caller_given = Depends(caller)
     dependencies = [caller_given]
-    if service.keys.is_asked_for:  # for the OpenAPI document; it is `caller` that looks at the key
+    if service.keys.is_asked_for:  # for the OpenAPI document only; `caller` checks the key
         dependencies.append(Security(HTTPBearer(auto_error=False)))
     router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
     started = int(time.time())
@@ -108,7 +110,7 @@ def model_routes(service: Service) -> APIRouter:
         except HttpError as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
-            await service.gate.renew()  # another ingress replica may have been given this name a moment ago
+            await service.gate.renew()  # another ingress replica may have received this name a moment ago
             call = call_of(body, service.current_config)
         check_engine(call, service.last_engine(call))
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
@@ -126,14 +128,14 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
     async def models() -> dict[str, Any]:
-        """The base model and the adapters, each with the aliases that choose a plan."""
+        """List the base model and the adapters, each with the aliases that choose a plan."""
         return {"object": "list", "data": [model_object(name) for name in model_names(service.current_config)]}
 
     @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
     async def model(name: str) -> dict[str, Any]:
         if name not in model_names(service.current_config):
             names = ", ".join(model_names(service.current_config))
-            raise HttpError(404, f"no such model; models: {names}", param="model", code="model_not_found")
+            raise HttpError(404, f"no such model; this server has: {names}", param="model", code="model_not_found")
         return model_object(name)
 
     @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))

@@ -1,11 +1,11 @@
 """The Serve application: which deployments there are, how each scales, and starting them.
 
     shared   Ingress -> Engine                     one pool writes proposals and aggregations
-    split    Ingress -> Proposer, Aggregator       a pool each, scaled (and, if wanted, with models) of their own;
-                                                   with several models that draft, one pool for each: Proposer-<name>
+    split    Ingress -> Proposer, Aggregator       two pools, scaled separately, with models of their own if wanted;
+                                                   several models that draft have one pool each: Proposer-<name>
 
-`build_app` is what a Serve YAML names (`import_path: aft_ray.serving:build_app`, `args:` = the fields of
-`ServingConfig`); `serve_app` starts the same from Python.
+A Serve YAML names `build_app` (`import_path: aft_ray.serving:build_app`, `args:` = the fields of `ServingConfig`);
+`serve_app` starts the same application from Python.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ APP_NAME = "aft_ray"
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """The application for `args`, the fields of `ServingConfig`; `engine` is required."""
+    """Return the application for `args`, the fields of `ServingConfig`; `engine` is required."""
     return application(validate(ServingConfig, args, origin="serving"))
 
 
 def application(config: ServingConfig) -> Application:
-    """The deployments of a config, bound to each other. Raises ConfigError before anything starts."""
+    """Return the deployments of a config, bound to each other. Raises ConfigError before anything starts."""
     from ray import serve
 
     from aft_ray.serving.ingress import Ingress
@@ -64,7 +64,7 @@ def application(config: ServingConfig) -> Application:
 
 
 def control_actor(config: ServingConfig) -> DeploymentActorConfig:
-    """The one actor that all ingress replicas ask; Serve keeps it alive as long as the deployment."""
+    """Return the one actor that all ingress replicas ask. Serve keeps it alive as long as the deployment."""
     import ray
     from ray.serve.config import DeploymentActorConfig
 
@@ -80,7 +80,7 @@ def control_actor(config: ServingConfig) -> DeploymentActorConfig:
 
 
 def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: ServingConfig) -> Application:
-    """Replicas of one engine. Adapters are those of the base model: a pool on another model has none."""
+    """Return a pool of replicas of one engine. A pool on another model than the base model has no adapters."""
     from ray import serve
 
     from aft_ray.serving.replica import EngineReplica
@@ -97,7 +97,7 @@ def _may_use_adapters(name: str, config: ServingConfig) -> bool:
 
 
 def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
-    """Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
+    """Return Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
     from aft_ray.serving.openai_request import LONGEST_REQUEST_S
     from aft_ray.serving.replica import PROBE_TIMEOUT_S
 
@@ -121,14 +121,14 @@ def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
 
 
 def quiet_logs() -> LoggingConfig:
-    """No line per request; warnings and errors stay."""
+    """Return a log configuration without a line per request; warnings and errors are logged."""
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def check_config(config: ServingConfig) -> None:
-    """What a model cannot check alone: names that must exist, a default plan within the server's own caps."""
+    """Check across fields: names must exist, and the default plan must be within the server's own limits."""
     from aft_ray.serving.http_errors import HttpError
     from aft_ray.serving.openai_request import check_limits, model_names
 
@@ -138,14 +138,18 @@ def check_config(config: ServingConfig) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"serving.base_name: '{config.base_name}' is also the name of an adapter; rename one")
     if config.default_model not in (None, *names):
-        raise ConfigError(f"serving.default_model: '{config.default_model}' is none of the models {names}")
+        raise ConfigError(f"serving.default_model: '{config.default_model}' is not one of the models {names}")
     if config.proposer_adapter not in (None, *names[1:]):
-        raise ConfigError(f"serving.proposer_adapter: '{config.proposer_adapter}' is none of the adapters {names[1:]}")
+        raise ConfigError(
+            f"serving.proposer_adapter: '{config.proposer_adapter}' is not one of the adapters {names[1:]}"
+        )
     if config.topology == "shared" and (config.proposer_engine or config.proposer_adapter or config.proposers):
-        raise ConfigError("serving.topology: shared, but proposers get an engine or adapter of their own; set split")
+        raise ConfigError(
+            "serving.topology: with shared, proposers cannot have an engine or adapter of their own; set split"
+        )
     pools = [pool.name for pool in config.proposers]
     if len(set(pools)) < len(pools):
-        raise ConfigError(f"serving.proposers: two have one name: {', '.join(pools)}")
+        raise ConfigError(f"serving.proposers: two of them have the same name: {', '.join(pools)}")
     if config.proposers and (config.proposer_engine or config.proposer_adapter):
         raise ConfigError("serving.proposers replaces proposer_engine and proposer_adapter; leave those out")
     try:
@@ -157,8 +161,8 @@ def check_config(config: ServingConfig) -> None:
 def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str = "/") -> str:
     """Start serving and return the base URL (`openai` clients add `/v1`).
 
-    Uses the Ray cluster this process is connected to, or starts a local one. Port 0: any free port, or that of a
-    Serve instance that already runs. Raises ConfigError, or EngineError when a replica could not start.
+    Uses the Ray cluster that this process is connected to, or starts a local one. Port 0 takes any free port, or the
+    port of the Serve instance that already runs. Raises ConfigError, or EngineError when a replica could not start.
     """
     import ray
     from ray import serve
@@ -179,9 +183,10 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str 
 
 
 def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
-    """Let no request in any more and wait for those under way; how many were left after `timeout_s` (None: as long as a
-    request may take). New ones get 503 with Retry-After, and `/ready` says 503, so that a load balancer looks
-    elsewhere.
+    """Refuse new requests, wait for those under way, and return how many were left after `timeout_s`.
+
+    None waits as long as a request may take. New requests get 503 with Retry-After, and `/ready` answers 503, so that a
+    load balancer chooses another server.
     """
     from ray import serve
 
@@ -198,7 +203,7 @@ def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
 
 
 async def served_engine(config: ServingConfig, name: str = APP_NAME) -> HandleEngine:
-    """The engine that writes the answers of a running application, for what HTTP does not give: log-probabilities."""
+    """Return the engine that writes the final answers of a running application, which can score texts (HTTP cannot)."""
     from ray import serve
 
     from aft_ray.serving.handle_engine import HandleEngine
@@ -208,7 +213,7 @@ async def served_engine(config: ServingConfig, name: str = APP_NAME) -> HandleEn
 
 
 def why_not_started(name: str) -> str:
-    """What the replicas raised: Serve keeps their tracebacks, whose last line says it."""
+    """Return what the replicas raised: the last line of each traceback that Serve keeps."""
     from ray import serve
 
     deployments = serve.status().applications[name].deployments
@@ -221,14 +226,15 @@ def why_not_started(name: str) -> str:
 
 
 def give_http_time_to_start() -> None:
-    """Before a cluster is started, whose processes take it from here: Serve kills an HTTP server that is not ready
-    after so many seconds, and its own five are too few where the cores are busy.
+    """Give Serve's HTTP server 30 s to become ready; Serve kills it after five, too few on a busy machine.
+
+    Call it before the cluster starts: its processes inherit the variable.
     """
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 
 
 def start_http(host: str, port: int) -> str:
-    """Serve's HTTP server on the head node; the one that runs already, where it fits. Returns its URL."""
+    """Start Serve's HTTP server on the head node, or use the one that already runs there. Return its URL."""
     from ray import serve
     from ray.serve.context import _get_global_client
 
@@ -240,14 +246,15 @@ def start_http(host: str, port: int) -> str:
     found = running.http_config
     if found.host != host or port not in (0, found.port):
         raise ConfigError(
-            f"serving.port: Serve already listens on {found.host}:{found.port} in this cluster, and {host}:{port} "
-            "was asked for; one cluster has one HTTP address. Stop that one (`serve shutdown`), or ask for its address"
+            f"serving.port: Serve already listens on {found.host}:{found.port} in this cluster, which is not "
+            f"{host}:{port}, and a cluster has one HTTP address. Stop that instance (`serve shutdown`), or set "
+            "serving.host and serving.port to its address"
         )
     return f"http://{reachable(host)}:{found.port}"
 
 
 def free_port(host: str) -> int:
-    """A port that is free now."""
+    """Return a port that is free now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((host, 0))
@@ -255,18 +262,18 @@ def free_port(host: str) -> int:
 
 
 def reachable(host: str) -> str:
-    """The host as a client on this machine writes it in a URL."""
+    """Return the host as a client on this machine writes it in a URL."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
 def stop(name: str = APP_NAME) -> None:
-    """End the application; with the last one ends Serve, its HTTP server included."""
+    """Stop the application. With the last application, Serve and its HTTP server stop too."""
     from ray import serve
 
     others = [app for app in serve.status().applications if app != name]
     if others:
         serve.delete(name)
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that the controller died, which is the intent
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller died, which is intended
         serve.shutdown()

@@ -1,6 +1,7 @@
-"""The actor that all ingress replicas ask: who is let in, and which adapter a model's name stands for.
+"""The actor that all ingress replicas ask: whether a request is admitted, and which adapter a model name stands for.
 
-Serve keeps it beside the Ingress deployment and starts another when it dies; `gate.py` tells how that is survived.
+Serve keeps it alive with the Ingress deployment and starts another one when it dies; `gate.py` says how a server
+survives that.
 Serve pickles this module by value, so the records that travel to other processes are defined in `admission.py`.
 """
 
@@ -16,7 +17,7 @@ from aft_ray.serving.admission import Admission, Admitted, Refusal, Table, Ticke
 
 
 class Control:
-    """Its methods run one after the other."""
+    """The state that all ingress replicas share. Its methods run one after the other."""
 
     def __init__(self, admission: AdmissionConfig, adapters: Mapping[str, str]) -> None:
         self._admission = Admission(admission)
@@ -28,9 +29,9 @@ class Control:
     def admit(
         self, ingress: str, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]
     ) -> Admitted | Refusal | Table:
-        """Let a request in with the adapters that `names` stand for now (None: the base model).
+        """Admit a request with the adapters that `names` stand for now (None: the base model), or refuse it.
 
-        A `Table` comes back where one of the names is no adapter any more, or the server is draining.
+        Returns the `Table` where a name no longer stands for an adapter, or the server is draining.
         """
         adapters = self._table.adapters
         if self._table.draining or any(name is not None and name not in adapters for name in names):
@@ -44,11 +45,12 @@ class Control:
         self._admission.release(ingress, ticket_id, num_tokens)
 
     def renew(self, ingress: str, tickets: Sequence[Ticket], asking: Collection[str], table: Table) -> Table:
-        """What is open at an ingress replica (`asking`: what it has no answer for yet), and what it knows; back comes
-        what is true.
+        """Take the report of an ingress replica, its open requests and its table, and return the current table.
+
+        `asking` holds the tickets whose admission it is still waiting for.
         """
         self._admission.renew(ingress, tickets, asking)
-        if table.version > self._table.version:  # this actor is new: it learns from those who knew the old one
+        if table.version > self._table.version:  # this actor is new: it learns from replicas that knew the old one
             self._table = table
         return self._table
 
@@ -59,12 +61,12 @@ class Control:
         taken: Mapping[str, Stamp] | None = None,
         drain: bool | None = None,
     ) -> Table:
-        """Move names to adapters (None: away), note which of the watched folder are done with, or begin or end
-        draining. One step for every ingress replica.
+        """Move names to adapters (None removes a name), note which adapters of the watched folder are taken, or start
+        or stop draining: one step for all ingress replicas.
         """
         adapters = {**self._table.adapters, **(move or {})}
         self._table = Table(
-            version=max(self._table.version + 1, time.time_ns()),  # an actor that starts anew counts on
+            version=max(self._table.version + 1, time.time_ns()),  # a new actor continues the numbering
             adapters={name: adapter for name, adapter in adapters.items() if adapter is not None},
             taken={**self._table.taken, **(taken or {})},
             draining=self._table.draining if drain is None else drain,
@@ -72,14 +74,14 @@ class Control:
         return self._table
 
     def may_watch(self, ingress: str) -> bool:
-        """True for one ingress replica at a time, however often it asks: the first, until it is lost."""
+        """Whether this ingress replica watches the folder: the first one that asked does, until it is lost."""
         self._admission.hear(ingress)
         if self._watcher is None or self._admission.is_lost(self._watcher):
             self._watcher = ingress
         return self._watcher == ingress
 
     def open_requests(self) -> dict[str, Any]:
-        """What is open now: for the admin routes and for draining."""
+        """Return the requests and tokens under way, for the admin routes and for draining."""
         tickets = self._admission.tickets
         paths = [path for ticket in tickets for path in set(ticket.adapters) if path is not None]
         return {

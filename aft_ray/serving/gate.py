@@ -1,12 +1,13 @@
-"""An ingress replica's side of what must hold over all of them: who is let in, which adapter a model's name stands for.
+"""One ingress replica's connection to the shared control: admission, and the adapter that a model name stands for.
 
-Every request asks `control.Control` once, before anything else: the answer says whether it may run and with which
-adapters, so limits hold whichever replica a request meets, and a name moves for all of them in the same instant.
+Every request asks `control.Control` once, before anything else. The answer says whether it may run and with which
+adapters, so limits hold at whichever replica a request arrives, and a name moves for all replicas at the same instant.
 
-A share of the limits per replica would save the round trip (about a millisecond), but would refuse requests while other
-replicas have room, has no meaning for a key that may have two requests at once, and moves when replicas come and go. If
-the actor dies, Serve starts another; requests wait for it up to `PATIENCE_S`, then they are answered 503. What it knew
-comes back from the gates: each greets the new actor with its open requests and its table before it asks anything.
+Giving each replica a share of the limits would save the round trip (about a millisecond), but it would refuse requests
+while other replicas have room, make no sense for a key that may have two concurrent requests, and change whenever
+replicas start or stop. If the actor dies, Serve starts another one; requests wait for it up to `PATIENCE_S` and then
+get 503. The new actor learns its state from the gates: each reports its open requests and its table before it asks
+anything.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 ACTOR = "control"
 PATIENCE_S = 30.0
-"""How long a request waits for an actor that is being replaced. Serve looks for lost ones every ten seconds."""
+"""How long a request waits for an actor that is being replaced. Serve looks for dead actors every ten seconds."""
 CALL_S = 2.0
+"""How long one call of the actor may take before the actor counts as dead."""
 RENEW_S = 1.0
+"""Interval between two reports to the control."""
 
 
 class Ask(Protocol):
     """How a gate reaches its control: `await ask("open_requests")`.
 
-    A call may wait for an actor that is being replaced: `state` gives its last arguments as they are when it leaves.
+    A call may have to wait for an actor that is being replaced. `state` gives the call's last arguments, and is called
+    only when the call is sent, so that they are current then.
     """
 
     async def __call__(
@@ -45,12 +49,12 @@ class Ask(Protocol):
 
 
 class ActorAsk:
-    """The control of the deployment that this replica belongs to, found anew when it has been replaced."""
+    """Asks the control actor of this replica's deployment, and finds its successor when it has been replaced."""
 
     def __init__(self) -> None:
         self._actor: Any = None
         self.greet: Callable[[Any], Awaitable[None]] | None = None
-        """Told each actor that is met for the first time, before it is asked anything."""
+        """Called with each new actor, before it is asked anything."""
 
     async def __call__(
         self, method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any
@@ -66,10 +70,10 @@ class ActorAsk:
             except (RayActorError, TimeoutError, ValueError) as error:  # ValueError: no actor of that name yet
                 self._actor = None
                 if time.monotonic() > give_up:
-                    logger.error("control does not answer: %s", type(error).__name__)
+                    logger.error("the control actor does not answer: %s", type(error).__name__)
                     raise HttpError(
                         503,
-                        "the server is starting again; try again",
+                        "the server is restarting; try again",
                         code="unavailable",
                         type="unavailable",
                         retry_after_s=2,
@@ -88,18 +92,19 @@ class ActorAsk:
 
 
 def _call(actor: Any, method: str, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-    """Call the actor as nobody's child: Ray cancels a request's actor calls with it when its client goes away.
+    """Call the actor outside the request's context, because Ray cancels a request's actor calls when its client leaves.
 
-    A cancelled call must not happen here: `release` has to arrive, and once one had been cancelled before it was sent,
-    the actor answered no later call of this process (Ray 2.60; ray-project/ray#66020 tells of cancelled calls in the
-    queue of an actor that keeps their order). Ray knows the parent by a context variable: the call gets none.
+    These calls must not be cancelled: `release` has to arrive, and after one call had been cancelled before it was
+    sent, the actor answered no further call of this process (Ray 2.60; ray-project/ray#66020 describes cancelled calls
+    in the queue of an ordered actor). Ray finds the parent request in a context variable, so the call gets an empty
+    context.
     """
     answer: Awaitable[Any] = contextvars.Context().run(getattr(actor, method).remote, *args, **kwargs)
     return answer
 
 
 class Gate:
-    """One ingress replica's side: its open requests, and the last table it heard of."""
+    """The open requests of one ingress replica, and the latest table that it knows."""
 
     def __init__(self, ask: Ask, config: ServingConfig) -> None:
         self.ask = ask
@@ -109,14 +114,17 @@ class Gate:
         self._ingress = uuid.uuid4().hex
         self._open: dict[str, Ticket] = {}
         self._asking: set[str] = set()
-        """Tickets whose answer is not there yet: whoever knows them shall keep them, but they are no proof of
-        admission."""
+        """Tickets that wait for their admission. A control that has admitted them must keep them open; another must not
+        admit them because of the report."""
         self._leaving: set[asyncio.Task[None]] = set()
         if isinstance(ask, ActorAsk):
             ask.greet = self._greet
 
     async def enter(self, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]) -> Ticket:
-        """Let in with its adapters, or HttpError: 429 over a limit, 400 over it for ever, 503 draining, 404 gone."""
+        """Admit a request and return its ticket with the adapters it uses, or raise HttpError.
+
+        429 over a limit; 400 where the request alone exceeds a limit; 503 while draining; 404 where the model is gone.
+        """
         self._asking.add(ticket.id)
         try:
             answer = await self.ask("admit", self._ingress, ticket, limits, tuple(names))
@@ -143,7 +151,7 @@ class Gate:
         )
 
     def leave(self, ticket: Ticket, num_tokens: int) -> None:
-        """It has ended: told at once, without waiting, and again by what the next renewal does not hold."""
+        """Report that a request has ended, without waiting for the answer. The next renewal implies the same."""
         self._open.pop(ticket.id, None)
         task = asyncio.get_running_loop().create_task(self._release(ticket.id, num_tokens))
         self._leaving.add(task)
@@ -152,11 +160,11 @@ class Gate:
     async def _release(self, ticket_id: str, num_tokens: int) -> None:
         try:
             await self.ask("release", self._ingress, ticket_id, num_tokens)
-        except HttpError:  # the control is gone; the next renewal tells its successor
+        except HttpError:  # the control is gone; the next renewal informs its successor
             return
 
     async def change(self, **changes: Any) -> None:
-        """Move names, note what is taken, drain: `Control.change`."""
+        """Move names, note taken adapters, start or stop draining (`Control.change`)."""
         self.table = await self.ask("change", **changes)
 
     async def open_requests(self) -> dict[str, Any]:
@@ -165,13 +173,14 @@ class Gate:
         return found
 
     async def may_watch(self) -> bool:
-        """Whether this ingress replica is the one that looks at the watched folder, for all of them."""
+        """Whether this ingress replica is the one that watches the adapter folder on behalf of all."""
         return bool(await self.ask("may_watch", self._ingress))
 
     async def renew(self) -> None:
-        """Tell what is open, hear what is new.
+        """Report the open requests and learn the current table.
 
-        What was open before a new actor was met would make it forget the requests that it has let in since.
+        The report is made when the call is sent. An older one would make a new actor forget the requests that it has
+        admitted in the meantime.
         """
         self.table = await self.ask("renew", state=self._what_is_open)
 
@@ -182,12 +191,12 @@ class Gate:
         return self._ingress, list(self._open.values()), set(self._asking), self.table
 
     async def keep_renewing(self) -> None:
-        """For as long as the replica lives."""
+        """Renew every `RENEW_S`, for as long as the replica lives."""
         while True:
             try:
                 await self.renew()
             except HttpError:
                 pass  # logged where it was raised
             except Exception as error:  # process boundary: this task must not end before its replica
-                logger.error("renewal: %s", type(error).__name__)
+                logger.error("the report to the control actor failed: %s", type(error).__name__)
             await asyncio.sleep(RENEW_S)

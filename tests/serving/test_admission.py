@@ -47,7 +47,7 @@ def test_a_limit_holds_over_all_ingress_replicas() -> None:
     gate = admission(max_requests=2)
     assert gate.admit("a", ticket("1"), NONE) is None
     assert gate.admit("b", ticket("2"), NONE) is None
-    assert "at the limit of 2 requests at once on this server" in refused(gate.admit("c", ticket("3"), NONE))
+    assert "the limit of 2 concurrent requests on this server" in refused(gate.admit("c", ticket("3"), NONE))
     gate.release("a", "1", 10)
     assert gate.admit("c", ticket("3"), NONE) is None
 
@@ -56,7 +56,7 @@ def test_the_costs_of_open_requests_may_not_add_up_to_more_than_the_token_limit(
     gate = admission(max_tokens=100)
     assert gate.admit("a", ticket("1", num_tokens=60), NONE) is None
     refusal = gate.admit("a", ticket("2", num_tokens=50), NONE)
-    assert "100 tokens at once on this server" in refused(refusal)
+    assert "100 tokens of concurrent requests on this server" in refused(refusal)
     assert refusal is not None
     assert 1 <= (refusal.retry_after_s or 0) <= 60
     assert gate.admit("a", ticket("3", num_tokens=40), NONE) is None
@@ -66,14 +66,14 @@ def test_a_request_that_no_wait_would_let_in_is_told_so() -> None:
     refusal = admission(max_tokens=100).admit("a", ticket("1", num_tokens=101), NONE)
     assert refusal is not None
     assert refusal.retry_after_s is None
-    assert "101 tokens, over the 100 tokens at once" in refusal.message
+    assert "101 tokens, more than the limit of 100 tokens of concurrent requests" in refusal.message
 
 
 def test_a_keys_limits_are_its_own() -> None:
     gate = admission()
     own = KeyLimits(max_requests=1, max_tokens=50)
     assert gate.admit("a", ticket("1"), own) is None
-    assert "1 requests at once with this key" in refused(gate.admit("b", ticket("2"), own))
+    assert "1 concurrent requests with this key" in refused(gate.admit("b", ticket("2"), own))
     assert gate.admit("b", ticket("3", key="bob"), own) is None
 
 

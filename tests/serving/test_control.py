@@ -137,7 +137,10 @@ def test_the_servers_limit_holds_over_both_ingress_replicas_and_says_when_to_com
 def test_the_clients_own_error_class_is_raised(server: Server) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="bob", max_retries=0) as client:
         plan = {"num_proposals": 16, "proposal": {"max_tokens": 1000}}
-        with pytest.raises(openai.BadRequestError, match=r"may cost 160\d\d tokens, over the 10000 tokens at once"):
+        with pytest.raises(
+            openai.BadRequestError,
+            match=r"may cost 160\d\d tokens, more than the limit of 10000 tokens of concurrent requests",
+        ):
             client.chat.completions.create(**BODY, extra_body={"aft": plan})
 
 
@@ -217,7 +220,7 @@ def test_a_name_that_cannot_be_one_is_refused(server: Server, name: str, message
 def test_a_folder_without_an_adapter_is_refused_and_nothing_moves(server: Server) -> None:
     before = server.get("/admin/adapters")
     response = server.post({"name": "aft", "path": str(server.folder)}, key="ops", path="/admin/adapters")
-    assert "no adapter there" in response.json()["error"]["message"]
+    assert "found no adapter" in response.json()["error"]["message"]
     assert server.get("/admin/adapters") == before
 
 

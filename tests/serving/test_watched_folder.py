@@ -143,7 +143,7 @@ def test_what_cannot_be_served_is_told_once_and_holds_up_no_other(
             await until(lambda: set(service.gate.table.taken) == {"bad", "good"})
             await asyncio.sleep(0.3)
             assert names(service) == {"good"}
-            assert caplog.text.count("is not served") == 1
+            assert caplog.text.count("cannot serve the adapter") == 1
             put(folder, "bad", "mended weights")
             await until(lambda: names(service) == {"bad", "good"})
 

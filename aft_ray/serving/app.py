@@ -247,7 +247,7 @@ def start_http(host: str, port: int) -> str:
     if found.host != host or port not in (0, found.port):
         raise ConfigError(
             f"serving.port: Serve already listens on {found.host}:{found.port} in this cluster, which is not "
-            f"{host}:{port}, and a cluster has one HTTP address. Stop that instance (`serve shutdown`), or set "
+            f"{host}:{port}, and one cluster has one HTTP address. Stop that instance (`serve shutdown`), or set "
             "serving.host and serving.port to its address"
         )
     return f"http://{reachable(host)}:{found.port}"

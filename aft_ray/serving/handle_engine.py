@@ -1,10 +1,10 @@
-"""A Serve deployment as an `Engine`: what was evaluated on a local engine runs unchanged on replicas.
+"""A Serve deployment as an `Engine`, so that the code that runs on a local engine runs unchanged on replicas.
 
     engine = await HandleEngine.connect(handle)
     async with aclosing(engine.generate(request)) as events: ...
 
-Closing the generator cancels the call; Serve carries that to the replica, which aborts the request in its engine. What
-a lost replica was writing is asked of another one, unless a reader has already seen part of it.
+Closing the generator cancels the call; Serve passes that on to the replica, which aborts the request in its engine. The
+answers that a lost replica was writing are requested from another one, unless a client has already read part of them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve.aft_ray")
 
 MAX_LOST = 3
-"""Replicas that one request may lose before it fails."""
+"""Number of replicas that one request may lose before it fails."""
 
 
 class ReplicaLost(EngineError):
-    """The replica that was answering is gone."""
+    """The replica that was answering died."""
 
 
 def as_aft_error(error: Exception) -> AftError:
-    """What a handle raised, as one of ours: the replica's own error where it raised one, else EngineError.
+    """Convert what a handle raised: to the replica's own AftError where it raised one, else to an EngineError.
 
-    Ray wraps a remote exception in one whose text holds the remote traceback; that goes to no client.
+    Ray wraps a remote exception in one whose text holds the remote traceback, which no client must see.
     """
     cause = getattr(error, "cause", error)
     if isinstance(cause, AftError):
@@ -43,16 +43,16 @@ def as_aft_error(error: Exception) -> AftError:
 
 
 class HandleEngine:
-    """`Engine` over a `DeploymentHandle` of `EngineReplica`s."""
+    """An `Engine` over a `DeploymentHandle` of `EngineReplica`s."""
 
     def __init__(self, handle: DeploymentHandle, info: EngineInfo) -> None:
         self._handle = handle
-        self._generate = handle.options(stream=True).generate  # made once: making it costs half a millisecond
+        self._generate = handle.options(stream=True).generate  # made once, because it costs half a millisecond
         self._info = info
 
     @classmethod
     async def connect(cls, handle: DeploymentHandle) -> HandleEngine:
-        """Waits until a replica answers what its engine is."""
+        """Wait until a replica describes its engine, and return the engine over the handle."""
         return cls(handle, await handle.info.remote())
 
     @property
@@ -61,7 +61,7 @@ class HandleEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         left = list(range(len(request.seeds)))
-        """Positions of the samples that have not ended."""
+        """Positions of the samples that have not ended yet."""
         for attempt in range(MAX_LOST + 1):
             asked = dataclasses.replace(
                 request,
@@ -87,10 +87,10 @@ class HandleEngine:
                     return
                 if attempt == MAX_LOST:
                     raise
-                logger.warning("request %s: a replica is lost, asking another", request.request_id)
+                logger.warning("request %s: lost a replica, asking another one", request.request_id)
 
     async def _ask_once(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Of one replica. Closing this cancels the call."""
+        """Yield the events of one replica. Closing the generator cancels the call."""
         from ray.exceptions import RayActorError, RayError
         from ray.serve.exceptions import RayServeException
 
@@ -102,7 +102,7 @@ class HandleEngine:
             done = True
         except RayActorError:
             done = True
-            raise ReplicaLost("the engine replica that was answering is gone") from None
+            raise ReplicaLost("the engine replica that was answering died") from None
         except (RayError, RayServeException) as error:
             done = True
             logger.warning("request %s: %s", request.request_id, type(error).__name__)
@@ -117,7 +117,7 @@ class HandleEngine:
         return await self._call(self._handle.score.remote(list(prompt_ids), list(continuation_ids), adapter))
 
     async def check(self) -> None:
-        """Asks one replica; Serve asks every one by itself and restarts those that fail."""
+        """Check one replica. Serve checks every replica by itself and restarts those that fail."""
         await self._call(self._handle.check_health.remote())
 
     async def _call(self, response: Any) -> Any:
@@ -130,7 +130,7 @@ class HandleEngine:
             raise as_aft_error(error) from None
 
     async def close(self) -> None:
-        """Nothing to do: the replicas belong to Serve."""
+        """Do nothing: the replicas belong to Serve."""
 
 
 def _lost(position: int, seed: int, error: ReplicaLost) -> Sample:

@@ -1,18 +1,18 @@
-"""What went wrong, as OpenAI error objects: `{"error": {"message", "type", "param", "code"}}` and a status.
+"""Errors as OpenAI error objects: `{"error": {"message", "type", "param", "code"}}` and a status.
 
-    400 invalid_request_error   a parameter is wrong, unknown or not honoured (`param` names it), a prompt too long
-    401 authentication_error    no key, or a wrong one
-    403 permission_error        a key that may not use `/admin`
-    404 invalid_request_error   no such model (code `model_not_found`) or no such page
+    400 invalid_request_error   a parameter is wrong, unknown or not supported (`param` names it); a prompt is too long
+    401 authentication_error    the key is missing or wrong
+    403 permission_error        the key may not use `/admin`
+    404 invalid_request_error   there is no such model (code `model_not_found`) or no such page
     413 invalid_request_error   the body is larger than the server's limit (code `body_too_large`)
-    429 rate_limit_error        over a limit of the server or of the key; `Retry-After` says when to come again
+    429 rate_limit_error        a limit of the server or of the key is reached; `Retry-After` says when to try again
     502 engine_error            a model engine could not answer
-    503 quorum_not_met          too few usable proposals to aggregate
-    503 unavailable             the server is shutting down or starting again; `Retry-After`
+    503 quorum_not_met          a layer has too few usable answers to aggregate
+    503 unavailable             the server is shutting down or restarting; `Retry-After` says when to try again
     504 deadline_exceeded       the plan's deadline passed
     500 internal_error          anything else; the text is generic, the log has the request id and the traceback
 
-The stock `openai` client turns them into its own classes (BadRequestError, AuthenticationError, NotFoundError,
+The stock `openai` client raises them as its own classes (BadRequestError, AuthenticationError, NotFoundError,
 InternalServerError).
 """
 
@@ -31,11 +31,11 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 INVALID = "invalid_request_error"
 LONGEST_MESSAGE = 500
-"""Characters of a message that may quote the body."""
+"""Maximum characters of a message that may quote the body."""
 
 
 class HttpError(AftError):
-    """A request ends with this status and error object."""
+    """An error that ends a request with an HTTP status and an OpenAI error object."""
 
     def __init__(
         self,
@@ -50,20 +50,20 @@ class HttpError(AftError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
-        """Seconds after which the same request may be answered (the `Retry-After` header)."""
+        """Seconds after which to send the same request again (the `Retry-After` header)."""
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Ray moves it between processes; an exception is made again from its positional arguments alone."""
+        """Keep the keyword arguments when Ray pickles the error: pickle restores positional arguments only."""
         return HttpError, (self.status, str(self)), self.__dict__
 
 
 def as_http_error(error: Exception, request_id: str) -> HttpError:
-    """The error object of anything a request may raise. Unexpected errors are logged here, without any prompt."""
+    """Return the error object of anything that a request may raise. Log unexpected errors, without any prompt."""
     expected = _of_expected(error)
     if expected is not None:
         return expected
-    # An exception's text may quote a prompt: the log gets its class and where it came from.
+    # an exception's text may quote a prompt, so the log gets its class and its traceback without the text
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s: unexpected %s\n%s", request_id, type(error).__name__, frames)
     message = f"The server could not answer this request. Its log has the details of request {request_id}."
@@ -71,7 +71,7 @@ def as_http_error(error: Exception, request_id: str) -> HttpError:
 
 
 def code_of(error: Exception) -> str:
-    """The word for what went wrong: the error object's code, `invalid_request_error` where it has none."""
+    """Return the code of the error object, or `invalid_request_error` where it has none."""
     expected = _of_expected(error)
     return "internal_error" if expected is None else str(expected.body["error"]["code"] or INVALID)
 
@@ -99,7 +99,7 @@ def _of_expected(error: Exception) -> HttpError | None:
 
 
 def _of_validation(error: RequestValidationError) -> HttpError:
-    """The first thing wrong with a body. A refused or unknown parameter names itself in the error's context."""
+    """Return the first error in a body. The context of a refused or unknown parameter holds the parameter's name."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return HttpError(400, "the body is not valid JSON", code="invalid_json")

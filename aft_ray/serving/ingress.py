@@ -1,8 +1,8 @@
-"""The front door: the deployment that runs the API of `api.py` over one or more pools of engine replicas.
+"""The deployment that receives HTTP: it runs the API of `api.py` over one or more pools of engine replicas.
 
-Serve cannot hand a streaming response from one deployment to another, so the algorithm runs here, over
-`HandleEngine`s, and the last layer's tokens go out as they are made. A client that goes away cancels its run, and
-with it every request in the engines. Prompts and answers are never logged.
+Serve cannot pass a streaming response on from one deployment to another, so the algorithm runs here, over
+`HandleEngine`s, and the tokens of the last layer are sent as they are written. A client that disconnects cancels its
+run, and with it every request in the engines. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Ingress:
-    """Serve deployment class. Serve asks it for its app once, when the replica starts."""
+    """Serve deployment class. Serve asks for its app once, when the replica starts."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Ingress:
         self.proposers = proposers
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Connects to the engine pools (and so waits for them), then builds the app."""
+        """Connect to the engine pools, which waits until they run, and build the app."""
         refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_asked_for)
         in_context = InContextPrompt.load(self.config.templates.in_context)
         aggregator = await role_over(self.aggregator, in_context)
@@ -71,33 +71,33 @@ class Ingress:
         return tuple(dataclasses.replace(role, share=share) for role, share in zip(roles, shares, strict=True))
 
     async def drain(self) -> None:
-        """Let no request in any more, at any ingress replica."""
+        """Refuse new requests at all ingress replicas."""
         await self.service.gate.change(drain=True)
 
     async def activity(self) -> dict[str, int]:
-        """What this replica is doing now: for whoever looks for leaks."""
+        """Return what this replica is doing now, to find leaks."""
         return {"process_id": os.getpid(), "num_tasks": len(asyncio.all_tasks())}
 
     async def num_open(self) -> int:
-        """Requests under way at all ingress replicas."""
+        """Return the number of requests under way at all ingress replicas."""
         found = await self.service.gate.open_requests()
         return int(found["num_requests"])
 
 
 async def role_over(handle: DeploymentHandle, in_context: InContextPrompt) -> Role:
-    """The engines behind a handle, with the prompt format of their model (in context where it has no chat template)."""
+    """Return the engines behind a handle as a role, with the prompt format of their model."""
     engine = await HandleEngine.connect(handle)
     prompt_format: PromptFormat = MessagesFormat()
     if not engine.info.takes_messages:
-        assert engine.info.tokenizer is not None, "an engine that takes ids names its tokenizer"
+        assert engine.info.tokenizer is not None, "an engine that takes token ids must name its tokenizer"
         prompt_format = await asyncio.to_thread(ChatFormat.load, engine.info.tokenizer, in_context)
     return Role(engine=engine, format=prompt_format)
 
 
 def bound_host() -> str:
-    """Where Serve listens, whatever a config says: `serve deploy` binds to 0.0.0.0 unless its YAML names a host."""
+    """Return the host that Serve listens on. It may not be the config's: `serve deploy` binds to 0.0.0.0 by default."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
-    assert client is not None, "a replica has a Serve controller"
-    return client.http_config.host or "127.0.0.1"  # None: no HTTP server
+    assert client is not None, "a replica runs under a Serve controller"
+    return client.http_config.host or "127.0.0.1"  # None means that there is no HTTP server

@@ -1,11 +1,11 @@
-"""Who may ask. Only the sha256 of a key is ever kept: of those in an environment variable, made where it is read; of
-those in a file, by whoever wrote the file.
+"""API keys. Only the sha256 of a key is ever stored: a key in an environment variable is hashed where it is read, and a
+key file holds hashes that its author made.
 
     alice: {sha256: 0a4f..., max_requests: 4, tokens_per_minute: 200000}
     ops:   {sha256: 93bc..., admin: true}
 
-The file is read again when it changes; one that cannot be read leaves the keys as they were. A key is known by its name
-in ledger, metrics and limits.
+The file is read again when it changes; if it cannot be read then, the keys stay as they were. Ledger, metrics and
+limits know a key by its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aft_ray.serving.http_errors import HttpError
 logger = logging.getLogger("ray.serve.aft_ray")
 
 LOOK_S = 1.0
-"""How often the file is looked at, at most."""
+"""Shortest interval between two looks at the file."""
 
 
 def is_loopback(host: str) -> bool:
@@ -38,16 +38,16 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return False  # a name: whatever it means today, it may mean another address tomorrow
+        return False  # a name, which may mean another address tomorrow
 
 
 def digest(key: str) -> str:
-    """What is kept of a key: its sha256."""
+    """Return the sha256 of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def key_digests(config: ServingConfig) -> tuple[str, ...]:
-    """Digests of the keys in the environment variable; none when the config names none."""
+    """Return the digests of the keys in the environment variable; none where the config names no variable."""
     if config.api_keys_env is None:
         return ()
     keys = [key.strip() for key in os.environ.get(config.api_keys_env, "").split(",") if key.strip()]
@@ -60,28 +60,28 @@ def key_digests(config: ServingConfig) -> tuple[str, ...]:
 
 
 def read_keys(file: str) -> dict[str, KeyConfig]:
-    """The keys of a file by name. ConfigError names the file, the key and what is wrong; a hash is never quoted."""
+    """Return the keys of a file by name. Raises ConfigError, which names file and key and never quotes a hash."""
     raw = read_yaml(Path(file))
     keys = {}
-    for name, settings in raw.items():
+    for name, entry in raw.items():
         try:
-            keys[str(name)] = validate(KeyConfig, settings, origin=f"{file}: {name}")
+            keys[str(name)] = validate(KeyConfig, entry, origin=f"{file}: {name}")
         except ConfigError as error:
             if "sha256" in str(error):
                 raise ConfigError(f"{file}: {name}: sha256: expected 64 digits 0-9a-f, the sha256 of a key") from None
             raise
     if not keys:
-        raise ConfigError(f"{file}: no keys in it; expected lines such as  alice: {{sha256: ...}}")
+        raise ConfigError(f"{file}: found no keys; expected lines such as  alice: {{sha256: ...}}")
     return keys
 
 
 def asks_for_keys(config: ServingConfig) -> bool:
-    """Whether nobody is answered without a key."""
+    """Whether every request needs a key."""
     return config.api_keys_env is not None or config.keys_file is not None
 
 
 def refuse_open_server(host: str, has_keys: bool) -> None:
-    """ConfigError when anyone on the network could use the server."""
+    """Raise ConfigError when anyone on the network could use the server."""
     if not has_keys and not is_loopback(host):
         raise ConfigError(
             f"serving.host: {host} can be reached from other machines, and there are no API keys. "
@@ -113,11 +113,11 @@ class KeyRing:
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether a request needs a key. Not whether there is one: with all keys revoked nobody gets in."""
+        """Whether a request needs a key. With all keys revoked it still does, so nobody is admitted."""
         return bool(self._from_environment) or self._file is not None
 
     def find(self, authorization: str | None) -> tuple[str, KeyConfig] | None:
-        """Name and settings of the key in an `Authorization: Bearer <key>` header. Takes the same time for any key."""
+        """Return name and config of the key in an `Authorization: Bearer <key>` header. Any key takes the same time."""
         self._refresh()
         scheme, _, key = (authorization or "").partition(" ")
         found = digest(key.strip())
@@ -152,7 +152,7 @@ class KeyRing:
             self._from_file = read_keys(self._file)
             self._stamp = stamp
         except ConfigError as error:
-            logger.error("keys stay as they were: %s", error)
+            logger.error("cannot read the API keys again, keeping those read before: %s", error)
 
     def _look(self) -> tuple[int, int] | None:
         try:
@@ -163,6 +163,6 @@ class KeyRing:
 
 
 def limits_of(key: KeyConfig, default: KeyLimits) -> KeyLimits:
-    """The limits of a key: its own where it has them."""
+    """Return the limits of a key: its own where it has them, else the default ones."""
     own = {name: getattr(key, name) for name in KeyLimits.model_fields}
     return default.model_copy(update={name: value for name, value in own.items() if value is not None})

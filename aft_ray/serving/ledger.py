@@ -1,12 +1,12 @@
-"""What each request has cost, written when it ends, however it ends: one JSON line, without a word of prompt or answer.
+"""The ledger: one JSON line per request with its cost, written however the request ends. It holds no prompt or answer.
 
     {"time": "2026-11-24T12:00:00.000+00:00", "request_id": "4c1e...", "id": "chatcmpl-...", "key": "alice", "model":
      "aft", "adapter": "/runs/mine/model/.versions/3f9c0a1b2c3d", "plan": "k5-l1", "status": "cancelled", "error": null,
      "prompt_tokens": 412, "completion_tokens": 96, "layers": [{"layer": 0, ...}], "seconds": 1.4}
 
-`status` is `answered`, `failed` (with the error's code) or `cancelled` (the client left). Each ingress replica writes a
-file of its own in the folder. Tokens of answers that were cut are those the engine had told of: at most a quarter of a
-second of writing is missing.
+`status` is `answered`, `failed` (with the error's code) or `cancelled` (the client disconnected). Each ingress replica
+writes its own file in the folder. Of an answer that was cut off, the tokens count that the engine had reported: at most
+a quarter of a second of writing is missing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RequestLedger:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """One line. A full disk ends no request: it is logged."""
+        """Append one line. A full disk is logged and does not fail the request."""
         if self._folder is None:
             return
         file = self._folder / f"{entry['time'][:10]}-{self._process}.jsonl"
@@ -50,12 +50,12 @@ class RequestLedger:
             with file.open("a") as lines:
                 lines.write(json.dumps(entry) + "\n")
         except OSError as error:
-            logger.error("the ledger %s cannot be written: %s", file, error)
+            logger.error("cannot write the ledger %s: %s", file, error)
 
 
 @dataclass(kw_only=True)
 class Bill:
-    """One request's, as it grows."""
+    """The cost of one request, while it runs."""
 
     request_id: str
     id: str
@@ -63,30 +63,30 @@ class Bill:
     model: str
     plan: str
     adapter: str | None = None
-    on_layer: Callable[[LayerUsage], None] | None = None
-    """Told the same (metrics)."""
+    on_usage: Callable[[LayerUsage], None] | None = None
+    """Called with the usage of each layer too (metrics)."""
     layers: list[LayerUsage] = field(default_factory=list)
     status: Status = "cancelled"
-    """Until it is said otherwise: whoever closes a request without a word has left."""
+    """Cancelled, unless the request is marked as answered or failed before it is closed."""
     error: str | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def add(self, usage: LayerUsage) -> None:
-        """A layer is over (`account` of `propose_and_aggregate`)."""
+        """Add the usage of a layer that is over (`on_usage` of `propose_and_aggregate`)."""
         self.layers.append(usage)
-        if self.on_layer is not None:
-            self.on_layer(usage)
+        if self.on_usage is not None:
+            self.on_usage(usage)
 
     def failed(self, code: str) -> None:
         self.status, self.error = "failed", code
 
     @property
     def num_tokens(self) -> int:
-        """Of all layers so far."""
+        """Number of tokens, prompt and completion, of all layers so far."""
         return sum(layer.prompt_tokens + layer.completion_tokens for layer in self.layers)
 
     def entry(self) -> dict[str, Any]:
-        """The line."""
+        """Return the ledger's entry for this request."""
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": self.request_id,
@@ -105,7 +105,7 @@ class Bill:
 
 
 class OpenRequest:
-    """A request that was let in. `close` it however it ends: then it is told to the gate and written down, once."""
+    """A request that was admitted. `close` it however it ends: that reports it to the gate and the ledger, once."""
 
     def __init__(self, gate: Gate, ledger: RequestLedger, ticket: Ticket, bill: Bill) -> None:
         self.ticket = ticket

@@ -1,11 +1,11 @@
-"""What the endpoint tells Prometheus. Ray exports every metric of this page with `ray_` before its name.
+"""The endpoint's Prometheus metrics. Ray exports each of them with the prefix `ray_`.
 
     curl -s http://NODE:PORT/metrics | grep ray_aft_      PORT: `ray start --metrics-export-port`, else `ray.nodes()`
     serve_configs/grafana_dashboard.json                  a dashboard over all of them
 
-`METRICS.timed(events, call)` times a run, `count_layer` is told what each layer cost, `METRICS.rejected(reason)`
-counts a request that never became one. Labels are names of models, plans, layers and outcomes: nothing that a client
-can make up. A histogram's `_sum` is Ray's estimate from the buckets: ask for quantiles, not for means.
+`METRICS.timed(events, call)` times a run, `count_layer` counts the usage of a layer, `METRICS.rejected(reason)` counts
+a request that was refused before its run. Labels are names of models, plans, layers and outcomes, so a client cannot
+invent any. A histogram's `_sum` is Ray's estimate from the buckets: query quantiles, not means.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 3
 
 @dataclass(frozen=True)
 class Definition:
-    """One metric. Counters end in `_total`, times are in seconds."""
+    """A metric. Names of counters end in `_total`; times are in seconds."""
 
     kind: Literal["counter", "gauge", "histogram"]
     description: str
@@ -56,7 +56,7 @@ DEFINITIONS: dict[str, Definition] = {
 
 @functools.cache
 def metric(name: str) -> Any:
-    """Ray's metric of that name, made when first used: one per process."""
+    """Return Ray's metric of that name. It is created at its first use, once per process."""
     from ray.util.metrics import Counter, Gauge, Histogram
 
     definition = DEFINITIONS[name]
@@ -73,11 +73,11 @@ class Metrics:
         self._in_flight = 0
 
     def rejected(self, reason: str) -> None:
-        """A request was turned away before anything was asked of an engine."""
+        """Count a request that was refused before any engine request."""
         metric("aft_rejections_total").inc(tags={"reason": reason})
 
     async def timed(self, events: AsyncGenerator[Event, None], call: ChatCall) -> AsyncGenerator[Event, None]:
-        """The events of a run, unchanged; its time and how it ended are counted on the way."""
+        """Yield the events of a run unchanged, and record its time and its outcome."""
         labels = {"model": call.name, "plan": plan_name(call.plan)}
         started, is_first, outcome = time.monotonic(), True, "cancelled"
         self._count_in_flight(1)
@@ -110,7 +110,7 @@ METRICS = Metrics()
 
 
 def count_layer(usage: LayerUsage) -> None:
-    """One layer that is over, however it ended: its time, tokens and answers. What a run's `account` calls."""
+    """Record the time, tokens and answers of a layer that is over, however it ended (a run's `on_usage`)."""
     layer = str(usage.layer)
     metric("aft_layer_seconds").observe(usage.seconds, tags={"layer": layer})
     tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens, "cached": usage.cached_tokens}
@@ -124,5 +124,5 @@ def count_layer(usage: LayerUsage) -> None:
 
 
 def engine_samples(pool: str, number: int) -> None:
-    """How many samples this replica is writing now."""
+    """Record how many samples this replica is writing now."""
     metric("aft_engine_samples").set(number, tags={"pool": pool})

@@ -1,4 +1,4 @@
-"""The bodies of the OpenAI API, as far as they are honoured; what would be ignored is refused by name."""
+"""The request bodies of the OpenAI API. A parameter that would be ignored is refused by name."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from aft_ray.serving.openai_schema import aft_schema
 LARGEST_TEMPERATURE = 2.0
 LARGEST_TOP_K = 2**31 - 1
 MOST_STOPS = 256
-"""Stop strings of one layer; each at most `LONGEST_STOP` characters long."""
+"""Maximum stop strings of one layer, each at most `LONGEST_STOP` characters long."""
 LONGEST_STOP = 256
 LONGEST_SCHEMA = 32_768
-"""Characters of a JSON schema: engines compile it before they answer."""
+"""Maximum characters of a JSON schema, which engines compile before they answer."""
 
-HARMLESS = (
+WITHOUT_EFFECT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 )  # fmt: skip
-"""Parameters that change nothing about an answer: accepted."""
-NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+"""Parameters that do not change the answer; they are accepted."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "response_format": ({"type": "text"},),
     "logprobs": (),
@@ -47,25 +47,25 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "echo": (),
     "suffix": (),
 }
-"""Parameters of the OpenAI API that would change the answer and are refused, with the values that ask for nothing
-(besides null, false, 0 and empty ones). A body that has such a field itself honours it."""
-
+"""Parameters of the OpenAI API that would change the answer and are refused, each with its values that change nothing
+and are accepted (as null, false, 0 and empty values always are). A body that defines such a field supports it.
+"""
 
 SWITCHES = ("include_proposals", "progress")
-"""Keys of the `aft` object beside those of the plan."""
+"""Keys of the `aft` object besides those of the plan."""
 
 
-def _tell_refusals(schema: dict[str, Any]) -> None:
-    """The parameters that are taken but change nothing, and those that may only ask for nothing, in the schema."""
+def _describe_other_parameters(schema: dict[str, Any]) -> None:
+    """Add to the schema the parameters that change nothing, and the refused ones with the values that they may have."""
     nothing: list[Any] = [None, False, 0, "", [], {}]
-    refused = {name: {"enum": [*nothing, *values]} for name, values in NOT_HONOURED.items()}
-    schema["properties"] = refused | {name: {} for name in HARMLESS} | schema["properties"]
+    refused = {name: {"enum": [*nothing, *values]} for name, values in UNSUPPORTED.items()}
+    schema["properties"] = refused | {name: {} for name in WITHOUT_EFFECT} | schema["properties"]
     schema["additionalProperties"] = False
 
 
 def _check_text(value: Any) -> None:
-    """JSON can spell half a character (`"\\ud800"`), which no tokenizer and no reply can hold."""
-    if isinstance(value, bytes):  # what FastAPI makes of a body of another type
+    """Refuse lone surrogates: JSON can spell them (`"\\ud800"`), but no tokenizer and no reply can encode them."""
+    if isinstance(value, bytes):  # FastAPI passes a body of another content type on as bytes
         raise PydanticCustomError("invalid_json", "the body is not JSON; send it with content-type: application/json")
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -76,10 +76,10 @@ def _check_text(value: Any) -> None:
 
 
 class Body(BaseModel):
-    """What chat and text completions share."""
+    """The parameters that chat and text completions share."""
 
-    # `_refuse` has judged every key by the time that the rest is ignored
-    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_tell_refusals)
+    # `_refuse` has checked every key before pydantic ignores the rest
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_describe_other_parameters)
 
     model: str | None = None
     stream: bool = False
@@ -100,14 +100,14 @@ class Body(BaseModel):
     def _refuse(cls, value: Any) -> Any:
         _check_text(value)
         for key in value if isinstance(value, Mapping) else ():
-            if key in cls.model_fields or key in HARMLESS:
+            if key in cls.model_fields or key in WITHOUT_EFFECT:
                 continue
             name = str(key)[:100]
-            if key not in NOT_HONOURED:
-                known = sorted({*cls.model_fields, *HARMLESS})
+            if key not in UNSUPPORTED:
+                known = sorted({*cls.model_fields, *WITHOUT_EFFECT})
                 context = {"param": name, "hint": nearest(name, known, kind="parameters")}
                 raise PydanticCustomError("unknown_parameter", "unknown parameter '{param}'; {hint}", context)
-            if value[key] and value[key] not in NOT_HONOURED[key]:
+            if value[key] and value[key] not in UNSUPPORTED[key]:
                 text = "parameter '{param}' is not supported by this server; leave it out"
                 raise PydanticCustomError("unsupported_parameter", text, {"param": name})
         return value
@@ -117,7 +117,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts."""
+    """Options of a stream. `include_usage` adds a last chunk with the token counts."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -125,14 +125,14 @@ class StreamOptions(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A piece of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    """One turn. `developer` is what newer clients call `system`."""
+    """One turn of a conversation. Newer clients say `developer` instead of `system`."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -145,7 +145,7 @@ class ChatMessage(BaseModel):
 
 
 class JsonSchema(BaseModel):
-    """A named JSON schema. Structured outputs are always strict here."""
+    """A named JSON schema. Structured outputs are always strict on this server."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -154,26 +154,26 @@ class JsonSchema(BaseModel):
 
 
 class TextFormat(BaseModel):
-    """Plain text: what is written anyway."""
+    """The response format of plain text, which is the default."""
 
     type: Literal["text"]
 
 
 class JsonObjectFormat(BaseModel):
-    """Any JSON object."""
+    """The response format of any JSON object."""
 
     type: Literal["json_object"]
 
 
 class JsonSchemaFormat(BaseModel):
-    """JSON that a schema allows."""
+    """The response format of JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class ChatBody(Body):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     logprobs: bool | None = None
@@ -203,7 +203,7 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    """`POST /v1/completions`: the prompt is one user turn."""
+    """The body of `POST /v1/completions`. Its prompt becomes one user turn."""
 
     prompt: str
 

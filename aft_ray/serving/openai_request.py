@@ -1,11 +1,12 @@
-"""From an OpenAI body to a `ChatCall`: which model, which plan, which conversation. Pure; refuses what is not honoured.
+"""From an OpenAI body to a `ChatCall`: model, plan and conversation. Pure; refuses what is not supported.
 
     {"model": "aft@k5-l2", "messages": [...], "temperature": 0.2}
         -> K=5, L=2, the final layer at temperature 0.2, adapter of `aft`
 
-The plan is the server's default, then the alias, then the body's `aft` object, then the OpenAI parameters, which
-apply to the final layer (to the only answer at L=0). `seed` fixes the whole run. A parameter that would be ignored
-is refused by name, unless its value asks for nothing; so is an unknown one, with the nearest known name.
+The plan is the server's default, overridden by the alias, then by the body's `aft` object, then by the OpenAI
+parameters, which apply to the final layer (to the only answer at L=0). `seed` fixes the whole run. A parameter that
+would be ignored is refused by name, unless its value changes nothing; an unknown one is refused with the nearest known
+name.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from aft_ray.serving.openai_body import (
 )
 
 PLANS = TypeAdapter(Plan)
-"""Made once: making it takes longer than all else that is done with a body."""
+"""Built once, because building it takes longer than everything else that is done with a body."""
 LONGEST_REQUEST_S = 900.0
-"""No request lives longer, and none may name a later deadline. Draining replicas wait longer than this."""
+"""Longest time that a request may take, and the largest deadline it may set. Draining replicas wait longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatCall:
-    """A request that will be answered."""
+    """A client's request, checked and resolved: the server can answer it."""
 
     model: str
-    """As asked for; the response repeats it."""
+    """Model name as the client sent it; the response repeats it."""
     name: str
-    """Which of the endpoint's models that is, without the alias."""
+    """Name of the endpoint's model, without the alias."""
     plan: Plan
     final: FinalLayer
     messages: tuple[Message, ...]
@@ -61,21 +62,21 @@ class ChatCall:
     include_usage: bool
     include_proposals: bool
     progress: bool
-    """A stream tells each draft and each layer that is done."""
+    """Whether a stream also reports each draft and each layer that is done."""
 
 
 def model_names(config: ServingConfig) -> list[str]:
-    """Every model of the endpoint: the base model, then the adapters."""
+    """Return every model of the endpoint: the base model, then the adapters."""
     return [config.base_name, *(config.adapters or {})]
 
 
 def default_model(config: ServingConfig) -> str:
-    """Who answers a request that names no model: the configured one, else the adapter named last."""
+    """Return the model for requests that name none: the configured one, else the adapter named last."""
     return config.default_model or model_names(config)[-1]
 
 
 def plan_limits(config: ServingConfig) -> dict[str, int]:
-    """What a request gets that asks for no plan, and the most it may ask for."""
+    """Return width and depth of the default plan, and the largest values that a request may ask for."""
     return {
         "num_proposals": config.plan.num_proposals,
         "num_layers": config.plan.num_layers,
@@ -86,16 +87,16 @@ def plan_limits(config: ServingConfig) -> dict[str, int]:
 
 
 def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> ChatCall:
-    """The call a body asks for. Raises HttpError 400 or 404, naming the parameter."""
+    """Return the call that a body asks for. Raises HttpError 400 or 404, which names the parameter."""
     messages = body.conversation()
     if len(messages) > config.max_messages:
-        message = f"messages: {len(messages)} of them; this server allows at most {config.max_messages}"
+        message = f"messages: found {len(messages)}, this server allows at most {config.max_messages}"
         raise HttpError(400, message, param="messages")
     model = body.model or default_model(config)
     name, alias = split_alias(model, config)
     include_proposals, progress = _switch(body, "include_proposals"), _switch(body, "progress")
     if progress and not body.stream:
-        raise HttpError(400, "aft.progress: progress is told in a stream; set stream to true", param="aft.progress")
+        raise HttpError(400, "aft.progress: only a stream reports progress; set stream to true", param="aft.progress")
     plan = plan_of({**alias, **body.aft}, config.plan)
     plan = _with_sampling(plan, _sampling_changes(body))
     check_limits(plan, config)
@@ -141,12 +142,12 @@ def split_alias(model: str, config: ServingConfig) -> tuple[str, dict[str, Any]]
 
 
 def plan_name(plan: Plan) -> str:
-    """`k5-l2` or `single`: what an alias would say to ask for this width and depth."""
+    """Return the alias that asks for this width and depth: `k5-l2` or `single`."""
     return f"k{plan.num_proposals}-l{plan.num_layers}" if plan.num_layers else "single"
 
 
 def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
-    """The default plan with what was asked laid over it."""
+    """Return the default plan, overridden by the keys that were asked for."""
     plan_keys = {field.name for field in dataclasses.fields(Plan)}
     sampling_keys = {field.name for field in dataclasses.fields(Sampling)}
     changes = {key: value for key, value in asked.items() if key not in SWITCHES}
@@ -163,7 +164,7 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
 
 
 def _fitted(default: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A smaller K than the default's takes the default's larger quorum and subset away: they were meant for its K."""
+    """Drop the default plan's quorum and subset size where they exceed the K that the request asks for."""
     width = changes.get("num_proposals")
     if not isinstance(width, int):
         return default
@@ -183,7 +184,7 @@ def _of_plan_error(error: ErrorDetails, sampling_keys: set[str]) -> HttpError:
 
 
 def _sampling_changes(body: Body) -> dict[str, Any]:
-    """The OpenAI sampling parameters the body sets."""
+    """Return the OpenAI sampling parameters that the body sets."""
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     asked = {
         "temperature": body.temperature,
@@ -197,7 +198,7 @@ def _sampling_changes(body: Body) -> dict[str, Any]:
 
 
 def _with_sampling(plan: Plan, changes: Mapping[str, Any]) -> Plan:
-    """The plan with its last layer sampled as asked; at L=0 that layer is the proposal."""
+    """Return the plan with changed sampling of its last layer (at L=0, of the proposal)."""
     if not changes:
         return plan
     layer = "final" if plan.num_layers else "proposal"
@@ -205,7 +206,7 @@ def _with_sampling(plan: Plan, changes: Mapping[str, Any]) -> Plan:
 
 
 def check_limits(plan: Plan, config: ServingConfig) -> None:
-    """A plan within the server's caps, or HttpError 400 with the parameter, what was asked and the cap."""
+    """Raise HttpError 400, with parameter, value and limit, unless the plan is within the server's limits."""
     sampling = [plan.proposal, *plan.aggregation, plan.final]
     stops = [s.stop for s in sampling]
     limits: list[tuple[str, float, float]] = [
@@ -225,7 +226,7 @@ def check_limits(plan: Plan, config: ServingConfig) -> None:
 
 
 def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
-    """What is asked of the last layer fits the plan and the server's caps, or HttpError 400 naming the parameter."""
+    """Raise HttpError 400, naming the parameter, unless plan and limits allow what is asked of the last layer."""
     if final.num_choices > config.max_num_proposals:
         raise HttpError(400, f"n {final.num_choices}: this server allows at most {config.max_num_proposals}", param="n")
     is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
@@ -234,12 +235,12 @@ def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
         raise HttpError(400, message, param="response_format")
     for param in asked_of_last_layer(final):
         if not is_written:
-            message = f"{param}: this plan may settle its answer by vote or agreement; leave out {param}, or set "
+            message = f"{param}: this plan may decide its answer by vote or agreement; leave out {param}, or set "
             raise HttpError(400, message + "aft.aggregator to model and aft.early_stop to null", param=param)
 
 
 def check_engine(call: ChatCall, engine: EngineInfo) -> None:
-    """The engine of the last layer can do what is asked of it, or HttpError 400 naming the parameter."""
+    """Raise HttpError 400, naming the parameter, unless the engine of the last layer can do what is asked of it."""
     honoured = {"n": True, "logprobs": engine.gives_logprobs, "response_format": engine.follows_json_schema}
     for param in asked_of_last_layer(call.final):
         if not honoured[param]:
@@ -248,7 +249,7 @@ def check_engine(call: ChatCall, engine: EngineInfo) -> None:
 
 
 def asked_of_last_layer(final: FinalLayer) -> list[str]:
-    """The parameters that ask for more than one plain answer."""
+    """Return the parameters that ask for more than one plain answer."""
     asked = {
         "n": final.num_choices > 1,
         "logprobs": final.top_logprobs is not None,

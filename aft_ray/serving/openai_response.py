@@ -1,11 +1,11 @@
-"""What a run tells, as OpenAI objects: whole for a plain reply, in chunks for a stream. Pure.
+"""The events of a run as OpenAI objects: one for a plain reply, chunks for a stream. Pure.
 
     {"id": "chatcmpl-...", "object": "chat.completion", "choices": [{"message": {...}, "finish_reason": "stop"}],
      "usage": {"prompt_tokens": 412, "completion_tokens": 301, ..., "aft": {"layers": [{"layer": 0, ...}, ...]}},
      "aft": {"plan": {...}, "layers": [[{"index": 0, "text": "...", ...}, ...], ...]}}          (include_proposals)
 
-`usage` sums every sub-call. In a stream the role comes first, then `aft.progress` events where asked for, then content
-as it is made, then `finish_reason` (with the drafts where asked for), then usage where asked for.
+`usage` sums over all engine calls. A stream sends the role first, then `aft.progress` events if the request asks for
+them, then content as it is written, then `finish_reason` (with the drafts, if asked for), then usage if asked for.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SSE_DONE = "data: [DONE]\n\n"
 
 
 def sse_data(payload: dict[str, Any]) -> str:
-    """One server-sent event."""
+    """Return the payload as one server-sent event."""
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def usage_object(layers: Sequence[LayerUsage]) -> dict[str, Any]:
-    """Tokens of all sub-calls, and by layer under `aft`."""
+    """Return the tokens of all engine calls; `aft` has them by layer."""
     prompt = sum(layer.prompt_tokens for layer in layers)
     completion = sum(layer.completion_tokens for layer in layers)
     return {
@@ -43,7 +43,7 @@ def usage_object(layers: Sequence[LayerUsage]) -> dict[str, Any]:
 
 
 def draft_object(answer: Answer) -> dict[str, Any]:
-    """One answer of one layer, as `include_proposals` returns it."""
+    """Return one answer of one layer, as `include_proposals` shows it."""
     return {
         "index": answer.index,
         "text": answer.text,
@@ -56,7 +56,7 @@ def draft_object(answer: Answer) -> dict[str, Any]:
 
 
 def logprob_object(token: TokenLogprob) -> dict[str, Any]:
-    """One token of a choice's `logprobs.content`."""
+    """Return one token of a choice's `logprobs.content`."""
     top = [{"token": text, "logprob": logprob, "bytes": list(text.encode())} for text, logprob in token.top]
     return {
         "token": token.token,
@@ -81,13 +81,13 @@ class Drafts:
     def objects(self) -> list[list[dict[str, Any]]]:
         return [
             [draft_object(answer) for answer in sorted(self.layers.get(layer, []), key=lambda a: a.index)]
-            for layer in range(max(self.layers, default=-1) + 1)  # one that agreement skipped is empty
+            for layer in range(max(self.layers, default=-1) + 1)  # a layer that agreement skipped is empty
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The reply to one call. `kind` is the endpoint: chat or text completion."""
+    """The reply to one call. `kind` says which endpoint it belongs to: chat or text completions."""
 
     kind: Literal["chat", "text"]
     call: ChatCall
@@ -97,11 +97,11 @@ class Reply:
 
     @property
     def run_id(self) -> str:
-        """Names the run in the engines: two requests may carry one request id."""
+        """Name of the run in the engines. The request id alone will not do: a client may send one twice."""
         return f"{self.request_id}/{self.id}"
 
     def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
-        """`chat.completion` or `text_completion`."""
+        """Return the plain reply: a `chat.completion` or `text_completion`."""
         body = self._envelope("chat.completion" if self.kind == "chat" else "text_completion")
         body["choices"] = [self._whole_choice(answer) for answer in finished.layers[-1]]
         return body | {"usage": usage_object(finished.usage)} | self._aft(drafts)
@@ -113,20 +113,21 @@ class Reply:
         return self._choice(content, answer.index, answer.finish_reason, answer.logprobs)
 
     def opening(self) -> dict[str, Any]:
-        """The first chunk: who speaks."""
+        """Return the first chunk, which holds the role."""
         content = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
         return self._chunk([self._choice(content, index) for index in range(self.call.final.num_choices)])
 
     def piece(self, delta: AnswerDelta) -> dict[str, Any]:
-        """Some more of an answer."""
+        """Return a chunk with the next piece of an answer."""
         content = {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
         return self._chunk([self._choice(content, delta.index, None, delta.logprobs)])
 
     def progress(self, event: ProposalDone | LayerDone, drafts: Drafts) -> str:
-        """A draft or a layer is done, as an event of its own: a chunk without choices, which clients know to expect."""
+        """Return a finished draft or layer as an `aft.progress` event: a chunk without choices, as clients accept
+        it."""
         layer = event.answer.layer if isinstance(event, ProposalDone) else event.usage.layer
         answers = drafts.layers.get(layer, [])
-        told: dict[str, Any] = {
+        progress: dict[str, Any] = {
             "layer": layer,
             "num_layers": self.call.plan.num_layers,
             "num_done": len(answers),
@@ -134,13 +135,13 @@ class Reply:
             "num_proposals": self.call.plan.num_proposals,
         }
         if isinstance(event, LayerDone):
-            told["layer_usage"] = dataclasses.asdict(event.usage)
+            progress["layer_usage"] = dataclasses.asdict(event.usage)
         elif self.call.include_proposals:
-            told["draft"] = draft_object(event.answer)
-        return "event: aft.progress\n" + sse_data(self._chunk([]) | {"aft": {"progress": told}})
+            progress["draft"] = draft_object(event.answer)
+        return "event: aft.progress\n" + sse_data(self._chunk([]) | {"aft": {"progress": progress}})
 
     def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
-        """The last chunks: why it ended (and the drafts), then usage when asked for."""
+        """Return the last chunks: the finish reasons (and the drafts, if asked for), then usage if asked for."""
         end: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         ends = [self._choice(end, answer.index, answer.finish_reason) for answer in finished.layers[-1]]
         chunks = [self._chunk(ends) | self._aft(drafts)]
@@ -165,8 +166,8 @@ class Reply:
         finish_reason: str | None = None,
         logprobs: Sequence[TokenLogprob] = (),
     ) -> dict[str, Any]:
-        told = {"content": [logprob_object(token) for token in logprobs], "refusal": None} if logprobs else None
-        return {"index": index, **content, "logprobs": told, "finish_reason": finish_reason}
+        tokens = {"content": [logprob_object(token) for token in logprobs], "refusal": None} if logprobs else None
+        return {"index": index, **content, "logprobs": tokens, "finish_reason": finish_reason}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.call.model}

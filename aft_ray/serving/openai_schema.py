@@ -1,5 +1,7 @@
-"""The shapes of requests and replies as the OpenAPI document (`/openapi.json`) tells them. Documentation, held true by
-tests that send generated requests and check every reply against it; the code that answers does not pass through here.
+"""The requests and replies as the OpenAPI document (`/openapi.json`) describes them.
+
+The code that answers does not use these models. Tests keep them true: they send generated requests and check every
+reply against the document.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from aft_ray.inference.plan import Plan
 
 
 class Error(BaseModel):
-    """What went wrong; `param` names the parameter."""
+    """An error; `param` names the parameter that caused it."""
 
     message: str
     type: str
@@ -23,19 +25,19 @@ class Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every error of the API."""
+    """The body of every error reply."""
 
     error: Error
 
 
 class Status(BaseModel):
-    """Of `/health` and `/ready`."""
+    """The reply of `/health` and `/ready`."""
 
     status: str
 
 
 class AftModel(BaseModel):
-    """The server's plan and caps."""
+    """The server's default plan and its limits."""
 
     num_proposals: int
     num_layers: int
@@ -57,14 +59,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models."""
+    """The list of all models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class CachedTokens(BaseModel):
-    """Of the prompt tokens, those the prefix cache saved."""
+    """The part of the prompt tokens that came from the prefix cache."""
 
     cached_tokens: int
 
@@ -76,7 +78,7 @@ class AftUsage(BaseModel):
 
 
 class Usage(BaseModel):
-    """The sum over all sub-calls."""
+    """Tokens summed over all engine calls."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -113,7 +115,7 @@ class AnswerMessage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood there."""
+    """A token that was likely in this place."""
 
     token: str
     logprob: float
@@ -127,14 +129,14 @@ class Logprob(TopLogprob):
 
 
 class Logprobs(BaseModel):
-    """Of an answer."""
+    """Log-probabilities of an answer's tokens."""
 
     content: list[Logprob]
     refusal: None
 
 
 class ChatChoice(BaseModel):
-    """One of n answers."""
+    """One of the n answers."""
 
     index: int
     message: AnswerMessage
@@ -155,7 +157,7 @@ class ChatCompletion(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """One of n answers."""
+    """One of the n answers."""
 
     index: int
     text: str
@@ -176,27 +178,32 @@ class TextCompletion(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is wrong, not allowed, or too much now"},
+    "4XX": {"model": ErrorBody, "description": "The request is wrong or not allowed, or a limit is reached"},
     "5XX": {"model": ErrorBody, "description": "The server could not answer"},
 }
 
 
 def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that answers whole or as a stream of `data: {...}` events that ends with `[DONE]`."""
+    """Return the `responses` of a route that replies plainly or with a stream of events, which ends with `[DONE]`."""
     event = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
     stream = {"text/event-stream": {"schema": event | {"required": ["data"]}}}
-    return {200: {"model": model, "description": "The answer, whole or streamed", "content": stream}, **ERRORS}
+    return {200: {"model": model, "description": "The answer, in one piece or streamed", "content": stream}, **ERRORS}
 
 
 def aft_schema(switches: tuple[str, ...]) -> dict[str, Any]:
-    """JSON schema of the `aft` object: the fields of a plan, all optional, and the switches. What is left out is the
-    server's, so Plan's own defaults are not told."""
+    """Return the JSON schema of the `aft` object: the fields of a plan, all optional, and the switches.
+
+    It has no defaults: a field that is left out has the server's value, not that of `Plan`.
+    """
     schema = TypeAdapter(Plan).json_schema()
     sampling = schema.pop("$defs")["Sampling"]
     text = json.dumps(schema).replace('{"$ref": "#/$defs/Sampling"}', json.dumps(sampling))
     whole: dict[str, Any] = json.loads(text, object_hook=_without_default)
     whole["properties"] |= {name: {"type": "boolean"} for name in switches}
-    return whole | {"title": "The plan of this request", "description": "What is left out is the server's own."}
+    return whole | {
+        "title": "The plan of this request",
+        "description": "A field that is left out has the server's value.",
+    }
 
 
 def _without_default(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The page at `/`: ask a question, watch the drafts, the layers and the answer arrive. No build step.
+"""The page at `/`: ask a question and see drafts, layers and answer arrive. It needs no build step.
 
-Its policy lets the browser load and ask this server alone, and forbids text to become HTML; the key that a user types
-stays in the page's memory. Whoever may open the page still needs a key to ask.
+Its content security policy lets the browser contact this server only and keeps text from becoming HTML. A key that a
+user types stays in the page's memory. Anybody may open the page, but asking a question needs a key where the server has
+keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HEADERS = {
 
 
 def page_routes() -> APIRouter:
-    """`/`, its style and its script. Not part of the API, so not in its schema."""
+    """Return the routes of the page, its style and its script. They are not part of the API's schema."""
     router = APIRouter(include_in_schema=False)
     folder = files("aft_ray.serving") / "page"
     text = {name: (folder / name).read_text() for name in ("index.html", "page.css", "page.js")}

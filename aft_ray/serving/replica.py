@@ -1,7 +1,7 @@
 """One engine in one Serve replica: the deployment class behind `HandleEngine`.
 
-The replica builds its engine from a config, in its own process, so that nothing heavy is ever pickled. A caller that
-goes away cancels the call; closing the engine's generator then aborts the request in the engine.
+The replica builds its engine from a config, in its own process, so nothing heavy is ever pickled. A caller that
+disconnects cancels the call; closing the engine's generator then aborts the request in the engine.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from aft_ray.errors import ConfigError, EngineError
 from aft_ray.serving.metrics import engine_samples
 
 UNREAD_DELTA_S = 0.25
-"""Deltas that nobody reads are told this often."""
+"""Interval between two deltas of a sample that no client reads."""
 PROBE_TIMEOUT_S = 30.0
 """How long an engine may take to write one token before its replica is replaced. Serve's own limit on a health check is
 longer."""
 SILENT_S = 30.0
-"""A health check asks only an engine for a token that has written none for this long."""
+"""A health check asks for a token only if the engine has written none for this long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class ReplicaActivity:
 
     process_id: int
     num_requests: int
-    """Requests whose samples are being written. 0 after a cancelled one proves that nothing leaked."""
+    """Number of requests being written. 0 after a cancelled request proves that nothing leaked."""
     num_samples: int
-    """Samples they ask for."""
+    """Number of samples of these requests."""
     num_tasks: int
-    """Coroutines on its event loop."""
+    """Number of tasks on its event loop."""
 
 
 def check_adapters(adapters: Mapping[str, str]) -> None:
-    """Every adapter folder is there and is a peft adapter, or ConfigError: better at the start than per request."""
+    """Raise ConfigError at the start, not at the first request, unless every adapter folder holds a peft adapter."""
     for name, folder in adapters.items():
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ConfigError(
@@ -66,7 +66,7 @@ class EngineReplica:
         self._last_event = time.monotonic()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        """The engine's events, as they come. Cancelling the call closes the engine's generator."""
+        """Yield the engine's events as they come. Cancelling the call closes the engine's generator."""
         interval_s = UNREAD_DELTA_S if request.is_unread else self._stream_interval_s
         self._count(1, len(request.seeds))
         try:
@@ -99,13 +99,13 @@ class EngineReplica:
         )
 
     async def check_health(self) -> None:
-        """Serve asks regularly, and replaces the replica when this raises: its engine is dead, or says nothing.
+        """Raise where the engine is dead or writes nothing. Serve calls this regularly and then replaces the replica.
 
-        An engine that has just told something is well; only a silent one is asked for a token.
+        An engine that has just written something is healthy; only a silent one is asked for a token.
         """
         await self.engine.check()
         if self.engine.info.takes_messages or time.monotonic() - self._last_event < SILENT_S:
-            return  # a remote endpoint is not ours to replace, and its tokens cost money
+            return  # a replica cannot replace a remote endpoint, whose tokens cost money
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._probe()
@@ -127,21 +127,21 @@ class EngineReplica:
                     raise EngineError(f"the engine cannot write a token: {event.error}")
 
     async def __del__(self) -> None:
-        """Serve awaits this after the last request, before it ends the process."""
-        if hasattr(self, "engine"):  # the constructor may have refused
+        """Close the engine. Serve awaits this after the last request, before it ends the process."""
+        if hasattr(self, "engine"):  # the constructor may have raised
             await self.engine.close()
 
 
 async def merged_deltas(
     events: AsyncGenerator[EngineEvent, None], interval_s: float
 ) -> AsyncGenerator[EngineEvent, None]:
-    """The events, with the deltas of a sample put together that follow each other within `interval_s`.
+    """Yield the events, with deltas of a sample merged that follow each other within `interval_s`.
 
-    The first delta of a sample never waits, and its end brings what was held. Each item costs Serve some work in two
-    processes, so a fast engine would otherwise wait for its own telling.
+    The first delta of a sample is never delayed, and its end releases what was held back. Serve does some work in two
+    processes for each item, so without this a fast engine would wait for its own deltas to be sent.
     """
     held: dict[int, TokenDelta] = {}
-    last_told: dict[int, float] = {}
+    last_sent: dict[int, float] = {}
     async with aclosing(events):
         async for event in events:
             before = held.pop(event.index, None)
@@ -153,8 +153,8 @@ async def merged_deltas(
             if before is not None:
                 event = before.followed_by(event)
             now = time.monotonic()
-            if now - last_told.get(event.index, -interval_s) < interval_s:
+            if now - last_sent.get(event.index, -interval_s) < interval_s:
                 held[event.index] = event
                 continue
-            last_told[event.index] = now
+            last_sent[event.index] = now
             yield event

@@ -1,4 +1,4 @@
-"""A run's events as a reply: in one piece, or as server-sent events that a client may leave at any moment."""
+"""The events of a run as a reply: in one piece, or as server-sent events. The client may disconnect at any moment."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from aft_ray.serving.openai_response import SSE_DONE, SSE_KEEP_ALIVE, Drafts, Re
 from aft_ray.serving.service import Service
 
 KEEP_ALIVE_S = 2.0
-"""A stream is never silent for longer: proxies in between close quiet connections."""
+"""A stream is never silent for longer, because proxies close idle connections."""
 
 
 async def with_keep_alives(
     events: AsyncGenerator[Event, None], interval_s: float
 ) -> AsyncGenerator[Event | None, None]:
-    """The events, and None whenever `interval_s` went by without one. Raises what they raise.
+    """Yield the events, and None whenever `interval_s` has passed without one. Raises what the events raise.
 
-    One task reads them from beginning to end, so timeouts inside the run keep their task; closing this generator
-    cancels that task and waits until the run has let go of its engines.
+    One task reads the events from beginning to end, because a timeout inside the run must stay in one task. Closing
+    this generator cancels that task and waits until the run has released its engines.
     """
     inbox: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
     reader = asyncio.create_task(_read(events, inbox))
@@ -57,13 +57,13 @@ async def _read(events: AsyncGenerator[Event, None], inbox: asyncio.Queue[Event 
             async for event in events:
                 inbox.put_nowait(event)
         inbox.put_nowait(None)
-    except Exception as error:  # carried to the reader of the inbox, who raises it
+    except Exception as error:  # passed on to the reader of the inbox, which raises it
         late = DeadlineExceeded(f"the request took longer than {LONGEST_REQUEST_S:g} s")
         inbox.put_nowait(late if clock.expired() else error)
 
 
 async def whole_reply(service: Service, reply: Reply, opened: OpenRequest) -> dict[str, Any]:
-    """The reply in one piece."""
+    """Run the call and return its reply in one piece."""
     drafts = Drafts()
     try:
         async with aclosing(with_keep_alives(service.run(reply.call, reply.run_id, opened), KEEP_ALIVE_S)) as events:
@@ -84,7 +84,7 @@ async def whole_reply(service: Service, reply: Reply, opened: OpenRequest) -> di
 async def streamed_reply(
     service: Service, reply: Reply, opened: OpenRequest, request_id: str
 ) -> AsyncGenerator[str, None]:
-    """The reply as server-sent events. Whatever happens, the last one is `[DONE]`."""
+    """Yield the reply as server-sent events. Whatever happens, the last one is `[DONE]`."""
     drafts = Drafts()
     yield sse_data(reply.opening())
     try:
@@ -104,14 +104,14 @@ async def streamed_reply(
                         drafts.add(event)
                         if reply.call.progress:
                             yield reply.progress(event, drafts)
-    except Exception as error:  # process boundary: the status line is gone, so the error travels in the stream
+    except Exception as error:  # process boundary: the status line was sent already, so the error travels in the stream
         opened.bill.failed(code_of(error))
         yield sse_data(as_http_error(error, request_id).body)
     yield SSE_DONE
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; a client that goes away closes the generator at once, wherever it stands."""
+    """Server-sent events. When the client disconnects, the generator is closed at once, wherever it is."""
 
     media_type = "text/event-stream"
 
@@ -127,5 +127,5 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # also when the client left before the first byte, and the body was never begun
+        finally:  # even if the client disconnected before the first byte, when the body was never started
             self._opened.close()

@@ -1,4 +1,4 @@
-"""What every request needs, and one run through it: admitted, billed, answered by the algorithm over the pools."""
+"""What every request needs, and the path of one call: admitted, billed, and answered over the engine pools."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from aft_ray.serving.openai_request import ChatCall, plan_name
 from aft_ray.templates import AggregatorTemplate
 
 READY_S = 5.0
-"""Time an engine has for the one-token probe of `/ready`."""
+"""How long an engine may take for the one-token probe of `/ready`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """Everything a request needs."""
+    """Everything that a request needs."""
 
     config: ServingConfig
     proposers: tuple[Role, ...]
     aggregator: Role
-    """With topology `shared` also the only proposer. A request's model chooses the adapter."""
+    """With topology `shared` it is also the only proposer. The request's model selects the adapter."""
     template: AggregatorTemplate
     keys: KeyRing
     gate: Gate
@@ -47,12 +47,12 @@ class Service:
 
     @property
     def current_config(self) -> ServingConfig:
-        """The config with the adapters that are served now."""
+        """The config, with the adapters that are served now."""
         adapters = {name: adapter.path for name, adapter in self.gate.table.adapters.items()}
         return self.config.model_copy(update={"adapters": adapters})
 
     async def open(self, call: ChatCall, key: Caller, request_id: str, reply_id: str) -> OpenRequest:
-        """Let a call in, or HttpError. Whoever gets an open request closes it."""
+        """Admit a call, or raise HttpError. The caller must close the open request that this returns."""
         names = (self._adapter_name(call), self._proposer_adapter_name(call))
         num_tokens = await off_loop(num_characters(call.messages), self.aggregator.format.count, call.messages)
         cost = cost_of(call.plan, num_tokens, call.final.num_choices)
@@ -61,7 +61,9 @@ class Service:
             async with asyncio.timeout(call.plan.deadline_s):
                 ticket = await self.gate.enter(ticket, key.limits, names)
         except TimeoutError:
-            raise DeadlineExceeded(f"deadline_s {call.plan.deadline_s} passed before the request could begin") from None
+            raise DeadlineExceeded(
+                f"deadline_s {call.plan.deadline_s} passed before the request was admitted"
+            ) from None
         bill = Bill(
             request_id=request_id,
             id=reply_id,
@@ -69,7 +71,7 @@ class Service:
             model=call.name,
             plan=plan_name(call.plan),
             adapter=ticket.adapters[0],
-            on_layer=count_layer,
+            on_usage=count_layer,
         )
         return OpenRequest(self.gate, self.ledger, ticket, bill)
 
@@ -84,15 +86,15 @@ class Service:
 
     @property
     def single_proposer(self) -> Role:
-        """Who writes a single sample."""
+        """The proposer that writes a single sample (L=0): the one with the largest share."""
         return max(self.proposers, key=lambda role: role.share)
 
     def last_engine(self, call: ChatCall) -> EngineInfo:
-        """The engine that writes what the client gets."""
+        """Return the engine that writes the final answer of a call."""
         return (self.aggregator if call.plan.num_layers else self.single_proposer).engine.info
 
     def run(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
-        """The events of one call, counted."""
+        """Yield the events of a call, and record its metrics."""
         return METRICS.timed(self._events(call, run_id, opened), call)
 
     def _events(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
@@ -111,14 +113,14 @@ class Service:
         )
 
     async def probe(self) -> None:
-        """One token from every pool, or TimeoutError or EngineError."""
+        """Get one token from every pool. Raises TimeoutError or EngineError."""
         async with asyncio.timeout(READY_S):
             await asyncio.gather(
                 *(probe(role) for role in {id(r): r for r in (*self.proposers, self.aggregator)}.values())
             )
 
     async def try_adapter(self, path: str) -> None:
-        """One token with an adapter from every pool that will use it, or EngineError."""
+        """Get one token with an adapter from every pool that will use it. Raises EngineError."""
         roles = [self.aggregator]
         if self.config.topology == "split" and proposers_take_adapters(self.config):
             roles += self.proposers
@@ -126,13 +128,13 @@ class Service:
 
 
 def proposers_take_adapters(config: ServingConfig) -> bool:
-    """An adapter fits one base model: proposers on other models draft without it."""
+    """Whether proposers draft with the request's adapter: it fits the base model only, not other models."""
     has_own_model = config.proposer_engine is not None or bool(config.proposers)
     return config.topology == "shared" or not has_own_model
 
 
 async def probe(role: Role) -> None:
-    """The engine of a role writes one token."""
+    """Get one token from the engine of a role. Raises EngineError."""
     messages: tuple[Message, ...] = ({"role": "user", "content": "Say yes."},)
     request = GenerateRequest(
         request_id=f"ready-{uuid.uuid4().hex}",

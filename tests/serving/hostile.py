@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from aft_ray.serving.openai_body import HARMLESS, NOT_HONOURED
+from aft_ray.serving.openai_body import UNSUPPORTED, WITHOUT_EFFECT
 
 VALID: dict[str, Any] = {
     "model": "base@k2-l1",
@@ -60,8 +60,8 @@ JUNK: tuple[Any, ...] = (
     "base", "aft@k99-l99", "base@single", "base@k16-l4", "base@k0-l0", "model" * 500, ["END"] * 300, [""],
 )  # fmt: skip
 NAMES = (
-    *NOT_HONOURED,
-    *HARMLESS,
+    *UNSUPPORTED,
+    *WITHOUT_EFFECT,
     "temprature",
     "",
     "__proto__",

@@ -123,8 +123,7 @@ class Reply:
         return self._chunk([self._choice(content, delta.index, None, delta.logprobs)])
 
     def progress(self, event: ProposalDone | LayerDone, drafts: Drafts) -> str:
-        """Return a finished draft or layer as an `aft.progress` event: a chunk without choices, as clients accept
-        it."""
+        """Return a finished draft or layer as an `aft.progress` event: a chunk without choices, which clients skip."""
         layer = event.answer.layer if isinstance(event, ProposalDone) else event.usage.layer
         answers = drafts.layers.get(layer, [])
         progress: dict[str, Any] = {

@@ -1,12 +1,13 @@
 """The only place where text becomes token ids. Data, training, serving and evaluation all call it.
 
-    control      strings inside messages that must not act as control tokens, and how they are broken
+    control      breaks strings inside messages that would otherwise act as control tokens
     format       the `PromptFormat` protocol; `MessagesFormat` for endpoints that take messages
     chat         `ChatFormat`: chat template or in-context prompt -> ids, once, with one BOS
-    in_context   `InContextPrompt`: how a base model is asked (URIAL format)
+    in_context   `InContextPrompt`: the prompt for base models (URIAL format)
     aggregator   `AggregatorTemplate`: how proposals are shown to the model that aggregates them
-    budget       `fit_prompt`, `fit_aggregation`: what gives way when a prompt does not fit the window
-    mask         `build_example`, `check_mask`: the loss is on the answer and its end, and nowhere else
+    budget       `fit_prompt`, `fit_aggregation`: what is shortened when a prompt does not fit the window
+    mask         `build_example`, `check_mask`: the loss is on the answer and its end-of-turn token only
+    loading      `load_format`: the format that an engine needs
 
 Importing this loads neither torch nor transformers; `ChatFormat.load` does.
 """

@@ -1,4 +1,4 @@
-"""The aggregator prompt: a system message that shows the proposals in numbered slots; the conversation stays as it is.
+"""The aggregator prompt: a system message with the proposals in numbered slots, before the unchanged conversation.
 
     template = AggregatorTemplate.load("aft")              # or a YAML file: docs/templates.md
     template.messages(conversation, ["Paris.", "It is Lyon."])
@@ -16,8 +16,9 @@
                [End of draft 2]
     user       What is the capital of France?
 
-Proposals are data: they are put in place by splitting the template, never by formatting, so braces survive, and with
-`escape` the slot's own marks are broken inside them (U+200B), so no proposal can close its slot or fake another one.
+Proposals are data. They are inserted by splitting the template, never by formatting, so braces in them survive. With
+`escape`, a zero-width space (U+200B) breaks the slot's own marks inside them, so that no proposal can close its slot or
+fake another one.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ _PLACE = re.compile(r"(\{index\}|\{proposal\})")
 
 @dataclass(frozen=True, kw_only=True)
 class AggregatorTemplate:
-    """The words around the proposals."""
+    """The text of the aggregator prompt around the proposals."""
 
     PACKAGED: ClassVar[dict[str, str]] = {"aft": "aft.yaml", "bare": "bare.yaml"}
 
     name: str
     system: str
-    """Holds `{proposals}` once: where the slots go."""
+    """Text of the system message. It must contain `{proposals}`, the place of the slots, exactly once."""
     slot: str
-    """Holds `{index}` (counted from 1) and, once, `{proposal}`."""
+    """Text of one slot. It must contain `{index}`, which counts from 1, and `{proposal}` exactly once."""
     separator: str = "\n\n"
-    """Between two slots."""
+    """Text between two slots."""
     escape: bool = True
-    """Break the slot's marks inside proposals. False: byte for byte, for checkpoints trained on a published prompt."""
+    """Whether to break the slot's marks inside proposals. False suits checkpoints trained on a published prompt."""
 
     def __post_init__(self) -> None:
         _require(self.name, "system", self.system, "{proposals}", once=True)
@@ -59,7 +60,7 @@ class AggregatorTemplate:
 
     @classmethod
     def load(cls, reference: str = "aft") -> AggregatorTemplate:
-        """A packaged template by name, or a YAML file with `system`, `slot` and maybe `name`, `separator`, `escape`."""
+        """Load a packaged template by name, or a YAML file; `name`, `separator` and `escape` are optional in it."""
         required = {"system": str, "slot": str}
         optional = {"name": str, "separator": str, "escape": bool}
         fields = read_fields(
@@ -69,11 +70,11 @@ class AggregatorTemplate:
 
     @property
     def hash(self) -> str:
-        """sha256 of everything that shapes the prompt; the name does not."""
+        """sha256 of everything that shapes the prompt, which excludes the name."""
         return fingerprint(["aggregator", self.system, self.slot, self.separator, self.escape])
 
     def messages(self, conversation: Sequence[Message], proposals: Sequence[str]) -> tuple[Message, ...]:
-        """The conversation under a system message that holds the proposals. Raises InputError without proposals."""
+        """Return the conversation under a system message with the proposals. Raises InputError without proposals."""
         if not proposals:
             raise InputError("an aggregation needs at least one proposal, found none")
         before, after = self.system.split("{proposals}")
@@ -92,10 +93,10 @@ class AggregatorTemplate:
 
 @lru_cache(maxsize=32)
 def slot_marks(slot: str) -> re.Pattern[str] | None:
-    """Matches the slot's marks as a proposal might forge them: any number, any case, any spacing.
+    """Return a pattern for the slot's marks as a proposal might forge them: any number, any case, any spacing.
 
     The marks of `[Draft {index}]\\n{proposal}\\n[End of draft {index}]` are its first and last line. A mark that begins
-    with its number (`{index}. {proposal}`) counts at the start of a line only: elsewhere it is a number like any other.
+    with its number (`{index}. {proposal}`) matches at the start of a line only: elsewhere it is an ordinary number.
     """
     lines = [line.strip() for piece in slot.split("{proposal}") for line in piece.splitlines()]
     marks = sorted({_mark(line) for line in lines if line})
@@ -103,7 +104,7 @@ def slot_marks(slot: str) -> re.Pattern[str] | None:
 
 
 def _mark(line: str) -> str:
-    """Consumes a mark's first character only, so that marks may overlap; `broken` then puts its break behind it."""
+    """Return a pattern that consumes only the first character of a mark, so that marks may overlap (see `broken`)."""
     pattern = "".join(r"\s*\d+\s*" if part == "{index}" else _spaced(part) for part in _PLACE.split(line) if part)
     if line.startswith("{index}"):
         return rf"^[^\S\n]*(?={pattern})\d"
@@ -118,4 +119,4 @@ def _require(name: str, key: str, text: str, place: str, *, once: bool) -> None:
     found = text.count(place)
     if found == 0 or (once and found > 1):
         expected = "exactly once" if once else "at least once"
-        raise ConfigError(f"aggregator template {name}: '{key}' holds {place} {found} times, expected {expected}")
+        raise ConfigError(f"aggregator template {name}: '{key}' contains {place} {found} times, expected {expected}")

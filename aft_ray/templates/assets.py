@@ -1,7 +1,7 @@
-"""Template files: YAML with a fixed set of keys, either packaged beside this module or given by the user.
+"""Template files: YAML with a fixed set of keys, either packaged with this module or given by the user.
 
     read_fields("aft", kind="aggregator template", ...)         a packaged file
-    read_fields("my/template.yaml", ...)                        a file of the user
+    read_fields("my/template.yaml", ...)                        the user's file
 
 Unknown keys are refused with the nearest known name; a key that is missing or of the wrong type is named.
 """
@@ -27,7 +27,7 @@ def read_fields(
     required: Mapping[str, type],
     optional: Mapping[str, type],
 ) -> dict[str, Any]:
-    """The checked keys of a template file. `packaged` maps known names to file names in this package."""
+    """Return the checked keys of a template file. `packaged` maps known names to file names in this package."""
     path = _path_of(reference, kind, packaged)
     fields = _parse(path, kind)
     known = {**required, **optional}
@@ -59,5 +59,5 @@ def _parse(path: Path, kind: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: holds {type(fields).__name__}, expected `key: value` lines ({kind})")
+        raise ConfigError(f"{path}: contains {type(fields).__name__}, expected `key: value` lines ({kind})")
     return fields

@@ -1,12 +1,12 @@
-"""The length budget: prompt + proposals + answer must fit the window, and what gave way is told.
+"""The length budget: prompt + proposals + answer must fit the window, and what was shortened is recorded.
 
     fitted = fit_aggregation(format, template, conversation, proposals, max_prompt_tokens=3584, policy="drop_longest")
     fitted.kept      (0, 2, 3, 4)
     fitted.action    "drop_longest: dropped 1 of 5"
 
 `max_prompt_tokens` is the window minus the answer's `max_tokens`. Conversation and template are never cut, and at least
-one proposal stays; when that does not fit, PromptTooLong says by how much and what to change. The same function serves
-data construction, training and serving.
+one proposal remains; when that does not fit, PromptTooLong says by how much and what to change. Data construction,
+training and serving use the same function.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Fitted:
 
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
-    """() for an engine that takes messages."""
+    """Token ids of the prompt; () for an engine that takes messages."""
     kept: tuple[int, ...]
-    """Indices of the proposals shown, in order."""
+    """Indices of the proposals that the prompt shows, in order."""
     action: str | None
-    """What the policy did, for the row; None when everything fitted."""
+    """What the policy did, as the row records it; None when everything fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Budget:
-    """One call's fixed part."""
+    """The fixed part of one call: what is to be fitted, and into how many tokens."""
 
     format: PromptFormat
     template: AggregatorTemplate
@@ -56,7 +56,7 @@ class _Budget:
     max_prompt_tokens: int
 
     def measure(self, kept: Sequence[int], texts: Sequence[str] | None = None) -> tuple[Fitted, int]:
-        """The prompt that shows the proposals `kept` (from `texts`, where they were cut), and its tokens."""
+        """Return the prompt that shows the proposals `kept`, and its number of tokens. `texts`: proposals cut short."""
         source = self.proposals if texts is None else texts
         messages = self.template.messages(self.conversation, [source[index] for index in kept])
         ids = self.format.prompt_ids(messages)
@@ -65,7 +65,7 @@ class _Budget:
 
 
 def fit_prompt(format: PromptFormat, messages: Sequence[Message], max_prompt_tokens: int) -> tuple[int, ...]:
-    """The ids of a plain prompt. Raises PromptTooLong when they do not fit: a conversation is never cut."""
+    """Return the ids of a plain prompt. Raises PromptTooLong when they do not fit: a conversation is never cut."""
     ids = format.prompt_ids(messages)
     found = len(ids) or format.count(messages)
     if found > max_prompt_tokens:
@@ -84,7 +84,7 @@ def fit_aggregation(
     max_prompt_tokens: int,
     policy: LengthPolicy,
 ) -> Fitted:
-    """The aggregation prompt of `conversation` and `proposals`, made to fit by `policy` where it has to be."""
+    """Return the aggregation prompt of `conversation` and `proposals`, shortened by `policy` where it does not fit."""
     if policy not in _POLICIES:
         raise ConfigError(f"length_policy '{policy}' is not known; expected one of {', '.join(_POLICIES)}")
     if not proposals:
@@ -105,7 +105,7 @@ def _error(budget: _Budget, found: int) -> Fitted:
 
 
 def _drop_longest(budget: _Budget, found: int) -> Fitted:
-    """The longest goes first; of equally long ones the last."""
+    """Drop the longest proposal first; of equally long ones, the last."""
     lengths = [budget.format.num_tokens(text) for text in budget.proposals]
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     return _drop(budget, found, order, "drop_longest")
@@ -116,7 +116,7 @@ def _fewer(budget: _Budget, found: int) -> Fitted:
 
 
 def _drop(budget: _Budget, found: int, order: Sequence[int], policy: str) -> Fitted:
-    """Drop from the end of `order` until the rest fits; the order shown does not change."""
+    """Drop proposals from the end of `order` until the rest fits. The order in the prompt does not change."""
     total = len(order)
     for num_kept in range(total - 1, 0, -1):
         fitted, found = budget.measure(sorted(order[:num_kept]))
@@ -126,7 +126,7 @@ def _drop(budget: _Budget, found: int, order: Sequence[int], policy: str) -> Fit
 
 
 def _truncate_each(budget: _Budget, found: int) -> Fitted:
-    """The largest allowance per proposal that fits, by bisection. What fits is always measured, never assumed."""
+    """Find the largest allowance per proposal that fits, by bisection. Each try is measured, never assumed to fit."""
     format, proposals = budget.format, budget.proposals
     lengths = [format.num_tokens(text) for text in proposals]
     best: Fitted | None = None

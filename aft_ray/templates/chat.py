@@ -8,10 +8,10 @@ The same two calls make the training examples and the prompts that are served, s
 
     prompt_ids + target_ids  ==  ids of the rendered full conversation, up to and including its end-of-turn token
 
-Text after the end-of-turn token (ChatML's line break) is the template's and no part of the target. A tokenizer that
-adds a BOS gets exactly one: from the template's text where that begins with it, else in front. Templates that refuse
-or lose a system message (Mistral, Gemma) get its text at the top of the first user message. A tokenizer without a chat
-template gets the in-context prompt.
+Text after the end-of-turn token (ChatML's line break) belongs to the template, not to the target. If the tokenizer adds
+a BOS, the prompt has exactly one: from the template's text where that begins with it, else in front of it. Where a
+template refuses or drops a system message (Mistral, Gemma), its text goes to the top of the first user message. A
+tokenizer without a chat template uses the in-context prompt.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from aft_ray.templates.format import checked
 from aft_ray.templates.in_context import InContextPrompt
 
 Style = Literal["auto", "chat", "in_context"]
-"""`auto`: the chat template where the tokenizer has one, else the in-context prompt."""
+"""`auto` uses the chat template where the tokenizer has one, else the in-context prompt."""
 
 _PROBE = "Zebra"
-_PROBES = (_PROBE, "7", "e.", "z\n")  # endings of different kinds: what all prompts end with is the template's own
+_PROBES = (_PROBE, "7", "e.", "z\n")  # different endings, so what all prompts end with comes from the template
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """What a chat template writes around an answer, beyond its generation prompt."""
+    """What a chat template writes around an answer, besides its generation prompt."""
 
     before: str = ""
     after: str = ""
-    """Up to and including the end-of-turn token, where there is one."""
+    """Text after the answer, up to and including the end-of-turn token where there is one."""
     end: str | None = None
-    """The end-of-turn token."""
+    """The end-of-turn token; None where the template writes none."""
 
 
 class ChatFormat:
@@ -52,7 +52,7 @@ class ChatFormat:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         if style == "chat" and template is None:
             raise ConfigError(
-                "style chat: the tokenizer has no chat template; use style auto or in_context, or an instruct model"
+                "style chat: the tokenizer has no chat template; set style auto or in_context, or use an instruct model"
             )
         self.tokenizer = tokenizer
         self.has_template = template is not None and style != "in_context"
@@ -72,7 +72,7 @@ class ChatFormat:
         style: Style = "auto",
         trust_remote_code: bool = False,
     ) -> ChatFormat:
-        """From a folder or a hub id. Raises ConfigError where there is no tokenizer."""
+        """Load a tokenizer from a folder or a hub id. Raises ConfigError where there is none."""
         from transformers import AutoTokenizer
 
         try:
@@ -90,7 +90,7 @@ class ChatFormat:
 
     @property
     def end_of_turn_id(self) -> int | None:
-        """The token that ends an answer: the template's, else the tokenizer's eos; None where it has neither."""
+        """Id of the token that ends an answer: the template's, else the tokenizer's eos; None where it has neither."""
         return self._controls.ids[self._turn.end] if self._turn.end else self.tokenizer.eos_token_id
 
     @property
@@ -106,9 +106,9 @@ class ChatFormat:
         return self._ids(self._prompt_text(messages))
 
     def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
-        """See the module; where prompt and answer would share a token, the answer's text is tokenized by itself."""
+        """Return what an answer adds to the prompt's ids; it is tokenized alone where the two would share a token."""
         if self.end_of_turn_id is None:
-            raise ConfigError("a target needs an end, but the tokenizer has neither an end-of-turn nor an eos token")
+            raise ConfigError("a target must end, but the tokenizer has neither an end-of-turn nor an eos token")
         prompt, added = self._prompt_text(messages), self._added_text(messages, target)
         prompt_ids, full_ids = self._ids(prompt), self._ids(prompt + added)
         same = full_ids[: len(prompt_ids)] == prompt_ids
@@ -122,7 +122,7 @@ class ChatFormat:
         return len(self._raw_ids(self.neutralise(text)))
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """Cut at a token boundary that is also a character boundary, without white space at the end."""
+        """Cut `text` at a token boundary that is also a character boundary, and strip white space at its end."""
         if max_tokens <= 0:
             return ""
         text = self.neutralise(text)
@@ -149,11 +149,11 @@ class ChatFormat:
         return self._rendered(prepared, generation_prompt=True)
 
     def _added_text(self, messages: Sequence[Message], target: str) -> str:
-        """What the answer adds to the prompt's text, up to and including its end-of-turn token.
+        """Return what the answer adds to the prompt's text, up to and including its end-of-turn token.
 
-        Rendering is asked first, because a template may put something before the answer or trim it. Where the full
-        conversation does not begin with the prompt (Mistral v0.3 moves the system text, some reasoning templates drop
-        what the prompt opened), the answer is put between what the template writes around an answer elsewhere.
+        The whole conversation is rendered first, because a template may write something before the answer or trim it.
+        Where the result does not begin with the prompt (Mistral v0.3 moves the system text, some reasoning templates
+        drop what the prompt opened), the answer is put between what the template writes around answers elsewhere.
         """
         if self._in_context is not None:
             return self.neutralise(target) + self._in_context.closing
@@ -170,7 +170,7 @@ class ChatFormat:
         return added[: end + len(turn.end)] if end >= 0 else added + turn.end
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
-        """Neutralised, and with the system text in the first user message where the template wants that."""
+        """Return the messages neutralised, and merge the system text into the first user message if necessary."""
         checked(messages)
         clean = [Message(role=m["role"], content=self.neutralise(m["content"])) for m in messages]
         return _system_in_user(clean) if self._merges_system else clean
@@ -184,7 +184,9 @@ class ChatFormat:
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise InputError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
+            raise InputError(
+                f"the model's chat template refuses a conversation with the roles {roles}: {error}"
+            ) from error
 
     # ── ids ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,7 +219,7 @@ class ChatFormat:
         return _Turn(before=before, after=after if end is None else after[: after.index(end) + len(end)], end=end)
 
     def _probe_prompt(self) -> tuple[int | None, tuple[int, ...]]:
-        """The BOS every prompt begins with, unless it also marks turns; and the ids every prompt ends with."""
+        """Return the BOS that begins every prompt (None if it also marks turns) and the ids that end every prompt."""
         prompts = [self.prompt_ids([Message(role="user", content=probe)]) for probe in _PROBES]
         tail = prompts[0]
         for prompt in prompts[1:]:
@@ -232,7 +234,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _system_in_user(messages: list[Message]) -> list[Message]:
-    """A leading system message becomes the top of the first user message, or the user message where there is none."""
+    """Put a leading system message at the top of the first user message, or make it one where there is none."""
     if messages[0]["role"] != "system":
         return messages
     text, rest = messages[0]["content"], messages[1:]

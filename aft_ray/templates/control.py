@@ -1,13 +1,13 @@
 """Text is data: nothing inside a message may act as a control token of the model.
 
-A user who writes `<|im_end|>`, or a proposal that does, must not end a turn. Every such string is broken by a
-zero-width space (U+200B) after its first character: a reader sees the same text, the tokenizer ordinary characters.
+If a user or a proposal writes `<|im_end|>`, that must not end a turn. Every such string is broken by a zero-width space
+(U+200B) after its first character: a reader sees the same text, and the tokenizer sees ordinary characters.
 
     ControlTokens.of(tokenizer, template).neutralise("stop <|im_end|>")   ->   "stop <\\u200b|im_end|>"
 
-What counts as a control string: the tokenizer's special tokens; those of its other added tokens that are markup
-(`<think>`, but neither the extra words of an extended vocabulary nor Gemma's HTML tags, which answers about HTML are
-made of); `<|...|>` strings spelt out in the chat template, tokens or not; and the marks of Llama-2 and Mistral.
+Control strings are: the tokenizer's special tokens; those of its other added tokens that are markup (`<think>`, but
+neither the extra words of an extended vocabulary nor Gemma's HTML tags, which answers about HTML need); `<|...|>`
+strings in the text of the chat template, whether they are tokens or not; and the marks of Llama-2 and Mistral.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def without_surrogates(text: str) -> str:
-    """Lone surrogates (half a character, from cut JSON escapes) become U+FFFD: they cannot be written as UTF-8."""
+    """Replace lone surrogates, which cut JSON escapes leave and UTF-8 cannot encode, by U+FFFD."""
     return _SURROGATE.sub(REPLACEMENT, text)
 
 
 def break_strings(strings: Iterable[str]) -> re.Pattern[str] | None:
-    """Matches the first character of every occurrence of `strings`, overlapping ones too; None without strings.
+    """Return a pattern for the first character of every occurrence of `strings`; None without strings.
 
-    Only one character is consumed, so in `<s><s>` as in a run of six backticks every occurrence is seen.
+    It consumes one character only, so it finds overlapping occurrences too, in `<s><s>` or in a run of six backticks.
     """
     rests: dict[str, list[str]] = {}
     for string in sorted({s for s in strings if len(s) > 1}, key=lambda s: (-len(s), s)):
@@ -46,7 +46,7 @@ def break_strings(strings: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def broken(text: str, pattern: re.Pattern[str] | None) -> str:
-    """`text` with U+200B behind every match; patterns consume no more than the beginning of what they look for."""
+    """Return `text` with U+200B after every match. Patterns must consume only the beginning of what they look for."""
     return pattern.sub(lambda match: match.group() + BREAK, text) if pattern is not None else text
 
 
@@ -59,13 +59,13 @@ class ControlTokens:
         self._pattern = break_strings([*ids, *literals])
         self._single = {
             ord(s): REPLACEMENT for s in ids if len(s) == 1
-        }  # one character cannot be broken, only replaced
+        }  # a single character cannot be broken, only replaced
         self._tokenizer = tokenizer if _normalises(tokenizer) else None
         self._guarded = set(ids.values()) - {getattr(tokenizer, "unk_token_id", None)}
 
     @classmethod
     def of(cls, tokenizer: Any, template: str | None) -> ControlTokens:
-        """The control strings of a Hugging Face tokenizer used with `template` (None: no chat template)."""
+        """Return the control strings of a Hugging Face tokenizer used with `template` (None: no chat template)."""
         always = set(tokenizer.all_special_tokens)
         added = {token.content: (index, token) for index, token in tokenizer.added_tokens_decoder.items()}
         ids = {
@@ -76,18 +76,20 @@ class ControlTokens:
         return cls(ids, [*LITERAL_MARKUP, *_TEMPLATE_MARKUP.findall(template or "")], tokenizer)
 
     def neutralise(self, text: str) -> str:
-        """`text` with no control string left in it; other text is returned as it is."""
+        """Return `text` without any control string. Other text is unchanged."""
         text = broken(without_surrogates(text).translate(self._single), self._pattern)
         return self._replace_rest(text) if self._tokenizer is not None else text
 
     def first_in(self, text: str) -> str | None:
-        """The control token that comes first in `text` (the longest, where two begin together)."""
+        """Return the first control token in `text`: the longest, where two begin at the same place."""
         found = [(text.find(string), -len(string), string) for string in self.ids if string in text]
         return min(found)[2] if found else None
 
     def _replace_rest(self, text: str) -> str:
-        """A normaliser may take the break out again, or turn `＜s＞` into `<s>`: what still comes out as a control id
-        is overwritten. Every pass overwrites at least one more character, so this ends."""
+        """Overwrite what still becomes a control id: a normaliser may remove the break, or turn `＜s＞` into `<s>`.
+
+        Every pass overwrites at least one more character, so this ends.
+        """
         assert self._tokenizer is not None
         while True:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -105,5 +107,5 @@ def _is_markup(content: str) -> bool:
 
 
 def _normalises(tokenizer: Any) -> bool:
-    """Whether the tokenizer changes text before it matches pieces of it (lower case, NFKC, ...)."""
+    """Whether the tokenizer changes text before it splits it (lower case, NFKC, ...)."""
     return getattr(tokenizer, "is_fast", False) and tokenizer.backend_tokenizer.normalizer is not None

@@ -1,8 +1,8 @@
-"""What turns messages into what a model is sent: the `PromptFormat` protocol, and its form for engines without ids.
+"""How messages become a model's input: the `PromptFormat` protocol, and its implementation for engines without ids.
 
-Two implementations: `ChatFormat` (chat.py) has a tokenizer, so its ids are what the model sees and its counts are
-exact; `MessagesFormat` is for endpoints that take messages only, so it has no ids and its counts are upper-side
-estimates.
+There are two implementations. `ChatFormat` (chat.py) has a tokenizer, so its ids are what the model sees and its counts
+are exact. `MessagesFormat` is for endpoints that take messages only, so it has no ids, and it estimates counts from
+above.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from aft_ray.templates.control import without_surrogates
 
 
 class PromptFormat(Protocol):
-    """How the messages of a conversation reach a model."""
+    """Converts the messages of a conversation to the input of a model."""
 
     @property
     def has_template(self) -> bool:
-        """Whether a chat template shapes the prompt (else the in-context prompt, or the endpoint, does)."""
+        """Whether a chat template shapes the prompt. If not, the in-context prompt or the endpoint does."""
         ...
 
     @property
     def template_hash(self) -> str:
-        """Identity of the words around the messages: sha256 of the chat template or of the in-context prompt."""
+        """Identity of the text around the messages: sha256 of the chat template or of the in-context prompt."""
         ...
 
     @property
@@ -36,40 +36,40 @@ class PromptFormat(Protocol):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end an answer and do not belong to it."""
+        """Strings that end an answer and are not part of it."""
         ...
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Everything before the answer, generation prompt included; () for an engine that takes messages."""
+        """Return everything before the answer, generation prompt included; () for an engine that takes messages."""
         ...
 
     def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
-        """What the answer `target` adds to `prompt_ids`, its end-of-turn token included."""
+        """Return what the answer `target` adds to `prompt_ids`, its end-of-turn token included."""
         ...
 
     def count(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt."""
+        """Return the number of tokens of the prompt."""
         ...
 
     def num_tokens(self, text: str) -> int:
-        """Tokens of a piece of text by itself."""
+        """Return the number of tokens of a text by itself."""
         ...
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """The beginning of `text`, at most `max_tokens` long."""
+        """Return the beginning of `text`, at most `max_tokens` long."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens included."""
+        """Return the text of ids, control tokens included."""
         ...
 
     def neutralise(self, text: str) -> str:
-        """`text` as it stands inside a message, with nothing in it that could act as a control token."""
+        """Return `text` as a message may contain it: nothing in it can act as a control token."""
         ...
 
 
 def checked(messages: Sequence[Message]) -> None:
-    """Raises InputError for a conversation that no format can render."""
+    """Raise InputError for a conversation that no format can render."""
     if not messages:
         raise InputError("a conversation needs at least one message, found none")
     for number, message in enumerate(messages, start=1):
@@ -82,7 +82,7 @@ def checked(messages: Sequence[Message]) -> None:
 
 
 class MessagesFormat:
-    """For endpoints that take messages: the conversation is sent as it is, and its length is estimated from above."""
+    """The format for endpoints that take messages: sends them unchanged and estimates their length from above."""
 
     BYTES_PER_TOKEN = (
         3  # English has about 4 characters per token; other scripts are rarely above one token per 3 bytes
@@ -113,9 +113,11 @@ class MessagesFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         if ids:
-            raise InputError(f"{len(ids)} ids to decode, but this engine takes messages and its tokenizer is not known")
+            raise InputError(
+                f"cannot decode {len(ids)} ids: this engine takes messages, and its tokenizer is not known"
+            )
         return ""
 
     def neutralise(self, text: str) -> str:
-        """The endpoint renders the messages, so only what cannot be sent as UTF-8 is replaced."""
+        """Replace only what UTF-8 cannot encode: the endpoint renders the messages."""
         return without_surrogates(text)

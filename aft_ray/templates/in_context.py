@@ -21,11 +21,11 @@
 
     # Answer:
     ```
-                             <- the model goes on here, and its closing fence is the stop string
+                             <- the model continues here; its closing fence is the stop string
 
-Earlier turns of the conversation are further blocks; a system message (the aggregator's, for one) is a fenced second
-instruction right before the conversation, so that all prompts share the tokens of the demonstrations. Fences and
-headings inside a message are broken with U+200B: no text can close its block.
+Earlier turns of the conversation are further blocks. A system message, such as the aggregator's, is a second
+instruction in a fence directly before the conversation, so that all prompts share the tokens of the demonstrations.
+U+200B breaks fences and headings inside a message, so that no text can close its block.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _HEADING_OF = {"system": "# Instruction", "user": "# Query:", "assistant": "# An
 
 @dataclass(frozen=True, kw_only=True)
 class InContextPrompt:
-    """Instruction and demonstrations that make a base model answer."""
+    """An instruction and demonstrations that make a base model answer."""
 
     PACKAGED: ClassVar[dict[str, str]] = {"default": "in_context.yaml"}
 
@@ -59,7 +59,7 @@ class InContextPrompt:
 
     @classmethod
     def load(cls, reference: str = "default") -> InContextPrompt:
-        """`default`, or a YAML file with `instruction` and `demonstrations` (a list of `query` and `answer`)."""
+        """Load `default`, or a YAML file with `instruction` and `demonstrations` (a list of `query` and `answer`)."""
         kind = "in-context prompt"
         required = {"instruction": str, "demonstrations": list}
         fields = read_fields(reference, kind=kind, packaged=cls.PACKAGED, required=required, optional={"name": str})
@@ -68,21 +68,21 @@ class InContextPrompt:
 
     @property
     def hash(self) -> str:
-        """sha256 of everything that shapes the prompt; the name does not."""
+        """sha256 of everything that shapes the prompt, which excludes the name."""
         return fingerprint(["in_context", self.instruction, self.demonstrations])
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The closing fence, with its line break first, so that the answer does not keep it."""
+        """The closing fence, first with its line break, so that the answer does not keep the line break."""
         return ("\n" + _FENCE, _FENCE)
 
     @property
     def closing(self) -> str:
-        """What ends an answer in a full conversation."""
+        """The text that ends an answer in a full conversation."""
         return "\n" + _FENCE
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt up to and including the opening fence of the answer to write."""
+        """Return the prompt up to and including the opening fence of the answer."""
         parts = [f"# Instruction\n\n{self.instruction.strip()}"]
         for query, answer in self.demonstrations:
             parts += [self._block("user", query), self._block("assistant", answer)]
@@ -90,7 +90,7 @@ class InContextPrompt:
         return "\n\n".join([*parts, f"{_HEADING_OF['assistant']}\n{_FENCE}\n"])
 
     def neutralise(self, text: str) -> str:
-        """`text` without anything that could close its block or open another one."""
+        """Return `text` without anything that could close its block or open another one."""
         return broken(broken(without_surrogates(text), _FENCES), _HEADINGS)
 
     def _block(self, role: str, content: str) -> str:
@@ -100,10 +100,10 @@ class InContextPrompt:
 
 
 def _pair(reference: str, number: int, item: object) -> tuple[str, str]:
-    """One demonstration of a file, checked."""
+    """Check one demonstration of a file and return its query and answer."""
     if not isinstance(item, dict) or set(item) != {"query", "answer"}:
         found = sorted(map(str, item)) if isinstance(item, dict) else type(item).__name__
-        raise ConfigError(f"{reference}: demonstration {number} holds {found}, expected the keys query and answer")
+        raise ConfigError(f"{reference}: demonstration {number} has {found}, expected the keys query and answer")
     for key, text in item.items():
         if not isinstance(text, str) or _FENCE in text:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The format an engine needs, from what it tells of itself: one place for data, serving and evaluation."""
+"""The format that an engine needs, for data, serving and evaluation alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from aft_ray.templates.in_context import InContextPrompt
 
 
 def load_format(tokenizer: str | None, in_context: str = "default", style: Style = "auto") -> PromptFormat:
-    """`ChatFormat` of a tokenizer's folder or hub id; `MessagesFormat` for an engine without one (None)."""
+    """Return the `ChatFormat` of a tokenizer (folder or hub id), or `MessagesFormat` for an engine without one."""
     if tokenizer is None:
         return MessagesFormat()
     return ChatFormat.load(tokenizer, InContextPrompt.load(in_context), style)

@@ -1,4 +1,4 @@
-"""The loss mask: the model learns to write the answer and its end, never the prompt.
+"""The loss mask: the model learns to write the answer and its end-of-turn token, never the prompt.
 
 input_ids   [ prompt ......................... | target ......... end-of-turn ]
 labels      [ IGNORE IGNORE IGNORE ... IGNORE  | target ......... end-of-turn ]
@@ -12,11 +12,11 @@ from aft_ray.errors import InputError
 from aft_ray.templates.chat import ChatFormat
 
 IGNORE = -100
-"""The label torch's cross entropy skips."""
+"""The label that torch's cross entropy ignores."""
 
 
 def build_example(prompt_ids: Sequence[int], target_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of one training example. Raises InputError when either part is empty."""
+    """Return (input_ids, labels) of one training example. Raises InputError when either part is empty."""
     if not prompt_ids or not target_ids:
         raise InputError(
             f"a training example needs a prompt and a target, found {len(prompt_ids)} and {len(target_ids)} tokens"
@@ -25,7 +25,7 @@ def build_example(prompt_ids: Sequence[int], target_ids: Sequence[int]) -> tuple
 
 
 def check_mask(input_ids: Sequence[int], labels: Sequence[int], format: ChatFormat) -> None:
-    """Raises InputError naming the invariant that an example of `format` breaks; returns nothing where all hold."""
+    """Raise InputError, naming the invariant, if an example of `format` breaks one."""
     start = _target_start(input_ids, labels)
     _check_boundary(input_ids, start, format)
     _check_end(input_ids, labels, start, format)
@@ -33,9 +33,9 @@ def check_mask(input_ids: Sequence[int], labels: Sequence[int], format: ChatForm
 
 
 def _target_start(input_ids: Sequence[int], labels: Sequence[int]) -> int:
-    """Where the target begins: labels are IGNORE before it and the input ids from there on."""
+    """Return where the target begins: labels are IGNORE before it and equal the input ids from there on."""
     if len(input_ids) != len(labels):
-        raise InputError(f"one label per token: {len(input_ids)} input_ids, {len(labels)} labels")
+        raise InputError(f"expected one label per token, found {len(input_ids)} input_ids and {len(labels)} labels")
     start = next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
     if start == len(labels):
         raise InputError(f"first target token inside the loss: all {len(labels)} labels are {IGNORE}")
@@ -50,7 +50,7 @@ def _target_start(input_ids: Sequence[int], labels: Sequence[int]) -> int:
 
 
 def _check_boundary(input_ids: Sequence[int], start: int, format: ChatFormat) -> None:
-    """The loss must begin right behind the last generation prompt (`<|im_start|>assistant\\n`)."""
+    """Check that the loss begins directly after the last generation prompt (`<|im_start|>assistant\\n`)."""
     tail = format.prompt_tail
     expected = _last_end_of(tail, input_ids, format)
     if expected is None or start == expected:
@@ -61,7 +61,7 @@ def _check_boundary(input_ids: Sequence[int], start: int, format: ChatFormat) ->
 
 
 def _last_end_of(tail: Sequence[int], input_ids: Sequence[int], format: ChatFormat) -> int | None:
-    """Where the last generation prompt ends; None where an answer could spell it too, so its place proves nothing."""
+    """Return where the last generation prompt ends; None if an answer could contain it, so its place proves nothing."""
     text = format.decode(tail)
     if not tail or format.neutralise(text) == text:
         return None
@@ -76,7 +76,7 @@ def _check_end(input_ids: Sequence[int], labels: Sequence[int], start: int, form
     if labels[-1] != end:
         raise InputError(f"end-of-turn inside the loss and last: the last label is {labels[-1]}, expected {end}")
     if end in input_ids[start:-1]:
-        raise InputError(f"end-of-turn inside the loss and last: id {end} stands inside the target as well")
+        raise InputError(f"end-of-turn inside the loss and last: the target contains id {end} before its end, too")
 
 
 def _check_bos(input_ids: Sequence[int], format: ChatFormat) -> None:

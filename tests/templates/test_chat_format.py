@@ -166,7 +166,7 @@ def test_a_template_without_a_system_role_gets_the_system_text_in_the_first_user
 
 
 def test_a_conversation_the_template_refuses_is_an_input_error_with_the_templates_own_words() -> None:
-    with pytest.raises(InputError, match=r"conversation of user, user: .*must alternate"):
+    with pytest.raises(InputError, match=r"conversation with the roles user, user: .*must alternate"):
         format_of("mistral").prompt_ids([user("Hello"), user("there")])
 
 

@@ -85,7 +85,7 @@ def test_a_users_file_is_read_and_hashed_by_content(tmp_path: Path) -> None:
     [
         ("instruction: x\ndemonstration: []\n", "unknown key 'demonstration' .* did you mean 'demonstrations'"),
         ("instruction: x\n", "has no 'demonstrations'"),
-        ("instruction: x\ndemonstrations:\n  - {query: a, anser: b}\n", r"demonstration 1 holds \['anser', 'query'\]"),
+        ("instruction: x\ndemonstrations:\n  - {query: a, anser: b}\n", r"demonstration 1 has \['anser', 'query'\]"),
         ("instruction: x\ndemonstrations:\n  - {query: a, answer: 3}\n", "demonstration 1, answer: expected text"),
         ("instruction: x\ndemonstrations:\n  - {query: a, answer: '```'}\n", "answer: expected text without ```"),
     ],

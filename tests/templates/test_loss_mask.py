@@ -69,7 +69,7 @@ def test_an_end_outside_the_loss_is_named(format: ChatFormat) -> None:
         check_mask(ids[:-1], labels[:-1], format)
     with pytest.raises(InputError, match="end-of-turn inside the loss and last"):
         check_mask([*ids, 198], [*labels, 198], format)
-    with pytest.raises(InputError, match="stands inside the target as well"):
+    with pytest.raises(InputError, match="the target contains id"):
         check_mask([*ids, ids[-1]], [*labels, ids[-1]], format)
 
 

@@ -1,20 +1,20 @@
-"""Fine-tuning: TRL's `SFTTrainer` inside Ray Train, on ids and labels that the data room wrote.
+"""Fine-tuning: TRL's `SFTTrainer` inside Ray Train, on the ids and labels of the training set.
 
     run          `train_adapters`: the driver's side, from a `TrainingJob` to finished adapters
     task         `TrainingJob`, the fingerprint of each adapter, `TrainProgress` and `TrainSummary`
-    examples     rows of the training set: reading, checking, the order of batches
+    examples     the rows of the training set: reading them, checking them, and the order of batches
     packing      several examples in one row without cross-talk
-    target_head  the language-model head on target positions only
-    loading      the model as training sees it: dtype, attention, 4-bit weights, LoRA
-    trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, sums of weights
-    held_out     loss and answers on held-out examples while the training goes on
-    metrics      metrics.jsonl and held_out.jsonl, written as training goes
-    progress     what the driver reports while the workers train
-    proof        what must hold before an adapter or model counts as trained
+    target_head  computes the language-model head on target positions only
+    loading      loads the model with the dtype, attention, quantization and LoRA of the settings
+    trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, checksums of weights
+    held_out     loss and answers on held-out examples during training
+    metrics      metrics.jsonl and held_out.jsonl, written during training
+    progress     the progress reports of the driver while the workers train
+    proof        the checks that an adapter or model must pass before it counts as trained
     adapter      the output folder: weights, tokenizer, model card, summary; complete or absent
-    export       a finished training as a folder that stands alone: the adapter, or merged into the base model
-    worker       what runs in each Ray Train worker
-    deepspeed/   the ZeRO presets
+    export       copies a finished training into a self-contained folder, or merges it into the base model
+    worker       the code that runs in each Ray Train worker
+    deepspeed/   the DeepSpeed presets
 
 Importing this loads neither torch, Ray nor transformers.
 """

@@ -1,11 +1,11 @@
 """The folder of a finished adapter: complete or absent.
 
-    adapter_model.safetensors, adapter_config.json   loads in plain peft and in vLLM
-    tokenizer files                                  with the exact chat template of the base model
-    model_card.md                                    what it was made from and how the training went
+    adapter_model.safetensors, adapter_config.json   plain peft and vLLM load these
+    tokenizer files                                  the base model's, with its exact chat template
+    model_card.md                                    what the adapter was made from and how the training went
     summary.json                                     the same as numbers, with the fingerprint
 
-It is written to a folder beside it and renamed at the end.
+The files are written to a folder beside it, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CARD = "model_card.md"
 
 
 def finished_summary(task: TrainTask) -> TrainSummary | None:
-    """The stored summary when the output holds this task's adapter; None when there is no output.
+    """Return the stored summary where the output holds the adapter of this task, and None where there is no output.
 
-    Raises ResumeRefused when the output is another task's.
+    Raises ResumeRefused where the output belongs to another task.
     """
     file = task.output / SUMMARY
     if not task.output.exists():
         return None
     if not file.is_file():
-        raise ResumeRefused(f"{task.output} exists and holds no trained adapter ({SUMMARY}). Choose another folder")
+        raise ResumeRefused(f"{task.output} exists, but holds no {SUMMARY} of a trained adapter. Choose another folder")
     stored = json.loads(file.read_text())
     if stored["fingerprint"] != task.fingerprint:
         raise ResumeRefused(
-            f"{task.output} holds an adapter made from other settings:\n"
+            f"{task.output} holds an adapter that was made from other settings:\n"
             f"{difference(stored['settings'], json.loads(json.dumps(task.settings)))}\n"
             "Choose another folder, or remove this one"
         )
@@ -46,7 +46,7 @@ def finished_summary(task: TrainTask) -> TrainSummary | None:
 
 
 def finish_folder(task: TrainTask, model: str, summary: TrainSummary) -> None:
-    """Adds tokenizer, card and summary to the partial folder, and gives it its name."""
+    """Add tokenizer, model card and summary to the partial folder, and rename it to the output."""
     from transformers import AutoTokenizer
 
     folder = partial_folder(task.output)
@@ -72,9 +72,10 @@ def model_card(
     trained_with: Mapping[str, str],
     merging: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as Markdown. `settings`: the task's. `trained_with`: versions of the libraries.
+    """Return the model card as Markdown.
 
-    `merging`: how the adapter became part of the base model's weights (export.py); None for what training saves.
+    `settings` are those of the task, and `trained_with` the versions of the libraries. `merging` says how the adapter
+    was merged into the base model (export.py); None for the folder that training saves.
     """
     variant = settings["variant"]
     is_whole = settings["training"].get("method") == "full"

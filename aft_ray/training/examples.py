@@ -1,4 +1,4 @@
-"""Rows of a training set: which ones a variant trains on, whether they are sound, and the order they are seen in.
+"""The rows of a training set: which rows a variant trains on, whether they are valid, and the order of batches.
 
 in   *.parquet shards with the columns of `records.TRAINING_SET`
 out  input_ids and labels, exactly as they were written; nothing is tokenized or truncated here
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pads
 
 MAX_CHECKED_ROWS = 512
-"""Rows whose mask is checked before any worker starts. The data room checked every row when it wrote it."""
+"""Number of rows whose mask is checked before any worker starts. The training_set stage has checked every row."""
 BATCHES_PER_GROUP = 64
-"""Examples are sorted by length within groups of this many batches: little padding, and still a random order."""
+"""Examples are sorted by length within groups of this many batches: this saves padding and keeps the order random."""
 
 
 def shard_files(training_set: Path) -> dict[str, str]:
-    """sha256 by file name of the training set's shards. Raises InputError where there are none."""
+    """Return the sha256 of each shard of the training set by file name. Raises InputError where there is none."""
     files = sorted(training_set.glob("*.parquet"))
     if not files:
         raise InputError(f"{training_set}: no *.parquet shards; expected the folder of the training_set stage")
@@ -43,9 +43,9 @@ def _sha256(file: Path) -> str:
 
 
 def read_examples(training_set: Path, variant: str, split: str = TRAIN) -> pa.Table:
-    """The rows of one variant and split, in shard order: example_id, input_ids, labels.
+    """Return example_id, input_ids and labels of the rows of one variant and split, in shard order.
 
-    Raises InputError where there is no row to train on; a held-out split may be empty.
+    Raises InputError where there is no row to train on. A held-out split may be empty.
     """
     import pyarrow.compute as pc
 
@@ -57,13 +57,13 @@ def read_examples(training_set: Path, variant: str, split: str = TRAIN) -> pa.Ta
         filtered = getattr(read_manifest(Folder.at(training_set)), "filtered", {})
         raise InputError(
             f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}; "
-            f"rows left out when it was made: {dict(filtered)}"
+            f"rows that its stage left out, by reason: {dict(filtered)}"
         )
     return table
 
 
 def all_variants(training_set: Path) -> list[str]:
-    """The variants that a training set has rows of."""
+    """Return the names of the variants in a training set, sorted."""
     return sorted(set(_shards(training_set).to_table(columns=["variant"])["variant"].to_pylist()))
 
 
@@ -79,7 +79,7 @@ def _shards(training_set: Path) -> pads.Dataset:
 
 
 def rows_to_train(training_set: Path, task_variant: str, pack_length: int | None, name: str = "rows") -> Any:
-    """The variant's rows as the `datasets.Dataset` that TRL wants: ids and labels, packed where that is asked for."""
+    """Return a variant's ids and labels as the `datasets.Dataset` that TRL takes, packed where `pack_length` is set."""
     from datasets import Dataset, table
 
     rows = read_examples(training_set, task_variant).select(["input_ids", "labels"])
@@ -92,9 +92,10 @@ def rows_to_train(training_set: Path, task_variant: str, pack_length: int | None
 
 
 def check_made_for(training_set: Path, model: str, template_hashes: Mapping[str, str]) -> None:
-    """The set was made with this model's tokenizer and this run's template, as its manifest tells.
+    """Check that the training set was made with this model's tokenizer and this run's template.
 
-    Raises InputError with both hashes. A set without a manifest, made elsewhere, has only its rows to be checked by.
+    Raises InputError with both hashes. They come from the manifest; a training set that was made elsewhere has none,
+    and then only its rows are checked.
     """
     manifest = read_manifest(Folder.at(training_set))
     made_with = manifest.settings if manifest else {}
@@ -103,13 +104,13 @@ def check_made_for(training_set: Path, model: str, template_hashes: Mapping[str,
         before = made_with.get(what)
         if before is not None and hash_now is not None and before != hash_now:
             raise InputError(
-                f"{training_set}: made with another {what}: sha256 {before[:16]} then, {hash_now[:16]} now. "
-                "Train the model the set was made for, or make the set again in another run.dir"
+                f"{training_set}: made with another {what}: its sha256 was {before[:16]} and is {hash_now[:16]} now. "
+                "Train the model that the set was made for, or make the set again in another run.dir"
             )
 
 
 def check_examples(table: pa.Table, model: str) -> None:
-    """Raises InputError naming the first example whose mask is broken or whose ids the model does not have."""
+    """Raise InputError for the first example with a broken mask or with ids outside the model's vocabulary."""
     chat_format, vocabulary = _rules(model)
     for row in table.slice(0, MAX_CHECKED_ROWS).to_pylist():
         try:
@@ -121,14 +122,14 @@ def check_examples(table: pa.Table, model: str) -> None:
 
 
 def _rules(model: str) -> tuple[ChatFormat, int]:
-    """What examples are checked by: the model's chat format and the size of its vocabulary."""
+    """Return the model's chat format and the size of its vocabulary, which examples are checked against."""
     from transformers import AutoConfig
 
     return ChatFormat.load(model), AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
 def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: ChatFormat, vocabulary: int) -> None:
-    """The mask's invariants. In-context prompts may be a user's own, so there only what holds for all is asked."""
+    """Check the invariants of the mask. Without a chat template, prompts may have any form, so fewer of them apply."""
     if input_ids and not 0 <= min(input_ids) <= max(input_ids) < vocabulary:
         raise InputError(f"id {max(input_ids)} is outside the model's vocabulary of {vocabulary}")
     if chat_format.has_template:
@@ -143,9 +144,9 @@ def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: 
 
 
 def check_batch(batch: Any, model: str) -> None:
-    """The mask's invariants in a batch as the model sees it, and padding outside the loss.
+    """Check the mask in a batch as the model sees it, and that no padding is in the loss.
 
-    Raises InputError naming the example by its place in the batch.
+    Raises InputError, which names the example by its place in the batch.
     """
     chat_format, vocabulary = _rules(model)
     if "attention_mask" in batch and bool(((batch["labels"] != IGNORE) & (batch["attention_mask"] == 0)).any()):
@@ -158,7 +159,7 @@ def check_batch(batch: Any, model: str) -> None:
 
 
 def examples_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of every example, without padding; packed rows are taken apart where positions restart."""
+    """Yield (input_ids, labels) of every example, without padding. Packed rows are split where positions restart."""
     for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
         if "position_ids" in batch:
             starts = [place for place, position in enumerate(batch["position_ids"][row].tolist()) if position == 0]
@@ -169,10 +170,10 @@ def examples_of(batch: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """Every index once; each run of `batch_size` indices is one global batch of examples of like length.
+    """Return every index once. Each run of `batch_size` indices is one global batch of examples of similar length.
 
-    A pure function of its arguments, so a resumed epoch continues with the very batch it stopped before, and the
-    number of workers that share a global batch does not change what is in it.
+    This is a pure function of its arguments. So a resumed epoch continues with exactly the next batch, and the number
+    of workers that share a global batch does not change its content. transformers' `group_by_length` promises neither.
 
     >>> batch_order([5, 900, 6, 800], batch_size=2, seed=0, epoch=0)   # {5, 6} and {900, 800}
     """
@@ -185,5 +186,5 @@ def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         by_length = sorted(indices[start : start + group], key=lambda index: lengths[index])
         batches += [by_length[place : place + batch_size] for place in range(0, len(by_length), batch_size)]
     chance.shuffle(batches)
-    batches.sort(key=lambda batch: len(batch) < batch_size)  # the short one last, where the loader fills it up
+    batches.sort(key=lambda batch: len(batch) < batch_size)  # the short batch goes last, where the loader fills it up
     return [index for batch in batches for index in batch]

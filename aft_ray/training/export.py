@@ -1,24 +1,23 @@
-"""`aft-ray export`: a finished training as a folder that stands alone.
+"""`aft-ray export`: writes a finished training to a self-contained folder.
 
     aft-ray export --config configs/quickstart.yaml --variant aft --output exports/aft
     aft-ray export --config configs/quickstart.yaml --variant aft --merged --output exports/aft-merged
 
-    as trained    the run's model/<variant>, copied: adapter (or, after full fine-tuning, whole model), tokenizer, card
-    merged        the base model with the adapter in its weights: config.json, *.safetensors, tokenizer, card
+    as trained    a copy of the run's model/<variant>: adapter (whole model after full fine-tuning), tokenizer, card
+    merged        the base model with the adapter merged into its weights: config.json, *.safetensors, tokenizer, card
 
-Both have a generation_config.json in which the token that ends an answer stops generation, so plain transformers and
-vLLM stop where the training targets did. The tokenizer files are the run's own, byte for byte.
+Both have a generation_config.json that ends generation at the token which ends the training targets, so plain
+transformers and vLLM stop there too. The tokenizer files are those of the run, byte for byte.
 
-Merging happens on the CPU in float32, and takes the memory of one copy of the model in that dtype; the result is
-saved in the dtype the base model is stored in. In bfloat16 that loses something: its 8 significant bits leave steps of
-up to 0.8 % between weights, and an adapter changes most weights by less than half a step. Rounded to the nearest step
-those changes are all lost, and with them about half of what a short training achieved (LOG.md). So weights are rounded
-up or down by chance (seeded), in proportion to where they lie between two steps: each is off by less than a step, and
-what a layer computes is right on average. After QLoRA the adapter is merged into the base model's own weights, not into
-the 4-bit ones it was trained on.
+The merge runs on the CPU in float32 and needs memory for one copy of the model in that dtype. The result is saved in
+the dtype of the base model. In bfloat16 this loses precision: with 8 significant bits, neighbouring values differ by up
+to 0.8 %, and an adapter changes most weights by less than half of that. Rounding to the nearest value would lose all of
+these changes, and about half of what a short training achieved (LOG.md). So weights are rounded stochastically, with a
+fixed seed: each moves by less than one step, and the outputs of a layer are right on average. After QLoRA, the adapter
+is merged into the base model's own weights, not into the 4-bit weights that it was trained on.
 
-A merged model is proved as a trained one is: reloaded, it has the loss that base model and adapter have on the shortest
-training examples, all computed in float32.
+A merged model must pass the same proof as a trained one: after reloading, its loss on the shortest training examples
+equals that of base model and adapter, all computed in float32.
 """
 
 from __future__ import annotations
@@ -48,32 +47,34 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 NUM_PROOF_EXAMPLES = 8
-"""Enough for the errors of rounding to average out."""
+"""Number of examples in that proof: enough for rounding errors to average out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """One finished training of a run."""
+    """A finished training of one variant."""
 
     variant: str
     folder: Path
-    """The run's model/<variant>."""
+    """The folder model/<variant> of the run."""
     stored: Mapping[str, Any]
-    """Its summary.json."""
+    """The content of its summary.json."""
     config: Config
-    """The run's."""
+    """The configuration of the run."""
 
     @property
     def is_adapter(self) -> bool:
-        """False after full fine-tuning: the folder is a whole model, and there is nothing to merge."""
+        """Whether the folder is an adapter. After full fine-tuning it is a whole model, with nothing to merge."""
         return (self.folder / ADAPTER_CONFIG).is_file()
 
     @property
     def base(self) -> str:
-        """Local folder or hub id of the base model. Raises ConfigError where it is not the one trained on."""
+        """Local folder or hub id of the base model. Raises ConfigError for a model other than the one trained on."""
         engine = self.config.engine
         if engine.type not in {"vllm", "transformers"}:
-            raise ConfigError(f"engine.type {engine.type}: name the local model that was trained (vllm, transformers)")
+            raise ConfigError(
+                f"engine.type {engine.type}: set engine to the local model that was trained (vllm or transformers)"
+            )
         base = resolve_model(engine.model)
         if model_identity(base) != self.stored["settings"]["model"]:
             raise ConfigError(
@@ -84,9 +85,9 @@ class Trained:
 
 
 def find_trained(config: Config, variant: str | None, train_command: str) -> Trained:
-    """The run's training of `variant`; None: the only one there is.
+    """Return the run's training of `variant`; with None, of its only variant.
 
-    Raises InputError, with `train_command`, where it is not trained yet, and ConfigError where one has to be named.
+    Raises InputError, with `train_command`, where it is not trained yet, and ConfigError where there are several.
     """
     run = Path(Folder.at(config.run.dir).path)
     there = sorted(summary.parent.name for summary in run.glob(f"model/*/{SUMMARY}"))
@@ -106,17 +107,17 @@ def find_trained(config: Config, variant: str | None, train_command: str) -> Tra
 
 
 def export_model(trained: Trained, output: Path, merged: bool = False) -> bool:
-    """Write the folder `output`, whole or not at all; False where it holds this very export already.
+    """Write the folder `output`, whole or not at all. Return False where it holds this export already.
 
-    Raises ConfigError where `output` holds anything else, and TrainingFailed where the merged model is not the one
-    that was trained.
+    Raises ConfigError where `output` holds anything else, and TrainingFailed where the loss of the merged model differs
+    from that of base model and adapter.
     """
     output = output.expanduser().absolute()
     merges = merged and trained.is_adapter
     if output.exists():
         if _holds(output, trained, has_adapter=trained.is_adapter and not merges):
             return False
-        raise ConfigError(f"--output {output} is there and is not this export: name another folder, or remove this one")
+        raise ConfigError(f"--output {output} exists and is not this export: name another folder, or remove this one")
     base = trained.base if trained.is_adapter else str(trained.folder)
     left_out = shutil.ignore_patterns("adapter_*") if merges else None
     with whole_folder(output) as folder:
@@ -129,7 +130,7 @@ def export_model(trained: Trained, output: Path, merged: bool = False) -> bool:
 
 
 def _holds(output: Path, trained: Trained, has_adapter: bool) -> bool:
-    """A folder that has its name is whole, so it is told by the training it is from and by its form."""
+    """Return whether a complete folder is an export of this training, of the given form."""
     if not (output / SUMMARY).is_file() or not (output / GENERATION_CONFIG).is_file():
         return False
     is_from_here = (output / SUMMARY).read_bytes() == (trained.folder / SUMMARY).read_bytes()
@@ -137,12 +138,12 @@ def _holds(output: Path, trained: Trained, has_adapter: bool) -> bool:
 
 
 def generation_config(model: str, tokenizer: Path) -> GenerationConfig:
-    """The model's own, with the ids that end an answer first among `eos_token_id`."""
+    """Return the model's own configuration, with the ids that end an answer first in `eos_token_id`."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         config = GenerationConfig.from_pretrained(model)
-    except OSError:  # it has none
+    except OSError:  # the model has none
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
     own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stop_ids = (*ChatFormat.load(str(tokenizer)).stop_ids, *own)
@@ -151,7 +152,7 @@ def generation_config(model: str, tokenizer: Path) -> GenerationConfig:
 
 
 def _merge(trained: Trained, base: str, folder: Path) -> dict[str, Any]:
-    """Save the merged model into `folder` and prove it; what the card says of it."""
+    """Save the merged model into `folder`, prove it, and return the section of its model card."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -181,11 +182,10 @@ def _merge(trained: Trained, base: str, folder: Path) -> dict[str, Any]:
 
 
 def rounded(weight: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -> torch.Tensor:
-    """A float32 weight in `dtype`: to bfloat16 stochastically, with the weight itself as expected value, else to the
-    nearest value.
+    """Round a float32 weight to `dtype`: to bfloat16 stochastically, without bias; to others, to the nearest value.
 
-    A bfloat16 is the upper half of a float32, so a random number added to the lower half carries over as often as it
-    should. What bfloat16 holds exactly stays as it is.
+    A bfloat16 is the upper half of a float32, so a random number that is added to the lower half carries over with the
+    right probability. Values that bfloat16 can represent stay as they are.
     """
     import torch
 
@@ -197,7 +197,7 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -
 
 
 def _shortest_examples(trained: Trained) -> dict[str, torch.Tensor]:
-    """As a padded batch."""
+    """Return the shortest training examples as a padded batch."""
     import pyarrow.compute as pc
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -211,7 +211,7 @@ def _shortest_examples(trained: Trained) -> dict[str, torch.Tensor]:
 
 
 def _card(trained: Trained, merging: Mapping[str, Any]) -> str:
-    """The training's card, with how the merging went."""
+    """Return the model card of the training, with a section about the merge."""
     engine: Any = trained.config.engine
     stored = trained.stored
     summary = TrainSummary(**stored["summary"])

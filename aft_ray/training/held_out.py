@@ -1,13 +1,13 @@
-"""The held-out examples during training: their loss with and without proposals, and a few answers to read.
+"""Evaluation on held-out examples during training: their loss with and without proposals, and a few answers.
 
 Every `training.eval_steps` steps, and after the last one, held_out.jsonl gets a line:
 
     {"step": 100, "loss": {"sft": 1.91, "aft": 1.07}, "perplexity": {"sft": 6.75, "aft": 2.92},
      "answers": [{"example_id": "p-4f..-aft", "target": "...", "answer": "..."}]}
 
-`sft` are the held-out prompts alone, `aft` the same ones with their proposals (and so for every variant in the training
-set): the two curves of the paper's Figure 6, for the weights as they are at that step. Losses are means over target
-tokens. Answers are greedy, for the held-out examples of the variant that is trained.
+`sft` are the held-out prompts alone and `aft` the same prompts with their proposals, and likewise for every variant in
+the training set: the two curves of the paper's Figure 6, for the weights at that step. Losses are means over target
+tokens. Answers are greedy and belong to held-out examples of the variant in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aft_ray.config import TrainingConfig
 from aft_ray.records import HELD_OUT
 from aft_ray.templates import IGNORE
 from aft_ray.training.examples import all_variants, read_examples
-from aft_ray.training.metrics import append_metrics, forget_after
+from aft_ray.training.metrics import append_metrics, drop_after
 from aft_ray.training.target_head import predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
@@ -33,7 +33,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 class HeldOutLog(TrainerCallback):
-    """Evaluates on all workers, writes on the first."""
+    """A callback that evaluates on all workers and writes on the first."""
 
     def __init__(self, task: TrainTask, config: TrainingConfig, training_set: Path, tokenizer: Any, pad: Collate):
         self.task, self.config, self.tokenizer, self.pad = task, config, tokenizer, pad
@@ -46,13 +46,13 @@ class HeldOutLog(TrainerCallback):
         }
 
     def attach(self, trainer: Any) -> None:
-        """What the trainer has and callbacks are not given."""
+        """Take from the trainer what callbacks are not given."""
         self.accelerator = trainer.accelerator
         self.head = trainer.head
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            forget_after(self.task.held_out_file, state.global_step)
+            drop_after(self.task.held_out_file, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.config.eval_steps is not None
@@ -70,7 +70,7 @@ class HeldOutLog(TrainerCallback):
             append_metrics(self.task.held_out_file, row)
 
     def _loss(self, model: Any, rows: Sequence[dict[str, Any]]) -> float:
-        """Mean over target tokens. Every worker makes the same number of forward passes, as ZeRO-3 needs."""
+        """Return the mean loss over target tokens. As ZeRO-3 requires, all workers make as many forward passes."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         size = self.config.batch_size_per_worker
@@ -80,7 +80,7 @@ class HeldOutLog(TrainerCallback):
             place = turn * world + rank
             batch = self._batch(batches[min(place, len(batches) - 1)])
             found = target_loss_sum(model, self.head, batch).item(), predicting(batch["labels"]).sum().item()
-            if place < len(batches):  # else a pass that only keeps the workers together
+            if place < len(batches):  # otherwise this pass only keeps the workers in step
                 sums += torch.tensor(found, dtype=torch.double)
         total, count = self.accelerator.reduce(sums.float().to(self.accelerator.device), reduction="sum").tolist()
         return total / max(count, 1)
@@ -93,7 +93,7 @@ class HeldOutLog(TrainerCallback):
         return self.examples.get(self.task.variant, [])[: self.config.num_eval_answers]
 
     def _answer(self, model: Any, row: dict[str, Any]) -> dict[str, str]:
-        """All workers write the same answer: under ZeRO-3 each holds a part of the weights."""
+        """Return the answer to one example. All workers generate it: under ZeRO-3 each holds part of the weights."""
         target = [label for label in row["labels"] if label != IGNORE]
         prompt = torch.tensor([row["input_ids"][: len(row["input_ids"]) - len(target)]])
         made = model.generate(

@@ -1,6 +1,6 @@
-"""The model as training sees it: dtype, attention, 4-bit weights and LoRA by the settings, in one place.
+"""Loads the model with the dtype, attention, quantization and LoRA of the settings.
 
-Training and the proof afterwards load through here, so that what is compared was loaded alike.
+Training and the proof afterwards both load through here, so that they compare models that were loaded alike.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from aft_ray.errors import ConfigError
 
 
 def load_base(config: TrainingConfig, model: str, device_map: Any = None) -> Any:
-    """The base model. `device_map`: None leaves placing it to the trainer; "auto" spreads it over what there is."""
+    """Load the base model. With `device_map` None the trainer places it; "auto" spreads it over the devices."""
     from transformers import AutoModelForCausalLM
 
     quantization = quantization_of(config)
     if quantization is not None and device_map is None:
-        device_map = {"": torch.cuda.current_device()}  # 4-bit weights are made on the GPU that keeps them
+        device_map = {"": torch.cuda.current_device()}  # 4-bit weights are quantized on the GPU that keeps them
     return AutoModelForCausalLM.from_pretrained(
         model,
         dtype=getattr(torch, dtype_name(config)),
@@ -33,8 +33,9 @@ def load_base(config: TrainingConfig, model: str, device_map: Any = None) -> Any
 
 
 def with_lora(config: TrainingConfig, base: Any) -> tuple[Any, Any]:
-    """The model to train, and the LoRA that TRL should add to it: none where it starts from an adapter, or is trained
-    whole.
+    """Return the model to train and the LoRA that TRL adds to it.
+
+    The LoRA is None where training starts from an adapter or trains every weight.
     """
     from peft import LoraConfig, PeftModel
 
@@ -60,7 +61,7 @@ def with_lora(config: TrainingConfig, base: Any) -> tuple[Any, Any]:
 
 
 def load_trained(config: TrainingConfig, model: str, folder: Path) -> Any:
-    """What a finished training saved, loaded anew: the whole model, or the base with the adapter."""
+    """Load what a finished training saved: the whole model, or the base model with the adapter."""
     from peft import PeftModel
 
     device_map = "auto" if config.gpus_per_worker else None
@@ -71,24 +72,24 @@ def load_trained(config: TrainingConfig, model: str, folder: Path) -> Any:
 
 
 def is_bf16(config: TrainingConfig) -> bool:
-    """Whether this worker computes in bfloat16."""
+    """Return whether this worker computes in bfloat16."""
     if config.bf16 is not None:
         return config.bf16
     return torch.cuda.is_bf16_supported(including_emulation=False) if config.gpus_per_worker else cpu_has_bfloat16()
 
 
 def dtype_name(config: TrainingConfig) -> str:
-    """The dtype that weights are loaded in.
+    """Return the dtype in which weights are loaded.
 
-    Weights that are trained need 32 bits for small updates: a LoRA has them of its own, DeepSpeed keeps a copy, and
-    plain data parallelism trains on what is loaded.
+    Small updates need weights of 32 bits. A LoRA has its own and DeepSpeed keeps a copy, but plain data parallelism
+    trains the weights as they were loaded.
     """
     needs_own_precision = config.method == "full" and config.deepspeed == "none"
     return "bfloat16" if is_bf16(config) and not needs_own_precision else "float32"
 
 
 def attention_of(config: TrainingConfig) -> str:
-    """`auto`: flash-attn where it is installed and can run, else PyTorch's own."""
+    """Return the attention to use. `auto` takes flash-attn where it is installed and can run, else PyTorch's own."""
     if config.attention != "auto":
         return config.attention
     has_flash = importlib.util.find_spec("flash_attn") is not None
@@ -96,7 +97,7 @@ def attention_of(config: TrainingConfig) -> str:
 
 
 def quantization_of(config: TrainingConfig) -> Any | None:
-    """4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314), or None."""
+    """Return 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314), or None for no quantization."""
     if config.quantization == "none":
         return None
     if importlib.util.find_spec("bitsandbytes") is None:

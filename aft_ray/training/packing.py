@@ -1,8 +1,8 @@
-"""Several examples in one row, without cross-talk.
+"""Packs several examples into one row in which none can see another.
 
-An example keeps positions of its own (from 0) and attends to itself only: transformers builds the attention mask of a
-row from where its position ids begin again, and flash-attn gets the same boundaries. Rows are filled by best fit
-decreasing (TRL's `pack_dataset`); no example is cut.
+Each example keeps its own positions, from 0, and attends to itself only: transformers builds the attention mask of a
+row from the places where position ids restart, and flash-attn gets the same boundaries. TRL's `pack_dataset` fills rows
+by best fit decreasing; no example is cut.
 
     padded      [a a a a . .]  [b b b . . .]  [c c . . . .]      18 places for 9 tokens
     packed      [a a a a c c]  [b b b]                           row 1 has positions 0 1 2 3 0 1
@@ -20,13 +20,14 @@ from aft_ray.errors import ConfigError, InputError, TrainingFailed
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-4}
-"""Relative difference allowed between the loss of a packed row and of its examples one by one."""
+"""Relative difference allowed between the loss of a packed row and that of its examples one by one."""
 
 
 def pack(rows: Any, length: int) -> Any:
-    """A `datasets.Dataset` of input_ids and labels -> one of fuller rows, with `seq_lengths`: the examples in each.
+    """Pack a `datasets.Dataset` of input_ids and labels into rows of up to `length` tokens.
 
-    Raises InputError for an example longer than `length`, which packing would cut.
+    Their column `seq_lengths` holds the lengths of the examples in each row. Raises InputError for an example longer
+    than `length`, which packing would cut.
     """
     from datasets import disable_progress_bars
     from trl.data_utils import pack_dataset
@@ -40,32 +41,32 @@ def pack(rows: Any, length: int) -> Any:
 
 
 def check_can_pack(model: str) -> None:
-    """Raises ConfigError for a model that is known, by its class alone, to carry one example into the next.
+    """Raise ConfigError for a model whose class alone shows that packed examples would see each other.
 
-    Other models are measured before the first step (`PackingCheck`).
+    For other models, `PackingCheck` measures it before the first step.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(AutoConfig.from_pretrained(model)), None)
-    if found is None:  # a class of the model's own
+    if found is None:  # the model brings its own class
         return
     reason = ""
     if "position_ids" not in inspect.signature(found.forward).parameters:
-        reason = "takes no position ids, by which its attention would know where an example begins"
+        reason = "takes no position ids, so its attention cannot know where an example begins"
     elif found._is_stateful:
-        reason = "has a recurrent state that runs on from one example into the next"
+        reason = "has a recurrent state that continues from one example into the next"
     if reason:
         raise ConfigError(f"training.pack_length: {found.__name__} {reason}. Set pack_length: null")
 
 
 def fullest_row(rows: Any) -> dict[str, Any]:
-    """The row with the most examples: where cross-talk would show."""
+    """Return the row with the most examples, in which cross-talk would show best."""
     counts = [len(lengths) for lengths in rows["seq_lengths"]]
     return rows[counts.index(max(counts))]
 
 
 class PackingCheck(TrainerCallback):
-    """Before the first step, and after DeepSpeed has taken the model: does a packed row have its examples' loss?"""
+    """A callback that runs `check_packing` before the first step, after DeepSpeed has wrapped the model."""
 
     def __init__(self, row: dict[str, torch.Tensor], head: TargetHead) -> None:
         self.row, self.head = row, head
@@ -75,9 +76,9 @@ class PackingCheck(TrainerCallback):
 
 
 def check_packing(model: Any, head: TargetHead, batch: dict[str, torch.Tensor]) -> None:
-    """A packed row has the loss of its examples taken one by one.
+    """Check that a packed row has the same loss as its examples one by one.
 
-    Raises TrainingFailed for a model whose attention ignores positions: its examples would see each other.
+    Raises TrainingFailed for a model whose attention ignores positions, so that its examples see each other.
     """
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     ends = [*starts[1:], batch["input_ids"].shape[1]]

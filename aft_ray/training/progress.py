@@ -1,4 +1,4 @@
-"""What a training is doing, told while it runs: a thread reads the workers' metrics files and reports what it finds."""
+"""Progress reports of a running training: a thread reads the metrics files of the workers and reports the changes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from aft_ray.training.task import Phase, TrainProgress, TrainTask
 
 POLL_S = 0.5
 QUIET_S = 3.0
-"""Something is reported at least this often, even when nothing has changed."""
+"""Longest time between two reports, even when nothing changes."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def watch(
+def progress_reports(
     tasks: Sequence[TrainTask],
     called_at: float,
     report: Callable[[TrainProgress], None] | None,
     is_waiting: Callable[[], bool],
 ) -> Iterator[None]:
-    """Inside, `report` is called after every step that is seen, and at least every few seconds.
+    """Inside this context, `report` is called after each new step and at least every few seconds.
 
-    `is_waiting`: whether the cluster is too small for the workers just now.
+    `is_waiting` says whether the cluster is too small for the workers at the moment.
     """
     if report is None:
         yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(tasks, called_at, report, is_waiting, stop), daemon=True)
+    thread = threading.Thread(target=_report_changes, args=(tasks, called_at, report, is_waiting, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -43,34 +43,34 @@ def watch(
         thread.join()
 
 
-def _watch(
+def _report_changes(
     tasks: Sequence[TrainTask],
     called_at: float,
     report: Callable[[TrainProgress], None],
     is_waiting: Callable[[], bool],
     stop: threading.Event,
 ) -> None:
-    told: TrainProgress | None = None
-    told_at = 0.0
+    reported: TrainProgress | None = None
+    reported_at = 0.0
     while True:
         last = stop.wait(POLL_S)
         progress = current(tasks, called_at)
         if progress.phase != "checking" and is_waiting():
             progress = dataclasses.replace(progress, phase="waiting for nodes")
-        news = told is None or (progress.variant, progress.phase, progress.step) != (
-            told.variant,
-            told.phase,
-            told.step,
+        is_new = reported is None or (progress.variant, progress.phase, progress.step) != (
+            reported.variant,
+            reported.phase,
+            reported.step,
         )
-        if news or time.monotonic() - told_at > QUIET_S:
+        if is_new or time.monotonic() - reported_at > QUIET_S:
             report(progress)
-            told, told_at = progress, time.monotonic()
+            reported, reported_at = progress, time.monotonic()
         if last:
             return
 
 
 def current(tasks: Sequence[TrainTask], called_at: float) -> TrainProgress:
-    """Where the first unfinished task is; the last one where all are done."""
+    """Return the progress of the first unfinished task, or of the last task when all are finished."""
     task = next((task for task in tasks if not task.output.exists()), tasks[-1])
     rows = read_metrics(task.metrics_file)
     step = rows[-1]["step"] if rows else 0

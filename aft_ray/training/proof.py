@@ -1,7 +1,8 @@
-"""What must hold before an adapter counts as trained; each failure is one sentence.
+"""The checks that an adapter or model must pass before it counts as trained.
 
-Trainers are known to end well having done nothing: no step taken at an epoch boundary, an adapter of empty tensors
-under ZeRO-3, weights that were never handed to the optimizer. So the work is checked, not the exit status.
+Trainers are known to finish without an error and without having trained: with no step at an epoch boundary, with an
+adapter of empty tensors under ZeRO-3, with weights that were never given to the optimizer. So the result is checked,
+not the exit status.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
-"""Relative difference allowed between the loss in training and after reloading, by the dtype it was computed in."""
+"""Relative difference allowed between the loss in training and after reloading, by the dtype of the computation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How the training left the model, taken before it was saved."""
+    """The state of the model at the end of training, before it was saved."""
 
     num_steps: int
-    """Optimizer steps taken."""
-    moved: list[str]
-    """Frozen weights that changed."""
-    stood_still: bool
-    """None of the trained weights changed."""
+    """Number of optimizer steps taken."""
+    changed_frozen: list[str]
+    """Names of the frozen weights that changed."""
+    is_unchanged: bool
+    """Whether no trained weight changed."""
     batch: dict[str, torch.Tensor]
     loss: float
-    """On `batch`."""
+    """Loss of the trained model on `batch`."""
 
 
 def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]]) -> None:
-    """The planned steps with finite losses, frozen weights where they were, trained ones not."""
+    """Check that the planned steps were taken, frozen weights kept their values and trained weights changed."""
     check_steps(task, ending.num_steps, metrics)
-    if ending.moved:
-        raise TrainingFailed(f"variant {task.variant}: frozen weights moved: {', '.join(ending.moved)}")
-    if ending.stood_still:
+    if ending.changed_frozen:
+        raise TrainingFailed(f"variant {task.variant}: frozen weights changed: {', '.join(ending.changed_frozen)}")
+    if ending.is_unchanged:
         raise TrainingFailed(
             f"variant {task.variant}: no trained weight changed in {ending.num_steps} steps; "
             "is training.learning_rate too small for the weights' dtype?"
@@ -51,7 +52,7 @@ def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]])
 
 
 def check_steps(task: TrainTask, num_steps: int, metrics: list[dict[str, Any]]) -> None:
-    """The planned optimizer steps were taken, and no loss was nan or infinite."""
+    """Check that the planned optimizer steps were taken and that no loss was nan or infinite."""
     for row in metrics:
         if not math.isfinite(row["loss"]):
             raise TrainingFailed(
@@ -66,7 +67,7 @@ def check_steps(task: TrainTask, num_steps: int, metrics: list[dict[str, Any]]) 
 
 
 def check_adapter(task: TrainTask, adapter: Path, start: Path | None) -> None:
-    """The saved tensors are there, finite, and not those that training began from (zero for a fresh LoRA's B)."""
+    """Check that the saved tensors are finite and differ from those at the start (zero for B of a fresh LoRA)."""
     from safetensors.torch import load_file
 
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -88,7 +89,7 @@ def _unchanged(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 
 def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | None = None) -> float:
-    """Mean loss over the batch's target tokens, without dropout and without gradients."""
+    """Return the mean loss over the target tokens of a batch, without dropout and without gradients."""
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -98,19 +99,19 @@ def batch_loss(model: Any, batch: dict[str, torch.Tensor], head: TargetHead | No
 
 
 def same_loss(found: float, expected: float, dtype: str) -> bool:
-    """Whether two losses of one batch are equal within what `dtype` allows; nan is equal to nothing."""
+    """Return whether two losses of one batch are equal within the tolerance of `dtype`. nan equals nothing."""
     return abs(found - expected) <= TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(abs(expected), 1e-2)
 
 
 def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Path, ending: Ending) -> None:
-    """What was saved, loaded anew, gives the loss that the trained model gave."""
+    """Check that the saved adapter or model, loaded again, has the loss of the trained model."""
     trained = load_trained(config, model, folder)
     if not config.gpus_per_worker:
         trained = trained.to(ending.batch["input_ids"].device)
     found = batch_loss(trained, ending.batch)
-    computed_in = "bfloat16" if is_bf16(config) else "float32"  # whatever the weights are kept in
+    computed_in = "bfloat16" if is_bf16(config) else "float32"  # the weights may be stored in another dtype
     if not same_loss(found, ending.loss, computed_in):
         raise TrainingFailed(
-            f"variant {task.variant}: what was saved, reloaded, has loss {found:.5f} on a batch where the trained "
+            f"variant {task.variant}: the saved result, reloaded, has loss {found:.5f} on a batch where the trained "
             f"model had {ending.loss:.5f}"
         )

@@ -25,15 +25,15 @@ from aft_ray.runs import begin, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.training.adapter import finished_summary
 from aft_ray.training.examples import check_examples, check_made_for, read_examples, rows_to_train, shard_files
-from aft_ray.training.progress import watch
+from aft_ray.training.progress import progress_reports
 from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
 
 RAY_TRAIN_RUN = "ray_train"
-"""Name of the Ray Train run inside `checkpoints`: the same name and place is what makes Ray Train resume."""
+"""Name of the Ray Train run inside `checkpoints`. Ray Train resumes a run of the same name and place."""
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
-"""The packages each tracker is found by."""
+"""The packages by which each tracker is found."""
 
 Report = Callable[[TrainProgress], None]
 
@@ -71,7 +71,7 @@ def plan_training(job: TrainingJob) -> tuple[WorkerPlan, dict[str, TrainSummary]
 
 
 def check_before_training(config: TrainingConfig, model: str) -> None:
-    """What can be known to be wrong before any worker starts. Raises ConfigError."""
+    """Raise ConfigError for settings that can be known to be wrong before any worker starts."""
     for tracker in config.report_to:
         if not any(importlib.util.find_spec(package) for package in TRACKERS[tracker]):
             raise ConfigError(
@@ -86,7 +86,7 @@ def check_before_training(config: TrainingConfig, model: str) -> None:
 
 
 def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
-    """Its shape is its own, so settings that say otherwise would be ignored."""
+    """Raise ConfigError where the settings differ from the shape of the adapter, which would win over them."""
     file = folder / "adapter_config.json"
     for needed in (file, folder / "adapter_model.safetensors"):
         if not needed.is_file():
@@ -97,8 +97,8 @@ def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
         found, wanted = adapter.get(name, False), getattr(config.lora, setting)
         if found != wanted:
             raise ConfigError(
-                f"training.lora.{setting} is {wanted}, and training.init_adapter has {found}: {file}. "
-                "A second round keeps the adapter's shape; set the same value"
+                f"training.lora.{setting} is {wanted}, but training.init_adapter has {found}: {file}. "
+                "A second round keeps the shape of its adapter; set the same value"
             )
 
 
@@ -137,7 +137,7 @@ def _run(plan: WorkerPlan, report: Report | None) -> dict[str, TrainSummary]:
     with (
         _ray(config),
         _ray_train_environment(),
-        watch(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(config))),
+        progress_reports(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(config))),
     ):
         try:
             result = _fit(_trainer(plan))
@@ -178,13 +178,13 @@ def _trainer(plan: WorkerPlan) -> Any:
 
 
 def _resources(config: TrainingConfig) -> dict[str, float]:
-    """What one worker takes, by Ray's names."""
+    """Return the resources of one worker, by Ray's names."""
     gpus = {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
     return {"CPU": config.cpus_per_worker, **gpus}
 
 
 def _missing(config: TrainingConfig) -> str:
-    """What the cluster lacks for the workers, in words; empty where they fit."""
+    """Return in words what the cluster lacks for the workers, or an empty string where they fit."""
     import ray
 
     found = ray.cluster_resources()
@@ -203,7 +203,7 @@ def _worker_environment(config: TrainingConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # the libraries' words to each other
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # deprecations between the libraries
     }
     if config.gpus_per_worker == 0:
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found nothing better
@@ -211,7 +211,7 @@ def _worker_environment(config: TrainingConfig) -> dict[str, str]:
 
 
 def _fit(trainer: Any) -> Any:
-    """Ray Train's own Ctrl-C handler ends the process with exit code 0 and stays installed; neither is wanted here."""
+    """Run Ray Train, without its own Ctrl-C handler, which ends the process with exit code 0 and stays installed."""
     if threading.current_thread() is not threading.main_thread():
         return trainer.fit()
     before = signal.getsignal(signal.SIGINT)
@@ -225,7 +225,7 @@ def _fit(trainer: Any) -> Any:
 
 @contextlib.contextmanager
 def _ray(config: TrainingConfig) -> Iterator[None]:
-    """The Ray cluster that is there, or a local one for the time of the training."""
+    """Use the connected Ray cluster, or start a local one for the time of the training."""
     import ray
 
     if ray.is_initialized():
@@ -234,7 +234,7 @@ def _ray(config: TrainingConfig) -> Iterator[None]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     try:
         if missing := _missing(config):
-            raise ConfigError(f"this machine is too small: {missing}. Lower the workers, or what each of them takes")
+            raise ConfigError(f"this machine is too small: {missing}. Lower the number of workers or their resources")
         yield
     finally:
         ray.shutdown()
@@ -242,10 +242,10 @@ def _ray(config: TrainingConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray_train_environment() -> Iterator[None]:
-    """Ray Train's switches for the time of a run; a value that is set already is kept.
+    """Set Ray Train's switches for the time of a run. Values that are set already are kept.
 
-    Without a metrics export nobody reads its gauges, and on a single node there is no preemption to watch for: that
-    watcher is a process that starts, and imports, before the workers do.
+    Nobody reads its metrics, and on a single node no preemption can happen: its watcher would be one more process that
+    starts, and imports, before the workers do.
     """
     import ray
 
@@ -262,7 +262,7 @@ def _ray_train_environment() -> Iterator[None]:
 
 
 def _reason(error: Exception, config: TrainingConfig) -> str:
-    """One sentence: what happened and what to change."""
+    """Return what happened and what to change, in one sentence."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory", "ActorOOM")):
@@ -273,11 +273,11 @@ def _reason(error: Exception, config: TrainingConfig) -> str:
     if "No space left on device" in text or "Errno 28" in text or "Disk quota exceeded" in text:
         return (
             "the disk is full: checkpoints go to <run.dir>/checkpoints (two are kept) and, while they are written, to "
-            "the temporary folder; free space or choose another run.dir or TMPDIR, and run again to go on"
+            "the temporary folder; free space or choose another run.dir or TMPDIR, and run again to continue"
         )
     if "ActorDiedError" in text or "died unexpectedly" in text:
         return (
             f"a training worker died more than training.max_failures {config.max_failures} times, the last time with: "
-            f"{lines[-1] if lines else error!r}. Run again to go on from the last checkpoint"
+            f"{lines[-1] if lines else error!r}. Run again to continue from the last checkpoint"
         )
     return f"training stopped: {lines[-1] if lines else repr(error)}"

@@ -1,13 +1,12 @@
-"""The language-model head on target positions only.
+"""Computes the language-model head on target positions only.
 
-AFT prompts are long (K proposals) and their targets short; the head over a 49,152-token vocabulary is a quarter of the
-work of a 135M model. TRL's fused head skips masked positions on CUDA but not on CPU, so there the hidden states are
-gathered before the head runs:
+AFT prompts are long, with K proposals, and their targets are short. The head over a vocabulary of 49,152 tokens is a
+quarter of the work of a 135M model. TRL's fused head skips masked positions on CUDA but not on a CPU, so here the
+hidden states are gathered before the head runs:
 
     hidden [B, T, H] --gather positions that predict a target token--> [1, N, H] --head--> logits [1, N, V]
 
-A hook on the head does it, so the model's own code around the head (scaling, soft-capping, ZeRO-3 gathering) still
-runs.
+A hook on the head does this, so the model's own code around the head still runs (scaling, soft-capping, ZeRO-3).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from aft_ray.templates import IGNORE
 
 
 class TargetHead:
-    """Installed on a model's head once; active inside `on(labels)`."""
+    """A hook on the head of a model. It is installed once and active inside `on(labels)`."""
 
     def __init__(self, model: Any) -> None:
         self._mask: torch.Tensor | None = None
@@ -31,7 +30,7 @@ class TargetHead:
 
     @contextmanager
     def on(self, labels: torch.Tensor) -> Iterator[None]:
-        """Inside, the model's logits are [1, N, V]: one row per position that predicts a target token of `labels`."""
+        """Inside this context, logits have shape [1, N, V]: one row per position that predicts a token of `labels`."""
         self._mask = predicting(labels)
         try:
             yield
@@ -45,16 +44,16 @@ class TargetHead:
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool: True where the next position's label is in the loss."""
+    """Return a mask [B, T] that is True where the label of the next position is in the loss."""
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != IGNORE
     return mask
 
 
 def target_loss_sum(model: Any, head: TargetHead, inputs: dict[str, Any]) -> torch.Tensor:
-    """Summed cross entropy over the batch's target tokens.
+    """Return the summed cross entropy over the target tokens of a batch.
 
-    `inputs` holds input_ids and labels, and attention_mask (padded) or position_ids (packed).
+    `inputs` holds input_ids and labels, and attention_mask for padded or position_ids for packed rows.
     """
     labels = inputs["labels"]
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}

@@ -21,10 +21,11 @@ from aft_ray.errors import InputError
 from aft_ray.records import fingerprint
 
 Phase = Literal["starting", "training", "checking", "waiting for nodes"]
-"""`starting`: workers start and load the model. `checking`: the steps are done, the adapter is saved and proved.
-`waiting for nodes`: the cluster is too small for the workers, as after the loss of a node; they start once it grows."""
+"""`starting`: workers start and load the model. `checking`: all steps are done, and the adapter is saved and proved.
+`waiting for nodes`: the cluster is too small for the workers, for example after the loss of a node."""
 
-PLACEMENT_ONLY = {"cpus_per_worker", "accelerator_type", "max_failures", "report_to"}
+OPERATIONAL = {"cpus_per_worker", "accelerator_type", "max_failures", "report_to"}
+"""Settings that do not change the adapter. They may change on resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +69,14 @@ class TrainTask:
 
     variant: str
     output: Path
-    """The adapter's folder: complete or absent."""
+    """Folder of the adapter, complete or absent."""
     checkpoints: Path
-    """Checkpoints of every variant, and `<variant>/metrics.jsonl`."""
+    """Folder for the checkpoints and metrics of all variants."""
     settings: Mapping[str, Any]
-    """What the fingerprint is made from."""
+    """The values that the fingerprint is made from."""
     num_rows: int
     num_steps: int
-    """Optimizer steps planned."""
+    """Number of optimizer steps planned."""
 
     @property
     def fingerprint(self) -> str:
@@ -83,7 +84,7 @@ class TrainTask:
 
     @property
     def folder(self) -> Path:
-        """This variant's part of `checkpoints`: manifest.json and metrics.jsonl."""
+        """The folder of this variant in `checkpoints`: manifest.json, metrics.jsonl and held_out.jsonl."""
         return self.checkpoints / self.variant
 
     @property
@@ -97,28 +98,28 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgress:
-    """Where a training is."""
+    """The progress of a training."""
 
     variant: str
-    """The variant that is trained now; the fields below are about it alone."""
+    """The variant in training. The other fields describe it alone."""
     phase: Phase
     step: int
     num_steps: int
     loss: float | None
-    """Loss of the last step; None before the first one."""
+    """Loss of the last step; None before the first step."""
     num_tokens: int
-    """Tokens seen so far, padding left out."""
+    """Tokens seen so far, without padding."""
     num_trained_tokens: int
-    """Of these, the ones in the loss."""
+    """Those of them that are in the loss."""
     seconds: float
-    """Since the call, start-up included."""
+    """Seconds since the call, including start-up."""
     tokens_per_second: float
-    """Over the training steps alone."""
+    """Tokens per second of the training steps alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
-    """What a finished training did; stored as `summary.json` beside the adapter."""
+    """The numbers of a finished training, stored as `summary.json` beside the adapter."""
 
     variant: str
     num_rows: int
@@ -128,16 +129,16 @@ class TrainSummary:
     first_loss: float
     last_loss: float
     seconds: float
-    """Training steps and checkpoints, over all attempts; without start-up and final checks."""
+    """Seconds for training steps and checkpoints over all attempts, without start-up and final checks."""
     startup_seconds: float
-    """From the call (or from the end of the variant before it in the same workers) to the first step."""
+    """Seconds from the call, or from the end of the previous variant in the same workers, to the first step."""
     tokens_per_second: float
     adapter_path: str
     world_size: int
     resumed_from_step: int
-    """Step of the checkpoint the last attempt began from; 0 for a training that was never interrupted."""
+    """Step of the checkpoint from which the last attempt started; 0 for a training without interruption."""
     held_out_perplexity: Mapping[str, float] | None = None
-    """By variant of the held-out examples, after the last step; None without `training.eval_steps`."""
+    """Perplexity after the last step, by variant of the held-out examples; None without `training.eval_steps`."""
 
 
 def task_settings(job: TrainingJob, files: Mapping[str, str], variant: str) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def task_settings(job: TrainingJob, files: Mapping[str, str], variant: str) -> d
 
     `files`: sha256 by name of the training set's shards.
     """
-    training = job.config.model_dump(mode="json", exclude=PLACEMENT_ONLY)
+    training = job.config.model_dump(mode="json", exclude=OPERATIONAL)
     return {
         "training": training | {"init_adapter": adapter_identity(job.config.init_adapter)},
         "model": model_identity(job.model),
@@ -157,7 +158,7 @@ def task_settings(job: TrainingJob, files: Mapping[str, str], variant: str) -> d
 
 
 def model_identity(model: str) -> dict[str, Any]:
-    """A hub model is its id; a folder is its config's hash and its weight files' sizes, wherever it lies."""
+    """Identify a hub model by its id, and a folder by the hash of its config and the sizes of its weight files."""
     folder = Path(model)
     if not folder.is_dir():
         return {"id": model}
@@ -171,18 +172,18 @@ def model_identity(model: str) -> dict[str, Any]:
 
 
 def adapter_identity(folder: str | None) -> str | None:
-    """An adapter to start from is its weights, wherever it lies."""
+    """Identify an adapter by the sha256 of its weights, wherever the folder is."""
     if folder is None:
         return None
     return hashlib.sha256(Path(folder, "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def step_size(config: TrainingConfig) -> int:
-    """Rows of one optimizer step, over all workers."""
+    """Return the number of rows in one optimizer step, over all workers."""
     return config.batch_size_per_worker * config.num_workers * config.gradient_accumulation_steps
 
 
 def planned_steps(num_rows: int, config: TrainingConfig) -> int:
-    """Optimizer steps of a run: the last batch of an epoch is filled up, so it counts whole."""
+    """Return the number of optimizer steps. The last batch of an epoch is filled up, so it counts as a whole one."""
     batches = math.ceil(num_rows / (config.batch_size_per_worker * config.num_workers))
     return math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -1,6 +1,6 @@
-"""TRL's `SFTTrainer`, with the head on target positions, batches of like length, and the callbacks of a run.
+"""TRL's `SFTTrainer` with the head on target positions, batches of similar length, and the callbacks of a run.
 
-Everything else (LoRA, DeepSpeed, optimizer, schedule, checkpoints) is TRL's and transformers' own.
+Everything else comes from TRL and transformers: LoRA, DeepSpeed, optimizer, schedule, checkpoints.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from aft_ray.training.examples import batch_order
-from aft_ray.training.metrics import append_metrics, forget_after
+from aft_ray.training.metrics import append_metrics, drop_after
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
 NUM_WEIGHT_SUMS = 8
-"""Tensors whose checksum is taken, spread over the model."""
+"""Number of tensors, spread over the model, whose checksums are compared."""
 
 
 class BatchOrder(Sampler[int]):
-    """`batch_order` as the sampler a data loader takes; the epoch is set from outside."""
+    """`batch_order` as a sampler for a data loader. `EpochOrder` sets its epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
@@ -45,28 +45,28 @@ class BatchOrder(Sampler[int]):
 
 
 class TargetTrainer(SFTTrainer):
-    """`SFTTrainer` on rows that already hold input_ids and labels."""
+    """`SFTTrainer` on rows that hold input_ids and labels."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
         self.head = TargetHead(self.model)
-        """For every loss on target positions: of the steps, of held-out examples, of the proof."""
+        """Computes every loss on target positions: of steps, held-out examples, the packing check and the proof."""
         self.has_fused_head = self.args.device.type == "cuda"
-        """On CUDA, TRL's own head skips the other positions in training steps."""
+        """Whether TRL's fused head computes the loss of training steps."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss over the target tokens of the whole optimizer step: all workers, all accumulated batches.
+        """Return the mean loss over the target tokens of the optimizer step: all workers, all accumulated batches.
 
-        `num_items_in_batch` counts them, and the gradients are averaged over workers; so each worker's sum is divided
-        by that count and multiplied by the number of workers, as transformers does.
+        `num_items_in_batch` is their number. Gradients are averaged over workers, so the sum of each worker is divided
+        by that number and multiplied by the number of workers, as in transformers.
         """
         self._count(inputs)
         if self.has_fused_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert not return_outputs, "the logits are never whole here"
+        assert not return_outputs, "the logits are never complete here"
         total = target_loss_sum(model, self.head, inputs)
         if num_items_in_batch is None:
             return total / predicting(inputs["labels"]).sum().clamp(min=1)
@@ -79,7 +79,7 @@ class TargetTrainer(SFTTrainer):
             self._tokens += torch.tensor([int(seen), int(trained)], device=self._tokens.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the step's token counts over all workers."""
+        """Add the token counts of the step over all workers."""
         if "loss" in logs:
             tokens, trained = self.accelerator.reduce(self._tokens, reduction="sum").tolist()
             logs.update(tokens=tokens, trained_tokens=trained)
@@ -93,14 +93,14 @@ class TargetTrainer(SFTTrainer):
         return BatchOrder([len(ids) for ids in rows["input_ids"]], batch_size, args.seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The adapter's card is written once, with its summary (adapter.py); checkpoints need none."""
+        """Write no card: adapter.py writes that of the adapter, and checkpoints need none."""
 
 
 class EpochOrder(TrainerCallback):
-    """Tells the sampler its epoch.
+    """A callback that tells the sampler its epoch.
 
     accelerate does not reach a sampler behind both its skipping and its sharding wrapper
-    (`DataLoaderShard.set_epoch`), so an epoch resumed by several workers would get the order of epoch 0.
+    (`DataLoaderShard.set_epoch`), so an epoch that several workers resume would get the order of epoch 0.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class EpochOrder(TrainerCallback):
 
 
 class StepLog(TrainerCallback):
-    """Writes metrics.jsonl, one line per optimizer step; stops the training at the first loss that is not a number."""
+    """A callback that writes metrics.jsonl and stops the training at the first loss that is not finite."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -121,7 +121,7 @@ class StepLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at, self._last, self.first_step = time.time(), time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            forget_after(self.file, state.global_step)
+            drop_after(self.file, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -138,18 +138,18 @@ class StepLog(TrainerCallback):
 
 
 class RayCheckpoints(TrainerCallback):
-    """Hands every checkpoint to Ray Train, which keeps the last two and gives one back to a restarted worker.
+    """A callback that hands every checkpoint to Ray Train, which keeps the last two for restarted workers.
 
-    Each worker saves into a folder of its own and reports it; Ray Train merges them. So nothing is written twice, and
-    a checkpoint counts only when all workers have handed in theirs.
+    Each worker saves into its own folder and reports it, and Ray Train merges them. So nothing is written twice, and a
+    checkpoint counts only when all workers have reported theirs.
     """
 
     def __init__(self, task: TrainTask) -> None:
         self.task = task
-        self.watches_nodes = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"  # set by the driver (run.py)
+        self.watches_nodes = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"  # the driver sets it (run.py)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A node is about to be taken away: save once, and go on until it is gone. All workers agree on the step."""
+        """Save once when a node is about to be preempted, and continue until it is gone. All workers save together."""
         if self.watches_nodes and ray.train.get_preemption_info() is not None:
             control.should_save, self.watches_nodes = True, False
 
@@ -165,7 +165,7 @@ class RayCheckpoints(TrainerCallback):
 
 
 def last_checkpoint(task: TrainTask) -> Any | None:
-    """The newest complete checkpoint of this very task, or None."""
+    """Return the newest complete checkpoint of this task, or None."""
     own = [
         reported
         for reported in ray.train.get_all_reported_checkpoints()
@@ -175,7 +175,7 @@ def last_checkpoint(task: TrainTask) -> Any | None:
 
 
 class WeightSums(TrainerCallback):
-    """Checksums of a few weights when the training began: the frozen ones must keep them, trained ones must not."""
+    """A callback that takes checksums of a few weights before training, to compare them with those at the end."""
 
     def __init__(self) -> None:
         self.frozen: dict[str, str] = {}
@@ -184,18 +184,18 @@ class WeightSums(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.frozen, self.trained = weight_sums(kwargs["model"], False), weight_sums(kwargs["model"], True)
 
-    def moved(self, model: Any) -> list[str]:
-        """Names of the frozen weights that are no longer what they were."""
+    def changed_frozen(self, model: Any) -> list[str]:
+        """Return the names of the frozen weights that changed."""
         now = weight_sums(model, False)
         return [name for name, value in self.frozen.items() if now.get(name) != value]
 
-    def all_stood_still(self, model: Any) -> bool:
-        """Whether none of the trained weights changed."""
+    def is_unchanged(self, model: Any) -> bool:
+        """Return whether no trained weight changed."""
         return self.trained == weight_sums(model, True)
 
 
 def weight_sums(model: Any, trained: bool) -> dict[str, str]:
-    """sha256 by name of a few trained or frozen weights; under ZeRO-3, of this worker's part of them."""
+    """Return the sha256 of a few trained or frozen weights by name; under ZeRO-3, of this worker's part of them."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad == trained]
     every = max(1, len(weights) // NUM_WEIGHT_SUMS)
     return {name: _sum(getattr(weight, "ds_tensor", weight)) for name, weight in weights[::every]}

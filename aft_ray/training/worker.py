@@ -1,10 +1,10 @@
-"""What runs in each Ray Train worker: the tasks in turn, each from its last checkpoint to a proved adapter.
+"""The code that runs in each Ray Train worker. It takes each task from its last checkpoint to a proved adapter.
 
     read rows -> build trainer -> check the first batch -> train -> save -> prove -> rename into place
 
-Several tasks share one group of workers, because starting one (imports above all) takes longer than a small training.
-A failure that a restart cannot cure (a nan loss, a proof that does not hold) is returned, not raised: Ray Train
-restarts workers that raise.
+Several tasks share one group of workers, because starting a group, above all its imports, takes longer than a small
+training. Ray Train restarts workers that raise. So a failure that a restart cannot cure, such as a nan loss or a failed
+proof, is returned instead.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class WorkerPlan:
 
 
 def run_worker(loop: dict[Any, Any]) -> dict[str, Any]:
-    """Ray Train's train function: {"summaries": {variant: TrainSummary}, "error": AftError | None} on every worker."""
+    """Ray Train's train function. Every worker returns {"summaries": {variant: summary}, "error": AftError | None}."""
     plan: WorkerPlan = loop["plan"]
     set_up_process(plan.job.config)
     summaries: dict[str, TrainSummary] = {}
@@ -63,8 +63,8 @@ def run_worker(loop: dict[Any, Any]) -> dict[str, Any]:
 
 
 def set_up_process(config: TrainingConfig) -> None:
-    """Import the libraries, and keep this process to its CPU share."""
-    gc.disable()  # imports make millions of objects that stay; walking them again and again is a sixth of the time
+    """Import the libraries, limit this process to its share of CPUs, and connect DeepSpeed."""
+    gc.disable()  # imports make millions of lasting objects; collecting among them takes a sixth of the time
     import deepspeed.ops
     import torch
 
@@ -73,15 +73,15 @@ def set_up_process(config: TrainingConfig) -> None:
     gc.enable()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     if config.gpus_per_worker == 0:
-        # DeepSpeed would first compile a C++ all-reduce, half a minute of a compiler; gloo does the same work
+        # DeepSpeed would first compile a C++ all-reduce, for half a minute; gloo does the same work
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if config.deepspeed != "none":
-        # takes over Ray Train's process group; left to transformers, ZeRO-3 loads the model before it knows the others
+        # takes over Ray Train's process group: transformers would connect only after ZeRO-3 has loaded the model
         deepspeed.init_distributed(backend_of(config), auto_mpi_discovery=False, verbose=False)
 
 
 def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
-    """Train one adapter. Every worker raises the same AftError, or returns the same summary."""
+    """Train one adapter. All workers return the same summary or raise the same AftError."""
     from aft_ray.training.trainer import StepLog, WeightSums, last_checkpoint
 
     sums, steps = WeightSums(), StepLog(task.metrics_file)
@@ -102,8 +102,10 @@ def train_one(plan: WorkerPlan, task: TrainTask, since: float) -> TrainSummary:
 
 @contextmanager
 def tracked(config: TrainingConfig) -> Iterator[None]:
-    """End this variant's wandb run with its training, as failed where it failed. The callback leaves that to the end of
-    the process, which Ray does not wait for, and the next variant would go on in the same run.
+    """End the wandb run of this variant with its training, and mark it as failed where the training failed.
+
+    wandb's callback leaves that to the end of the process, for which Ray does not wait, and the next variant would
+    continue in the same wandb run.
     """
     exit_code = 1
     try:
@@ -117,7 +119,7 @@ def tracked(config: TrainingConfig) -> Iterator[None]:
 
 
 def check_first_batch(trainer: Any, model: str) -> None:
-    """Each worker checks its own; what one of them finds, all raise."""
+    """Check the first batch of each worker. All workers raise the error that one of them finds."""
     import torch.distributed as dist
 
     own: AftError | None = None
@@ -132,7 +134,7 @@ def check_first_batch(trainer: Any, model: str) -> None:
 
 
 def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: list[Any]) -> Any:
-    """The trainer on this task's rows. The arguments come first: ZeRO-3 must know of the model before it is loaded."""
+    """Build the trainer of a task. Its arguments come first: ZeRO-3 must be set up before the model is loaded."""
     from transformers import AutoTokenizer, PrinterCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -168,7 +170,7 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, scratch: str, callbacks: li
 
 
 def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
-    """The settings as TRL's `SFTConfig`."""
+    """Return the settings as TRL's `SFTConfig`."""
     from trl import SFTConfig
 
     from aft_ray.training.loading import is_bf16
@@ -192,11 +194,11 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
         use_cpu=on_cpu,
         ddp_backend=backend_of(config),
         seed=plan.job.seed % 2**32,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the rows hold ids and labels already
+        dataset_kwargs={"skip_prepare_dataset": True},  # the rows already hold ids and labels
         remove_unused_columns=False,  # packed rows carry the lengths of their examples
         max_length=None,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a nan must show, not become the average of the steps before it
+        logging_nan_inf_filter=False,  # a nan must show instead of becoming an average of earlier steps
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
         run_name=task.variant,
@@ -207,19 +209,19 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: str) -> Any:
 
 
 def preset(name: str) -> dict[str, Any] | None:
-    """A packaged DeepSpeed configuration, or None for plain data parallelism."""
+    """Read a packaged DeepSpeed configuration. None stands for plain data parallelism."""
     if name == "none":
         return None
     return json.loads(importlib.resources.files("aft_ray.training").joinpath(f"deepspeed/{name}.json").read_text())
 
 
 def backend_of(config: TrainingConfig) -> str:
-    """The torch.distributed backend."""
+    """Return the torch.distributed backend."""
     return "nccl" if config.gpus_per_worker else "gloo"
 
 
 def summarize(task: TrainTask, world_size: int, since: float, steps: Any) -> TrainSummary:
-    """The numbers of a finished training, from its metrics file, which covers every attempt."""
+    """Return the numbers of a finished training, from its metrics file, which covers all attempts."""
     rows, held_out = read_metrics(task.metrics_file), read_metrics(task.held_out_file)
     seconds = sum(row["seconds"] for row in rows)
     num_tokens = sum(row["tokens"] for row in rows)
@@ -242,7 +244,7 @@ def summarize(task: TrainTask, world_size: int, since: float, steps: Any) -> Tra
 
 
 def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_step: int, summary: TrainSummary) -> None:
-    """Save what was trained, prove it, and give the folder its name. All workers end with the same verdict."""
+    """Save the adapter or model, prove it and rename its folder. All workers end with the same verdict."""
     import torch.distributed as dist
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -252,10 +254,10 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_ste
     batch = collated(trainer, shortest_rows(trainer))
     ending = Ending(
         num_steps=trainer.state.global_step,
-        moved=sums.moved(trainer.model),
-        stood_still=plan.job.config.method == "full"  # a LoRA is checked tensor by tensor (check_adapter)
+        changed_frozen=sums.changed_frozen(trainer.model),
+        is_unchanged=plan.job.config.method == "full"  # a LoRA is checked tensor by tensor (check_adapter)
         and first_step < task.num_steps
-        and sums.all_stood_still(trainer.model),
+        and sums.is_unchanged(trainer.model),
         batch=batch,
         loss=batch_loss(trainer.model, batch, trainer.head),
     )
@@ -275,14 +277,14 @@ def finish(plan: WorkerPlan, task: TrainTask, trainer: Any, sums: Any, first_ste
 
 
 def shortest_rows(trainer: Any) -> list[dict[str, Any]]:
-    """Two rows: enough to compare two losses on, and the same on every worker."""
+    """Return the two shortest rows: enough to compare two losses on, and the same on every worker."""
     rows: Any = trainer.train_dataset
     lengths = [len(ids) for ids in rows["input_ids"]]
     return [rows[place] for place in sorted(range(len(lengths)), key=lengths.__getitem__)[:2]]
 
 
 def collated(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as the trainer's batches are, on its device."""
+    """Collate rows into a batch of the trainer, on its device."""
     batch = trainer.data_collator(rows)
     return {name: batch[name].to(trainer.args.device) for name in MODEL_INPUTS if name in batch}
 

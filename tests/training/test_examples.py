@@ -81,7 +81,7 @@ def test_a_broken_example_is_refused_before_anything_starts(
 
 def test_an_output_that_is_no_adapter_is_refused(tiny_model: Path, training_set: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "sft").mkdir(parents=True)
-    with pytest.raises(ResumeRefused, match="holds no trained adapter"):
+    with pytest.raises(ResumeRefused, match=r"holds no summary\.json of a trained adapter"):
         train(tiny_model, training_set, tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_set_made_with_another_tokenizer_or_template_is_refused_with_both_hash
     check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
     write({**hashes, what: "b" * 64})
     now = hashes[what][:16]
-    with pytest.raises(InputError, match=f"another {what}: sha256 {'b' * 16} then, {now} now"):
+    with pytest.raises(InputError, match=f"another {what}: its sha256 was {'b' * 16} and is {now}"):
         check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
 
 

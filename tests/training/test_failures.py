@@ -75,5 +75,5 @@ def test_a_worker_that_dies_more_often_than_is_allowed(
     ) as failed:
         train({"num_epochs": 1000}, tiny_model, training_set, tmp_path)
     killer.join(timeout=5)
-    assert "Run again to go on from the last checkpoint" in str(failed.value)
+    assert "Run again to continue from the last checkpoint" in str(failed.value)
     assert "\n" not in str(failed.value)

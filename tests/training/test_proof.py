@@ -50,7 +50,7 @@ FP32 = TrainingConfig(bf16=False)
 
 
 def ending(batch: dict[str, torch.Tensor], loss: float) -> proof.Ending:
-    return proof.Ending(num_steps=2, moved=[], stood_still=False, batch=batch, loss=loss)
+    return proof.Ending(num_steps=2, changed_frozen=[], is_unchanged=False, batch=batch, loss=loss)
 
 
 def rows(*losses: float) -> list[dict[str, Any]]:
@@ -129,20 +129,20 @@ def test_a_frozen_weight_that_moves_is_named_and_trained_ones_must_move(task: Tr
     sums = WeightSums()
     sums.on_train_begin(None, None, None, model=lora)
     assert len(sums.frozen) >= 8
-    assert sums.moved(lora) == []
-    assert sums.all_stood_still(lora)
+    assert sums.changed_frozen(lora) == []
+    assert sums.is_unchanged(lora)
     name = next(iter(sums.frozen))
     lora.get_parameter(name).data.view(-1)[0] += 1e-3
     lora.get_parameter(next(iter(sums.trained))).data.view(-1)[0] += 1e-3
-    assert sums.moved(lora) == [name]
-    assert not sums.all_stood_still(lora)
+    assert sums.changed_frozen(lora) == [name]
+    assert not sums.is_unchanged(lora)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moved": ["embed"]}, "frozen weights moved: embed"),
-        ({"stood_still": True}, "no trained weight changed in 2 steps"),
+        ({"changed_frozen": ["embed"]}, "frozen weights changed: embed"),
+        ({"is_unchanged": True}, "no trained weight changed in 2 steps"),
         ({"num_steps": 1}, "1 optimizer steps taken"),
     ],
 )

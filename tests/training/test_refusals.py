@@ -20,7 +20,7 @@ from aft_ray.training import check_before_training
     [
         ("BloomConfig", "BloomForCausalLM takes no position ids"),
         ("MambaConfig", "MambaForCausalLM takes no position ids"),
-        ("JambaConfig", "JambaForCausalLM has a recurrent state that runs on"),
+        ("JambaConfig", "JambaForCausalLM has a recurrent state that continues"),
     ],
 )
 def test_packing_is_refused_for_a_model_that_carries_one_example_into_the_next(
@@ -63,7 +63,7 @@ def test_a_second_round_keeps_its_adapters_shape(tiny_model: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"init_adapter: no such file: .*adapter_model\.safetensors"):
         check_before_training(config, str(tiny_model))
     save_file({}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"training.lora.rank is 8, and training.init_adapter has 16"):
+    with pytest.raises(ConfigError, match=r"training.lora.rank is 8, but training.init_adapter has 16"):
         check_before_training(config, str(tiny_model))
     LoraConfig(r=8, lora_alpha=16).save_pretrained(str(tmp_path))
     check_before_training(config, str(tiny_model))

@@ -23,7 +23,7 @@ from typing import Any
 from aft_ray.config import load_config
 from aft_ray.data.prompts import read_prompts
 from aft_ray.engines import GenerateRequest, Sample, Sampling, build_engine
-from aft_ray.inference import Plan, Role, run_to_end
+from aft_ray.inference import Plan, Role, propose_and_aggregate, run_to_end
 from aft_ray.records import derive_seed
 from aft_ray.templates import AggregatorTemplate, fit_aggregation
 from aft_ray.templates.loading import load_format
@@ -40,12 +40,14 @@ async def ours(rows: Sequence[Row], plan: Plan, role: Role, template: Aggregator
     done = await asyncio.gather(
         *(
             run_to_end(
-                prompt_id=row["prompt_id"],
-                messages=row["messages"],
-                plan=plan,
-                proposer=role,
-                aggregator=role,
-                template=template,
+                propose_and_aggregate(
+                    prompt_id=row["prompt_id"],
+                    messages=row["messages"],
+                    plan=plan,
+                    proposer=role,
+                    aggregator=role,
+                    template=template,
+                )
             )
             for row in rows
         )

@@ -75,33 +75,13 @@ async def propose_and_aggregate(
             yield event
 
 
-async def run_to_end(
-    *,
-    prompt_id: str,
-    messages: Sequence[Message],
-    plan: Plan,
-    proposer: Role | Sequence[Role],
-    aggregator: Role,
-    template: AggregatorTemplate,
-    run_seed: int = 0,
-    request_id: str | None = None,
-) -> Finished:
-    """Run `propose_and_aggregate` and return its last event, for callers that need only the result."""
-    events = propose_and_aggregate(
-        prompt_id=prompt_id,
-        messages=messages,
-        plan=plan,
-        proposer=proposer,
-        aggregator=aggregator,
-        template=template,
-        run_seed=run_seed,
-        request_id=request_id,
-    )
+async def run_to_end(events: AsyncGenerator[Event, None]) -> Finished:
+    """Return the last event of `propose_and_aggregate`, for callers that need only the result."""
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Finished):
                 return event
-    raise AssertionError(f"run {prompt_id} ended without an answer and without an error")
+    raise AssertionError("a run ended without an answer and without an error")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ def apportion(total: int, weights: Sequence[float], *, least: int = 0) -> list[i
     counts = [max(least, int(quota)) for quota in quotas]
     while sum(counts) < total:
         counts[max(range(len(counts)), key=lambda i: quotas[i] - counts[i])] += 1
-    while (
-        sum(counts) > total
-    ):  # `least` has added some: take them from whoever is furthest above its quota, the last first
+    while sum(counts) > total:
+        # `least` added too many: take one from the count furthest above its quota, of equal ones from the last
         above = [i for i in reversed(range(len(counts))) if counts[i] > least]
         counts[max(above, key=lambda i: counts[i] - quotas[i])] -= 1
     return counts

@@ -72,18 +72,18 @@ def keep_version(folder: Path, store: Path | None = None) -> Adapter:
     version = version_of(folder)
     kept = store / version
     if not kept.is_dir():
-        half = store / f"{version}.{uuid.uuid4().hex[:8]}.partial"
-        half.mkdir(parents=True)
+        partial = store / f"{version}.{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir(parents=True)
         for name in (CONFIG, *WEIGHTS):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, half / name)
-        if version_of(half) != version:
-            shutil.rmtree(half)
+                shutil.copyfile(folder / name, partial / name)
+        if version_of(partial) != version:
+            shutil.rmtree(partial)
             raise ConfigError(f"{folder}: the adapter changed while it was copied; try again when it is complete")
         try:
-            half.rename(kept)
+            partial.rename(kept)
         except OSError:  # another process was faster with the same content
-            shutil.rmtree(half)
+            shutil.rmtree(partial)
     return Adapter(path=str(kept), version=version)
 
 

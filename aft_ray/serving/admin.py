@@ -117,7 +117,7 @@ def admin_routes(service: Service) -> APIRouter:
     """Return the `/admin` routes."""
 
     async def need_admin(request: Request) -> None:
-        if not service.keys.is_asked_for:
+        if not service.keys.is_required:
             message = (
                 "nobody may use /admin on a server without keys: set serving.keys_file to a file with an admin key"
             )

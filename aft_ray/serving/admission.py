@@ -97,7 +97,7 @@ class Admission:
 
     def admit(self, ingress: str, ticket: Ticket, limits: KeyLimits) -> Refusal | None:
         """Admit a request (None), or refuse it. A ticket that is presented twice counts once."""
-        self.hear(ingress)
+        self.note_alive(ingress)
         mine = self._open.setdefault(ingress, {})
         if ticket.id in mine:
             return None
@@ -130,9 +130,9 @@ class Admission:
             **{number: known[number] for number in asking if number in known},
             **{ticket.id: known.get(ticket.id, (ticket, now)) for ticket in tickets},
         }
-        self.hear(ingress)
+        self.note_alive(ingress)
 
-    def hear(self, ingress: str) -> None:
+    def note_alive(self, ingress: str) -> None:
         """Note that an ingress replica is alive."""
         self._heard[ingress] = self.clock()
         self._forget_the_lost()

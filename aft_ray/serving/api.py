@@ -90,7 +90,7 @@ def model_routes(service: Service) -> APIRouter:
 
     caller_given = Depends(caller)
     dependencies = [caller_given]
-    if service.keys.is_asked_for:  # for the OpenAPI document only; `caller` checks the key
+    if service.keys.is_required:  # for the OpenAPI document only; `caller` checks the key
         dependencies.append(Security(HTTPBearer(auto_error=False)))
     router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
     started = int(time.time())

@@ -42,14 +42,14 @@ def application(config: ServingConfig) -> Application:
     from ray import serve
 
     from aft_ray.serving.ingress import Ingress
-    from aft_ray.serving.keys import asks_for_keys, key_digests, read_keys, refuse_open_server
+    from aft_ray.serving.keys import key_digests, read_keys, refuse_open_server, requires_keys
 
     check_config(config)
     assert config.engine is not None
     digests = key_digests(config)
     if config.keys_file is not None:
         read_keys(config.keys_file)
-    refuse_open_server(config.host, asks_for_keys(config))
+    refuse_open_server(config.host, requires_keys(config))
     ingress = serve.deployment(name="Ingress", deployment_actors=[control_actor(config)], **scaling(config.ingress))(
         serve.ingress()(Ingress)
     )

@@ -75,7 +75,7 @@ class Control:
 
     def may_watch(self, ingress: str) -> bool:
         """Whether this ingress replica watches the folder: the first one that asked does, until it is lost."""
-        self._admission.hear(ingress)
+        self._admission.note_alive(ingress)
         if self._watcher is None or self._admission.is_lost(self._watcher):
             self._watcher = ingress
         return self._watcher == ingress

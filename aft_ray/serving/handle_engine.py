@@ -47,7 +47,7 @@ class HandleEngine:
 
     def __init__(self, handle: DeploymentHandle, info: EngineInfo) -> None:
         self._handle = handle
-        self._generate = handle.options(stream=True).generate  # made once, because it costs half a millisecond
+        self._generate = handle.options(stream=True).generate  # made once, because that costs half a millisecond
         self._info = info
 
     @classmethod

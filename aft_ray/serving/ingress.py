@@ -48,7 +48,7 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Connect to the engine pools, which waits until they run, and build the app."""
-        refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_asked_for)
+        refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_required)
         in_context = InContextPrompt.load(self.config.templates.in_context)
         aggregator = await role_over(self.aggregator, in_context)
         service = Service(

@@ -75,7 +75,7 @@ def read_keys(file: str) -> dict[str, KeyConfig]:
     return keys
 
 
-def asks_for_keys(config: ServingConfig) -> bool:
+def requires_keys(config: ServingConfig) -> bool:
     """Whether every request needs a key."""
     return config.api_keys_env is not None or config.keys_file is not None
 
@@ -112,7 +112,7 @@ class KeyRing:
         self._looked = time.monotonic()
 
     @property
-    def is_asked_for(self) -> bool:
+    def is_required(self) -> bool:
         """Whether a request needs a key. With all keys revoked it still does, so nobody is admitted."""
         return bool(self._from_environment) or self._file is not None
 
@@ -132,7 +132,7 @@ class KeyRing:
 
         Raises HttpError 401 where the server asks for keys and the header holds none that it accepts.
         """
-        if not self.is_asked_for:
+        if not self.is_required:
             return Caller(name="", limits=KeyLimits())
         found = self.find(authorization)
         if found is None:

@@ -10,7 +10,17 @@ from scripted_runs import MESSAGES, StallingEngine, drafts, finished, prompt_of,
 
 from aft_ray.engines.base import Sampling
 from aft_ray.errors import ConfigError
-from aft_ray.inference import AnswerDelta, Event, Finished, LayerDone, Plan, ProposalDone, Role, run_to_end
+from aft_ray.inference import (
+    AnswerDelta,
+    Event,
+    Finished,
+    LayerDone,
+    Plan,
+    ProposalDone,
+    Role,
+    propose_and_aggregate,
+    run_to_end,
+)
 from aft_ray.inference.plan import FinalLayer
 from aft_ray.records import derive_seed
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
@@ -151,9 +161,8 @@ def test_no_prompt_waits_for_another_ones_layer() -> None:
     async def answer(number: int) -> Finished:
         kwargs: dict[str, Any] = {"messages": MESSAGES, "template": AggregatorTemplate.load("aft")}
         proposer = role(stuck if number == 0 else fast)
-        return await run_to_end(
-            prompt_id=f"p-{number}", plan=Plan(num_layers=2), proposer=proposer, aggregator=role(aggregator), **kwargs
-        )
+        kwargs |= {"prompt_id": f"p-{number}", "plan": Plan(num_layers=2)}
+        return await run_to_end(propose_and_aggregate(proposer=proposer, aggregator=role(aggregator), **kwargs))
 
     async def all_of_them() -> None:
         slow, *others = [asyncio.create_task(answer(number)) for number in range(100)]

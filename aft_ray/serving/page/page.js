@@ -1,5 +1,5 @@
-// Asks the endpoint this page came from, and draws what its stream tells: drafts, layers, the answer as it grows.
-// Text of the model goes into the page as text, never as HTML.
+// Asks the endpoint that served this page, and shows what it streams: drafts, layers, and the answer as it is written.
+// Text from the model is inserted as text, never as HTML.
 "use strict";
 
 const element = (id) => document.getElementById(id);
@@ -24,7 +24,7 @@ function headers() {
 async function loadModels() {
   const response = await fetch(`${root}/v1/models`, { headers: headers() });
   if (!response.ok) {
-    element("status").textContent = response.status === 401 ? "This server needs an API key." : "The models cannot be listed.";
+    element("status").textContent = response.status === 401 ? "This server needs an API key." : "The server did not list its models.";
     return;
   }
   models = (await response.json()).data;
@@ -105,15 +105,14 @@ function showDraft(layer, draft) {
 function showProgress(progress) {
   const { layer, num_layers: last, num_done: done, num_proposals: width } = progress;
   if (progress.draft) showDraft(layer, progress.draft);
-  const what = layer ? "Aggregation" : "Draft";
   element("status").textContent = progress.layer_usage
-    ? `${layerName(layer, last)}: done after ${progress.layer_usage.seconds.toFixed(1)} s.`
-    : `${what} ${done} of ${width} is done.`;
-  if (progress.layer_usage) settle(layer, "was not waited for");
+    ? `${layerName(layer, last)}: finished after ${progress.layer_usage.seconds.toFixed(1)} s.`
+    : `${done} of ${width} ${layer ? "aggregations" : "drafts"} are written.`;
+  if (progress.layer_usage) closeCards(layer, "cancelled");
 }
 
-// What is still waiting in the layers up to this one is not coming any more.
-function settle(upTo, why) {
+// Marks the cards up to this layer that still wait for a draft: none will come.
+function closeCards(upTo, why) {
   for (const [place, card] of cards) {
     if (Number(place.split("/")[0]) <= upTo && card.classList.contains("waiting")) card.querySelector(".facts").textContent = why;
   }
@@ -191,7 +190,7 @@ async function submit() {
   running = new AbortController();
   element("submit").disabled = true;
   element("stop").disabled = false;
-  element("status").textContent = "Asked.";
+  element("status").textContent = "Waiting for the drafts.";
   begin(asked);
   try {
     await ask(question, asked, running.signal);
@@ -200,7 +199,7 @@ async function submit() {
     element("status").textContent = error.name === "AbortError" ? "Stopped." : "";
     if (error.name !== "AbortError") showError(error.message);
   } finally {
-    settle(asked.num_layers, "not needed");
+    closeCards(asked.num_layers, "not needed");
     running = null;
     element("submit").disabled = false;
     element("stop").disabled = true;

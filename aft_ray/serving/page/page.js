@@ -107,7 +107,7 @@ function showProgress(progress) {
   if (progress.draft) showDraft(layer, progress.draft);
   element("status").textContent = progress.layer_usage
     ? `${layerName(layer, last)}: finished after ${progress.layer_usage.seconds.toFixed(1)} s.`
-    : `${done} of ${width} ${layer ? "aggregations" : "drafts"} are written.`;
+    : `${done} of ${width} ${layer ? "aggregations" : "drafts"} are done.`;
   if (progress.layer_usage) closeCards(layer, "cancelled");
 }
 

@@ -60,7 +60,7 @@ def test_korean_words_stay_whole() -> None:
         (f"Solve this. {QUESTION.upper().replace(',', ' ;')} Think step by step.", True),
         (" ".join(QUESTION.split()[:13]), True),
         (" ".join(QUESTION.split()[:12]), False),
-        (QUESTION.replace("Monday", "Tuesday"), False),  # 10 words before it, 10 behind
+        (QUESTION.replace("Monday", "Tuesday"), False),  # 10 words before it and 10 after it
         ("Name a river.", False),
     ],
     ids=["same", "within", "13-words", "12-words", "broken", "other"],

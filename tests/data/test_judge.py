@@ -30,10 +30,10 @@ SHOWN = re.compile(r"===== answer A (\w+) =====\n(.*)\n===== answer B \1 =====\n
 
 
 class JudgingModel(ThreadingHTTPServer):
-    """An endpoint whose replies are `reply(answer A, answer B)`; None is a refused request."""
+    """An endpoint that answers with `reply(answer A, answer B)`, and rejects the request if that is None."""
 
     daemon_threads = True
-    request_queue_size = 64  # all pairs of a prompt are asked at once
+    request_queue_size = 64  # the judge sends all pairs of a prompt at once
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + json.dumps(whole).encode() + b"\n\n")
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the test's output."""
+        """Log nothing, so that the output of the test stays clean."""
 
 
 def longer_wins(a: str, b: str) -> str:
@@ -263,7 +263,7 @@ def test_a_local_judge_gets_ids_without_injected_control_tokens(tmp_path: Path) 
     assert isinstance(scorer.engine, ScriptedEngine)
     for request in scorer.engine.requests:
         text = scorer.format.decode(request.prompt_ids)
-        assert text.count("<|im_end|>") == 2  # of the two turns
+        assert text.count("<|im_end|>") == 2  # at the ends of the two turns
         assert request.sampling == Sampling(temperature=0, max_tokens=4)
     assert scored.prompt_tokens == sum(len(request.prompt_ids) for request in scorer.engine.requests)
 

@@ -31,7 +31,7 @@ ROW: dict[str, Any] = {"prompt_id": "p-1", "messages": [{"role": "user", "conten
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with random weights that speaks ChatML."""
+    """Save a tiny Llama with random weights and a ChatML tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +63,7 @@ def score(engine: EngineConfig, texts: list[str], row: dict[str, Any] = ROW, **s
 
 
 def by_hand(folder: Path, text: str) -> list[float]:
-    """Log-probabilities of the labels of the training example, from plain transformers."""
+    """Return the log-probabilities of the labels of the training example, computed with plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -38,7 +38,7 @@ def row(*texts: str) -> dict[str, Any]:
 
 
 def through(config: Config, row: dict[str, Any]) -> Processed:
-    """The row after all proposers."""
+    """Return the row after all proposers have run."""
     done = Processed(rows=[row])
     for part in parts(config.proposals):
         done = asyncio.run(ProposalWorker(config, part).process(done.rows[0]))

@@ -281,7 +281,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, pad_token: str = "<pad>") -> int:
-    """A small word-level tokenizer; returns its vocabulary size."""
+    """Save a small word-level tokenizer, and return its vocabulary size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -306,7 +306,7 @@ def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, pad_
 
 
 def save_classifier(folder: Path, num_labels: int = 1, sign: float = 1, **tokenizer: Any) -> str:
-    """A tiny Llama classifier with random weights; `sign` -1 turns its preferences round."""
+    """Save a tiny Llama classifier with random weights; a `sign` of -1 reverses its preferences."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -335,7 +335,7 @@ def load(folder: str) -> Any:
 
 
 def accepted_sign(tmp_path: Path, **settings: Any) -> float:
-    """The sign with which the random classifier prefers the good answer of the sanity pair: there is always one."""
+    """Return the sign with which the random classifier prefers the good answer of the sanity pair; one of them does."""
     try:
         load(save_classifier(tmp_path / "try", **settings))
         return 1
@@ -367,7 +367,7 @@ def test_the_ids_of_a_reward_model_hold_one_bos_and_no_injected_turn(tmp_path: P
 
 
 def test_a_llama_3_reward_model_gets_the_ids_that_its_model_card_describes(tmp_path: Path) -> None:
-    """FsfairX-LLaMA3-RM's card renders, takes the template's BOS away, and lets the tokenizer add its own: one BOS."""
+    """FsfairX-LLaMA3-RM's card removes the BOS that the template adds, and the tokenizer adds its own: one BOS."""
     from tokenizers import processors
 
     template = (

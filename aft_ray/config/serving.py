@@ -122,6 +122,12 @@ class ServingConfig(Strict):
     stream_interval_s: float = Field(default=0.02, ge=0)
     """Tokens that follow each other within this time are sent together. The first token of an answer never waits."""
 
+    @property
+    def proposers_take_adapters(self) -> bool:
+        """Whether proposers write with the request's adapter, which does not fit proposers on models of their own."""
+        has_own_model = self.proposer_engine is not None or bool(self.proposers)
+        return self.topology == "shared" or not has_own_model
+
 
 class SystemConfig(Strict):
     """One system to evaluate: a served model with a plan."""

@@ -13,7 +13,6 @@ seed, prompt_id, layer, slot), so a run can be repeated exactly, whatever else r
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +58,7 @@ class Run:
 
     def sampling_of(self, layer: int, role: Role) -> Sampling:
         """Return the plan's sampling of a layer, with the stop strings of the role's prompt format added."""
-        sampling = self.plan.sampling_of(layer)
-        stop = dict.fromkeys((*sampling.stop, *role.format.stop_strings))
-        return dataclasses.replace(sampling, stop=tuple(stop))
+        return self.plan.sampling_of(layer).also_stopping_at(role.format.stop_strings)
 
     def max_prompt_tokens(self, layer: int, role: Role) -> int:
         """Return how many tokens of the role's window are left for the prompt."""

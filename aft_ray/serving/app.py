@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.config import EngineConfig, ReplicaConfig, ServingConfig, validate
@@ -53,13 +54,17 @@ def application(config: ServingConfig) -> Application:
     ingress = serve.deployment(name="Ingress", deployment_actors=[control_actor(config)], **scaling(config.ingress))(
         serve.ingress()(Ingress)
     )
+    pool = partial(engine_pool, stream_interval_s=config.stream_interval_s)
+    adapters = config.adapters or {}
     if config.topology == "shared":
-        return ingress.bind(config, digests, pool("Engine", config.engine, config.proposer, config))
-    aggregators = pool("Aggregator", config.engine, config.aggregator, config)
+        return ingress.bind(config, digests, pool("Engine", config.engine, config.proposer, adapters))
+    aggregators = pool("Aggregator", config.engine, config.aggregator, adapters)
+    if not config.proposers_take_adapters and config.proposer_adapter is None:
+        adapters = {}
     if config.proposers:
-        proposers = [pool(f"Proposer-{own.name}", own.engine, own.replicas, config) for own in config.proposers]
+        proposers = [pool(f"Proposer-{own.name}", own.engine, own.replicas, adapters) for own in config.proposers]
     else:
-        proposers = [pool("Proposer", config.proposer_engine or config.engine, config.proposer, config)]
+        proposers = [pool("Proposer", config.proposer_engine or config.engine, config.proposer, adapters)]
     return ingress.bind(config, digests, aggregators, *proposers)
 
 
@@ -79,21 +84,17 @@ def control_actor(config: ServingConfig) -> DeploymentActorConfig:
     )
 
 
-def pool(name: str, engine: EngineConfig, replicas: ReplicaConfig, config: ServingConfig) -> Application:
-    """Return a pool of replicas of one engine. A pool on another model than the base model has no adapters."""
+def engine_pool(
+    name: str, engine: EngineConfig, replicas: ReplicaConfig, adapters: Mapping[str, str], *, stream_interval_s: float
+) -> Application:
+    """Return a pool of replicas of one engine, with the adapters of its model."""
     from ray import serve
 
     from aft_ray.serving.replica import EngineReplica
 
-    adapters: Mapping[str, str] = (config.adapters or {}) if _may_use_adapters(name, config) else {}
     return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(
-        engine, adapters, name, config.stream_interval_s
+        engine, adapters, name, stream_interval_s
     )
-
-
-def _may_use_adapters(name: str, config: ServingConfig) -> bool:
-    has_own_model = config.proposer_engine is not None or bool(config.proposers)
-    return not name.startswith("Proposer") or not has_own_model or config.proposer_adapter is not None
 
 
 def scaling(replicas: ReplicaConfig) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from aft_ray.serving.handle_engine import HandleEngine
 from aft_ray.serving.keys import KeyRing, refuse_open_server
 from aft_ray.serving.ledger import RequestLedger
 from aft_ray.serving.service import Service
-from aft_ray.templates import AggregatorTemplate, ChatFormat, InContextPrompt, MessagesFormat, PromptFormat
+from aft_ray.templates import AggregatorTemplate
+from aft_ray.templates.loading import load_format
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -49,12 +50,11 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Connect to the engine pools, which waits until they run, and build the app."""
         refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_required)
-        in_context = InContextPrompt.load(self.config.templates.in_context)
-        aggregator = await role_over(self.aggregator, in_context)
+        aggregator = await self._role_over(self.aggregator)
         service = Service(
             config=self.config,
             aggregator=aggregator,
-            proposers=await self._proposer_roles(in_context) or (aggregator,),
+            proposers=await self._proposer_roles() or (aggregator,),
             template=AggregatorTemplate.load(self.config.templates.aggregator),
             keys=self.keys,
             gate=Gate(ActorAsk(), self.config),
@@ -65,8 +65,14 @@ class Ingress:
         self.tasks = [asyncio.create_task(service.gate.keep_renewing()), asyncio.create_task(keep_watching(service))]
         return make_api(service)
 
-    async def _proposer_roles(self, in_context: InContextPrompt) -> tuple[Role, ...]:
-        roles = [await role_over(handle, in_context) for handle in self.proposers]
+    async def _role_over(self, handle: DeploymentHandle) -> Role:
+        """Return the engines behind a handle as a role, with the prompt format of their model."""
+        engine = await HandleEngine.connect(handle)
+        in_context = self.config.templates.in_context
+        return Role(engine=engine, format=await asyncio.to_thread(load_format, engine.info.tokenizer, in_context))
+
+    async def _proposer_roles(self) -> tuple[Role, ...]:
+        roles = [await self._role_over(handle) for handle in self.proposers]
         shares = [pool.share for pool in self.config.proposers] or [1.0] * len(roles)
         return tuple(dataclasses.replace(role, share=share) for role, share in zip(roles, shares, strict=True))
 
@@ -82,16 +88,6 @@ class Ingress:
         """Return the number of requests under way at all ingress replicas."""
         found = await self.service.gate.open_requests()
         return int(found["num_requests"])
-
-
-async def role_over(handle: DeploymentHandle, in_context: InContextPrompt) -> Role:
-    """Return the engines behind a handle as a role, with the prompt format of their model."""
-    engine = await HandleEngine.connect(handle)
-    prompt_format: PromptFormat = MessagesFormat()
-    if not engine.info.takes_messages:
-        assert engine.info.tokenizer is not None, "an engine that takes token ids must name its tokenizer"
-        prompt_format = await asyncio.to_thread(ChatFormat.load, engine.info.tokenizer, in_context)
-    return Role(engine=engine, format=prompt_format)
 
 
 def bound_host() -> str:

@@ -82,7 +82,7 @@ class Service:
         config = self.config
         if config.proposer_adapter is not None:
             return config.proposer_adapter
-        return self._adapter_name(call) if proposers_take_adapters(config) else None
+        return self._adapter_name(call) if config.proposers_take_adapters else None
 
     @property
     def single_proposer(self) -> Role:
@@ -122,15 +122,9 @@ class Service:
     async def try_adapter(self, path: str) -> None:
         """Get one token with an adapter from every pool that will use it. Raises EngineError."""
         roles = [self.aggregator]
-        if self.config.topology == "split" and proposers_take_adapters(self.config):
+        if self.config.topology == "split" and self.config.proposers_take_adapters:
             roles += self.proposers
         await asyncio.gather(*(probe(dataclasses.replace(role, adapter=path)) for role in roles))
-
-
-def proposers_take_adapters(config: ServingConfig) -> bool:
-    """Whether proposers draft with the request's adapter: it fits the base model only, not other models."""
-    has_own_model = config.proposer_engine is not None or bool(config.proposers)
-    return config.topology == "shared" or not has_own_model
 
 
 async def probe(role: Role) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of `inference` share: short ways to run a plan, and scripted models that misbehave in one way each."""
+"""Helpers for these tests: short ways to run a plan, and scripted models that each misbehave in one way."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(
     aggregator: ScriptedEngine | Role | None = None,
     **kwargs: Any,
 ) -> AsyncGenerator[Event, None]:
-    """A run of `plan`; one engine alone takes both roles."""
+    """Start a run of `plan`. A single engine takes both roles."""
     roles: list[Any] = [
         role(part) if isinstance(part, ScriptedEngine) else part for part in (proposer, aggregator or proposer)
     ]
@@ -43,7 +43,7 @@ def start(
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run it, and hold that it leaves no task behind."""
+    """Run a coroutine and check that it leaves no task behind."""
 
     async def leaving_nothing() -> T:
         async with asyncio.timeout(20):
@@ -56,7 +56,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def run_plan(plan: Plan, proposer: Any, aggregator: Any = None, **kwargs: Any) -> list[Event]:
-    """Every event of a run that ends well."""
+    """Return every event of a run that succeeds."""
     events, error = run_until_error(plan, proposer, aggregator, **kwargs)
     if error is not None:
         raise error
@@ -66,7 +66,7 @@ def run_plan(plan: Plan, proposer: Any, aggregator: Any = None, **kwargs: Any) -
 def run_until_error(
     plan: Plan, proposer: Any, aggregator: Any = None, **kwargs: Any
 ) -> tuple[list[Event], Exception | None]:
-    """The events of a run and the exception that ended it, if one did."""
+    """Return the events of a run and the exception that ended it, if one did."""
     told: list[Event] = []
 
     async def read() -> Exception | None:
@@ -88,7 +88,7 @@ def finished(events: list[Event]) -> Finished:
 
 
 def drafts(events: list[Event], layer: int) -> list[Answer]:
-    """The answers told of a layer below the last, by index."""
+    """Return the answers of a layer below the last, by index."""
     answers = [event.answer for event in events if isinstance(event, ProposalDone) and event.answer.layer == layer]
     return sorted(answers, key=lambda answer: answer.index)
 
@@ -98,7 +98,7 @@ def layers_done(events: list[Event]) -> list[LayerDone]:
 
 
 def prompt_of(request: GenerateRequest) -> str:
-    """All the text a request shows the model."""
+    """Return all the text that a request shows the model."""
     return "\n".join(message["content"] for message in request.messages)
 
 
@@ -159,7 +159,7 @@ class RoutingEngine(ScriptedEngine):
 
 
 class CachingEngine(ScriptedEngine):
-    """Computes a request's prompt for its first sample only, and says so."""
+    """Computes a request's prompt for its first sample only, and reports the cached tokens."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         async with aclosing(super().generate(request)) as events:

@@ -18,7 +18,7 @@ from aft_ray.templates import ChatFormat
 
 
 def asked(engine: ScriptedEngine) -> list[int]:
-    """Samples of each request the engine got."""
+    """Return the number of samples of each request that the engine got."""
     return [len(request.seeds) for request in engine.requests]
 
 
@@ -91,7 +91,7 @@ def test_a_lone_capital_a_is_a_choice() -> None:
     ids=["spaces", "points", "words", "nothing said", "open tags"],
 )
 def test_a_long_answer_is_read_in_linear_time(text: str) -> None:
-    """Milliseconds; a search that begins again at each character takes ten seconds and more."""
+    """It takes milliseconds; a search that starts again at each character takes more than ten seconds."""
     started = time.process_time()
     short_answer(text)
     assert time.process_time() - started < 3
@@ -143,7 +143,7 @@ def test_texts_without_a_short_answer_are_compared_whole() -> None:
 
 
 class ScoringEngine(ScriptedEngine):
-    """Finds one text likely and every other one not; remembers how much it read for that."""
+    """Scores one text as likely and every other one as unlikely, and counts the tokens that it read."""
 
     def __init__(self, likely: str, tokenizer: str, fails: bool = False, **knobs: Any) -> None:
         super().__init__(ScriptedEngineConfig(tokenizer=tokenizer, **knobs))
@@ -185,7 +185,7 @@ def test_a_tie_that_cannot_be_scored_goes_to_the_answer_that_came_first(chatml_t
 
 
 class SlowFirstTime(StallingEngine):
-    """The first request stalls where it is told to; the requests after it do not."""
+    """Stalls in the first request as configured, and in no later one."""
 
     async def _write(self, request: Any, index: int, events: Any) -> None:
         if request is not self.requests[0]:

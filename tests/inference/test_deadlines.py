@@ -1,4 +1,4 @@
-"""Time: the run's deadline, the draft deadline with its quorum, and consumers who go away."""
+"""The run's deadline, the draft deadline with its quorum, and consumers that stop reading."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_without_a_quorum_the_layer_goes_on_after_the_draft_deadline_until_it_is
 
 
 def test_failed_answers_do_not_count_for_the_quorum() -> None:
-    """Two failed, one stalls: with a quorum of 2 of 4 only one usable answer is there, so the deadline must end it."""
+    """Two answers fail and one stalls: one is usable, fewer than the quorum of 2, so the deadline ends the run."""
     proposer = StallingEngine(stall_on={3}, fail_on=(0, 1))
     plan = Plan(num_proposals=4, quorum=2, draft_deadline_s=0.02, deadline_s=0.5)
     events, error = run_until_error(plan, proposer, scripted())

@@ -1,4 +1,4 @@
-"""The room's modules may be imported first, in any order, and bring nothing heavy with them."""
+"""Any module of the room can be imported first, and none imports anything heavy."""
 
 from __future__ import annotations
 

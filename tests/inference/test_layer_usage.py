@@ -1,4 +1,4 @@
-"""Usage: the tokens a run reports are those the engine was asked to read and wrote."""
+"""Usage: a run reports exactly the tokens that the engine was asked to read and that it wrote."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_each_layer_reports_its_own_seconds_and_the_same_usage_when_done_and_at_
     "end_it", ["deadline", "closed in layer 0", "closed in the last layer", "failed", "answered"], ids=str
 )
 def test_every_token_is_accounted_for_however_the_run_ends(end_it: str, chatml_tokenizer: str) -> None:
-    """What `on_usage` has been told equals the engine's own bill, without any event after the end."""
+    """The usage reported to `on_usage` equals the engine's own count, and nothing is reported after the end."""
     prompts = ChatFormat.load(chatml_tokenizer)
     plan = Plan(num_proposals=3, deadline_s=0.4 if end_it == "deadline" else None)
     stalls = end_it in {"deadline", "closed in layer 0"}

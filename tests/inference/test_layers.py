@@ -1,4 +1,4 @@
-"""Depth and width: how many answers, in which requests, from whom, told in which order."""
+"""Depth and width: how many answers, in which requests, from which model, in which order."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_layer_starts_as_soon_as_the_one_below_is_over_and_not_before() -> Non
 
 
 def test_what_nobody_reads_as_it_is_made_is_told_to_the_engine() -> None:
-    """Drafts always; the final answer where the reply goes out in one piece."""
+    """That is true of all drafts, and of the final answer where the reply is sent in one piece."""
     for is_read in (True, False):
         engine = scripted()
         run_plan(Plan(num_layers=2), engine, final=FinalLayer(is_read=is_read))

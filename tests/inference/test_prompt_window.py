@@ -1,4 +1,4 @@
-"""The window: prompt + answer must fit, by the plan's length policy, and what it did is on the answer.
+"""The window: prompt + answer must fit, by the plan's length policy, and the answer records what it did.
 
 The tokenizer here has one token per word, so every length can be counted by hand.
 """
@@ -70,7 +70,7 @@ def plan(**fields: Any) -> Plan:
 
 
 def num_needed(words: ChatFormat) -> int:
-    """Tokens of the aggregation prompt with all drafts in it."""
+    """Return the number of tokens of the aggregation prompt with all drafts."""
     return words.count(TEMPLATE.messages(MESSAGES, DRAFTS))
 
 
@@ -148,7 +148,7 @@ def test_a_conversation_that_does_not_fit_is_refused_before_any_request() -> Non
 
 
 def test_cancelled_stragglers_are_charged_their_known_prompt(words: ChatFormat) -> None:
-    """With ids in hand the prompt of a layer is known even when none of its answers came back."""
+    """The length of an id prompt is known even if none of its answers came back."""
     engine = StallingEngine(stall_on={0, 1, 2, 3}, tokenizer="words")
     events, error = run_until_error(plan(deadline_s=0.3), Role(engine=engine, format=words))
     assert error is not None

@@ -1,4 +1,4 @@
-"""Several models draft, each its share of the slots; one aggregates."""
+"""Several models each write their share of the drafts; one model aggregates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which answers an aggregation is shown, in which order, and what gives way when they do not fit the window."""
+"""Which answers an aggregation is shown, in which order, and what is shortened when they do not fit the window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that cannot be aggregated: failed, empty, lost with their request. They are told, counted and not shown."""
+"""Answers that cannot be aggregated (failed, empty, lost with their request) are reported and counted, not shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over the WebDriver protocol, which is plain HTTP: no library needed."""
+"""A headless Chromium, driven over the WebDriver protocol. That is plain HTTP, so no library is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Control": "\ue009", "ArrowRight": "
 
 
 class Browser:
-    """One window."""
+    """One browser window."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=120)
@@ -52,14 +52,14 @@ class Browser:
         return self._do("/goog/cdp/execute", cmd=command, params=parameters)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """The value that a script returns."""
+        """Run a script and return its value."""
         return self._do("/execute/sync", script=script, args=list(arguments))
 
     def text(self, selector: str) -> str:
         return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
 
     def press(self, *keys: str, held: str | None = None) -> None:
-        """Type, key by key: names of `KEYS`, or text."""
+        """Type keys one after the other: names of `KEYS`, or text."""
         actions = [{"type": "keyDown", "value": KEYS[held]}] if held else []
         for key in keys:
             for value in [KEYS[key]] if key in KEYS else key:
@@ -75,11 +75,11 @@ class Browser:
             time.sleep(0.05)
 
     def console(self) -> list[str]:
-        """What the browser complained about since last asked."""
+        """Return the browser's warnings and errors since the last call."""
         return [entry["message"] for entry in self._do("/se/log", type="browser")]
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, not only what is in view."""
+        """Return a picture of the whole page, not only of the visible part."""
         shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -90,7 +90,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser that is gone afterwards."""
+    """Start a browser and end it afterwards."""
     assert DRIVER is not None and CHROMIUM is not None, MISSING
     port = free_port("127.0.0.1")
     driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -48,9 +48,10 @@ SPLIT = ServingConfig(
 
 @pytest.fixture(scope="package")
 def served(ray_cluster: None) -> Iterator[tuple[str, str]]:
-    """Base URLs of the shared and the split application.
+    """Return the base URLs of the shared and the split application.
 
-    They end with the last test of this folder: idle, they would take a third of two cores from all other tests.
+    They end with the last test of this folder, because two idle applications take a third of two cores from other
+    tests.
     """
     os.environ[KEYS_VARIABLE] = "key-one, key-two"
     shared = serve_app(SHARED, name="shared", route_prefix="/shared")
@@ -72,14 +73,14 @@ def split_url(served: tuple[str, str]) -> str:
 
 @pytest.fixture
 def client(base_url: str) -> Iterator[openai.OpenAI]:
-    """The stock client; only the base URL is ours."""
+    """Return the stock client, which only has our base URL."""
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
         yield client
 
 
 @pytest.fixture
 def num_samples_running(served: tuple[str, str]) -> Callable[[], int]:
-    """Samples that the shared engine is writing now, as its replica tells."""
+    """Return how many samples the shared engine is writing now, as its replica reports."""
     from ray import serve
 
     handle = serve.get_deployment_handle("Engine", app_name="shared")

@@ -1,4 +1,4 @@
-"""Bodies that no client should send: valid ones with something wrong somewhere, and bytes that are no JSON."""
+"""Bodies that no client should send: valid ones with something wrong somewhere, and bytes that are not JSON."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ ONLY_CHAT = {"messages", "logprobs", "top_logprobs", "response_format"}
 
 
 def hostile_bodies(number: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`number` paths and bodies, always the same ones for a seed."""
+    """Yield `number` paths and bodies, always the same ones for a seed."""
     rng = random.Random(seed)
     for _ in range(number):
         path = rng.choice((CHAT, CHAT, TEXT))

@@ -16,7 +16,7 @@ from aft_ray.serving.service import Service
 
 @contextmanager
 def serving(service: Service) -> Iterator[str]:
-    """The base URL, for as long as the context lasts."""
+    """Serve while the context lasts, and return the base URL."""
     port = free_port("127.0.0.1")
     server = uvicorn.Server(uvicorn.Config(make_api(service), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -28,7 +28,7 @@ ADMIN = {"authorization": "Bearer ops"}
 
 
 class Truth:
-    """What plain transformers and peft answer."""
+    """The answers of plain transformers and peft."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
@@ -47,7 +47,7 @@ class Truth:
 
 
 def write_adapter(folder: Path, model: Path, seed: int) -> Path:
-    """Random weights, large enough to change every answer."""
+    """Write random weights, large enough to change every answer."""
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)

@@ -1,4 +1,4 @@
-"""Limits over all ingress replicas and per key, on a clock of our own."""
+"""Limits over all ingress replicas and per key, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -144,6 +144,6 @@ def test_retry_after_follows_how_long_requests_take(seconds: float) -> None:
 
 
 def test_one_ingress_replica_watches_however_often_all_ask() -> None:
-    """The answer to its first asking may have been lost."""
+    """The answer to its first question may have been lost."""
     control = Control(AdmissionConfig(), {})
     assert [control.may_watch(ingress) for ingress in ("a", "b", "a", "b")] == [True, False, True, False]

@@ -1,4 +1,4 @@
-"""The clients people have: every way the stock `openai` client asks, and LiteLLM in front of the endpoint."""
+"""Clients that people use: every way in which the stock `openai` client asks, and LiteLLM in front of the endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.serving.test_ingress import service_over
 
 
 def saying(text: str) -> Any:
-    """One user turn."""
+    """Return a conversation of one user turn."""
     return [{"role": "user", "content": text}]
 
 
@@ -80,7 +80,7 @@ def test_the_stream_helper_accumulates_the_plain_answer(stock: openai.OpenAI) ->
 
 
 class Rivers(BaseModel):
-    """What the answer is parsed into."""
+    """The record that the answer is parsed into."""
 
     rivers: int
 
@@ -149,7 +149,7 @@ def test_a_client_that_is_impatient_gets_its_timeout_error(url: str) -> None:
 
 
 def recipe() -> str:
-    """The LiteLLM configuration of docs/serving.md."""
+    """Return the LiteLLM configuration in docs/serving.md."""
     [block] = [b for b in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S) if "litellm_params" in b]
     return str(block)
 
@@ -161,7 +161,7 @@ def test_the_litellm_recipe_names_this_servers_models() -> None:
 
 @contextmanager
 def litellm_proxy(url: str, folder: Path) -> Iterator[str]:
-    """LiteLLM's proxy with the recipe's configuration, pointed at `url`."""
+    """Start LiteLLM's proxy with the recipe's configuration, in front of `url`."""
     assert LITELLM is not None
     config = folder / "litellm.yaml"
     config.write_text(recipe().replace("http://127.0.0.1:8000/v1", url))

@@ -1,4 +1,4 @@
-"""What holds over two ingress replicas, over real HTTP: keys, limits, adapters, draining, and the ledger."""
+"""Two ingress replicas over real HTTP share keys, limits, adapters, draining and the ledger."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Server:
         return httpx.get(self.url + path, headers={"authorization": f"Bearer {key}"}, timeout=60).json()
 
     def ledger(self) -> list[dict[str, Any]]:
-        """Every line, oldest first."""
+        """Return every line, the oldest first."""
         files = (self.folder / "ledger").glob("*.jsonl")
         return sorted((json.loads(line) for f in files for line in f.read_text().splitlines()), key=lambda e: e["time"])
 
@@ -49,7 +49,7 @@ class Server:
         (self.folder / "keys.yaml").write_text(yaml.safe_dump(hashed))
 
     def adapter(self, weights: str, name: str = "made") -> Path:
-        """A folder that looks like an adapter, and is one to the scripted engine."""
+        """Make a folder that looks like an adapter, which is enough for the scripted engine."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True, parents=True)
         (folder / "adapter_config.json").write_text("{}")
@@ -225,7 +225,7 @@ def test_a_folder_without_an_adapter_is_refused_and_nothing_moves(server: Server
 
 
 def test_a_name_moves_at_once_everywhere_while_requests_go_on_and_none_is_dropped(server: Server) -> None:
-    """Requests that began before keep their adapter to the end; each one that begins after has the new one."""
+    """Requests that began before the move keep their adapter to the end; later ones get the new adapter."""
     outcomes: list[tuple[float, int, str]] = []
 
     async def keep_asking(client: httpx.AsyncClient, until: asyncio.Event) -> None:
@@ -262,7 +262,7 @@ def test_a_name_moves_at_once_everywhere_while_requests_go_on_and_none_is_droppe
 
 
 def test_new_content_in_the_same_folder_is_a_new_version(server: Server) -> None:
-    """What an engine keeps by folder can never be stale: every version has a folder of its own."""
+    """What an engine caches by folder can never be stale, because every version has its own folder."""
     moves = [
         server.post({"name": "again", "path": str(server.adapter(text))}, key="ops", path="/admin/adapters").json()
         for text in ("one", "two", "one")

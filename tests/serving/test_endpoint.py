@@ -1,4 +1,4 @@
-"""The endpoint as its users meet it: the stock `openai` client over real HTTP, Ray Serve behind it."""
+"""The endpoint as its users see it: the stock `openai` client over real HTTP, with Ray Serve behind it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What a request may ask of the final layer besides sampling: several answers, log-probabilities, JSON. Honoured there
-and nowhere else, or refused by name."""
+"""What a request may ask of the final layer besides sampling: several answers, log-probabilities, JSON.
+
+Each of them applies to the final layer only, or is refused by name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gate and a control actor that takes its time: nothing that was let in is forgotten."""
+"""A gate and a control actor that starts late: no admitted request is forgotten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_REQUESTS = 3
 def test_a_renewal_that_waited_for_a_new_actor_tells_it_what_is_open_then(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was open when it began to wait is not what is open when the actor is there."""
+    """The requests that are open when the actor appears are not those that were open when the wait began."""
     import ray
     from ray import serve
 

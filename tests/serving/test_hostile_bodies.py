@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is an answer or an OpenAI error: no 5xx, no hang, no traceback."""
+"""Whatever a client sends, the reply is an answer or an OpenAI error: no 5xx, no hang, no traceback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def service(**settings: Any) -> Service:
 
 
 def complaint(status: int, kind: str, text: str, sent: bytes) -> str | None:
-    """What is wrong with a reply, or None."""
+    """Return what is wrong with a reply, or None."""
     if "Traceback" in text or 'File "' in text or "internal_error" in text:
         return f"{status}: {text[:300]}"
     if status == 200:

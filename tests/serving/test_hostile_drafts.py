@@ -1,4 +1,4 @@
-"""A draft cannot change the structure of the prompt it is shown in: over HTTP, by the ids the aggregator was sent."""
+"""A draft cannot change the structure of the prompt that shows it: checked over HTTP, in the aggregator's ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error objects cross processes: what a replica raises, its caller must be able to tell apart."""
+"""Error objects cross processes: a caller must be able to distinguish what a replica raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API over local engines, without Serve: what a slow, failing or dying engine turns into."""
+"""The API over local engines, without Serve: what a client sees of a slow, failing or dying engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BODY: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content"
 
 
 class CrashingEngine(ScriptedEngine):
-    """An engine with a defect that no one foresaw, whose error text quotes the prompt."""
+    """An engine with an unexpected defect, whose error text quotes the prompt."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         raise ZeroDivisionError(request.messages)

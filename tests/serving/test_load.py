@@ -1,4 +1,4 @@
-"""Clients, killed replicas, and nothing left behind: the load script in its short form, by each way through Serve."""
+"""The load script in its short form, over each transport of Serve: many clients, killed replicas, and no leaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS if sys.platform == "linux" else ["proxy", "grpc"])
 def test_every_request_ends_typed_and_in_time_while_replicas_are_killed(tmp_path: Path, way: str) -> None:
-    """Five minutes and 200 clients are run by hand (RESULTS.md); this is the same for half a minute."""
+    """The same for half a minute that RESULTS.md reports for five minutes and 200 clients."""
     report = tmp_path / "report.json"
     settings = ["--minutes", "0.5", "--clients", "40", "--kill-every", "6", "--json", str(report)]
     command = [sys.executable, "benchmarks/serving_load.py", *settings]

@@ -1,4 +1,4 @@
-"""What Prometheus gets, read from Ray's own export of a running application; and the dashboard drawn from it."""
+"""The metrics that Prometheus gets, read from Ray's export of a running application, and the dashboard over them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USER: Any = [{"role": "user", "content": "Name three rivers."}]
 
 
 def exported() -> str:
-    """All that this node's Ray agent hands to Prometheus."""
+    """Return everything that this node's Ray agent exports to Prometheus."""
     import ray
 
     [node] = [node for node in ray.nodes() if node["Alive"]]
@@ -28,14 +28,14 @@ def exported() -> str:
 
 
 def value(page: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples with these labels."""
+    """Return the sum of a metric's samples with these labels."""
     lines = [line for line in page.splitlines() if line.startswith(f"ray_{name}{{")]
     wanted = [line for line in lines if all(f'{label}="{text}"' in line for label, text in labels.items())]
     return sum(float(line.rsplit(" ", 1)[1]) for line in wanted)
 
 
 def eventually(condition: Callable[[str], bool], timeout_s: float = 90) -> str:
-    """The export once it says so: workers report every few seconds."""
+    """Wait until the condition holds, and return the export: workers report every few seconds."""
     end = time.monotonic() + timeout_s
     while not condition(page := exported()):
         assert time.monotonic() < end, "\n".join(line for line in page.splitlines() if line.startswith("ray_aft_"))
@@ -101,7 +101,7 @@ def test_a_metrics_labels_are_known_names_and_never_a_clients_words(page: str) -
 
 
 def worker_of(line: str) -> str:
-    """The process that told a sample."""
+    """Return the process that reported a sample."""
     [worker] = re.findall(r'WorkerId="([^"]+)"', line)
     return str(worker)
 
@@ -129,7 +129,7 @@ def test_the_dashboard_groups_by_labels_that_its_metrics_have() -> None:
 
 
 def left_out(written: Any, read: Any, path: str = "") -> list[str]:
-    """Where `read` lacks something that `written` has, or has it otherwise."""
+    """Return the places where `read` lacks something that `written` has, or differs from it."""
     if isinstance(written, dict) and isinstance(read, dict):
         return [place for key in written for place in left_out(written[key], read.get(key), f"{path}/{key}")]
     if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
@@ -139,7 +139,7 @@ def left_out(written: Any, read: Any, path: str = "") -> list[str]:
 
 
 def as_grafana_reads_it(dashboard: dict[str, Any]) -> Any:
-    """Through Grafana's own model of a dashboard and back: a key that it does not know is gone."""
+    """Load and save a dashboard with Grafana's own model, which drops keys that it does not know."""
     from grafana_foundation_sdk.cog import plugins
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.models.dashboard import Dashboard

@@ -1,4 +1,4 @@
-"""Our own OpenAPI document, held against the server by Schemathesis: generated requests, every reply checked."""
+"""Schemathesis checks the server against its OpenAPI document: it generates requests and checks every reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser, desktop and phone: what it shows, by keyboard too, and what it never does."""
+"""The page at `/` in a real browser, on desktop and phone: what it shows, also by keyboard, and what it never does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    """Answers of markup and of plain text, 20 ms a word; the fourth sample of a layer fails."""
+    """Serve answers of markup and of plain text, 20 ms per word; the fourth sample of each layer fails."""
     engine = ScriptedEngine(ScriptedEngineConfig(answers=(HOSTILE, PLAIN), seconds_per_token=0.02, fail_on=(3,)))
     with serving(service_over(engine, Plan(num_proposals=4, num_layers=2), adapters={"aft": "/adapters/aft"})) as url:
         yield url
@@ -37,7 +37,7 @@ def window() -> Iterator[Browser]:
 
 
 def ask(window: Browser, question: str = "Name three rivers in Africa.") -> None:
-    """By keyboard alone."""
+    """Ask a question with the keyboard only."""
     window.wait(lambda: window.run("return document.getElementById('model').options.length") > 0)
     window.run("document.getElementById('question').focus()")
     window.press(question)

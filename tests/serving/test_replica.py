@@ -1,4 +1,4 @@
-"""What makes Serve replace an engine's replica: an engine that is dead, or that says nothing for too long."""
+"""Serve replaces a replica whose engine is dead or silent for too long."""
 
 from __future__ import annotations
 

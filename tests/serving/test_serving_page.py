@@ -1,4 +1,4 @@
-"""docs/serving.md names what there is: plan fields, parameters, metrics, limits, error codes."""
+"""docs/serving.md lists every plan field, parameter, metric, limit and error code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models draft for one aggregator, each its share, over real HTTP."""
+"""Several models write their shares of the drafts for one aggregator, over real HTTP."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def url(ray_cluster: None) -> Iterator[str]:
     ],
 )
 def test_each_proposer_writes_its_share_of_the_drafts(url: str, num_proposals: int, shares: dict[str, int]) -> None:
-    """Of K=2 the smaller one has half a draft: largest remainders first, and a tie goes to who is named first."""
+    """At K=2 the smaller share is half a draft; the largest remainder is rounded up, the first one in a tie."""
     aft = {"num_proposals": num_proposals, "include_proposals": True}
     body = {"messages": [{"role": "user", "content": "Name three rivers."}], "aft": aft}
     reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()

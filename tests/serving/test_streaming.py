@@ -1,4 +1,4 @@
-"""Streams over real HTTP: true to the plain reply, never silent, errors in band, and gone when the client is gone."""
+"""Streams over real HTTP: equal to the plain reply, never silent, errors in band, and cancelled with their client."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_deltas_of_a_stream_add_up_to_the_plain_answer(client: openai.OpenAI
 
 
 def test_the_first_token_leaves_when_it_is_made(base_url: str) -> None:
-    """Sample 5 takes 600 ms per token: of the drafts, the sixth, and of six final answers, the last."""
+    """Sample 5 takes 600 ms per token: the sixth draft, and the last of six final answers."""
     arrivals: list[float] = []
     body = {**BODY, "model": "base@single", "n": 6, "stream": True}
     with httpx.stream("POST", f"{base_url}/v1/chat/completions", json=body, timeout=60) as response:
@@ -158,7 +158,7 @@ def test_a_client_that_goes_away_ends_every_sub_call_in_the_engine(
             await client.post(f"{base_url}/v1/chat/completions", json=BODY | SLOW | {"stream": stream})
 
     async def ask_and_leave() -> float:
-        """Seconds from the client's end to that of its last sample."""
+        """Return the seconds from the client's disconnect to the end of its last sample."""
         client = asyncio.create_task(ask())
         await asyncio.to_thread(wait_for, lambda: num_samples_running() == 6, 5)  # all six seeds of the drafts
         client.cancel()
@@ -172,7 +172,7 @@ def test_a_client_that_goes_away_ends_every_sub_call_in_the_engine(
 
 
 def test_clients_that_go_away_at_any_moment_leave_a_server_that_answers(base_url: str) -> None:
-    """Going away must not cancel what the ingress replica has to tell the actor that keeps the limits."""
+    """A disconnect must not cancel what the ingress replica has to report to the actor that keeps the limits."""
 
     rng = random.Random(0)
 
@@ -191,7 +191,7 @@ def test_clients_that_go_away_at_any_moment_leave_a_server_that_answers(base_url
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> float:
-    """When the condition came true; fails when it does not in time."""
+    """Return when the condition became true; fail if it does not in time."""
     end = time.perf_counter() + timeout_s
     while not condition():
         assert time.perf_counter() < end, f"still not true after {timeout_s} s"

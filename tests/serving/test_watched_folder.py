@@ -1,4 +1,4 @@
-"""The watched folder over several ingress replicas on one control: whoever of them dies, an adapter is served once."""
+"""Several ingress replicas watch one folder: an adapter is served once, whichever replica dies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.serving.test_ingress import local_ask, service_over
 
 
 class HangingEngine(ScriptedEngine):
-    """Answers nothing."""
+    """An engine that never answers."""
 
     was_asked = False
 
@@ -57,7 +57,7 @@ def replica(control: Control, folder: Path, engine: ScriptedEngine | None = None
 
 @contextmanager
 def living(service: Service) -> Iterator[None]:
-    """Its background tasks, until it dies."""
+    """Run the background tasks of a replica until it dies."""
     tasks = [asyncio.create_task(service.gate.keep_renewing()), asyncio.create_task(admin.keep_watching(service))]
     yield
     for task in tasks:

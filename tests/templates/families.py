@@ -98,7 +98,7 @@ CHAT_FAMILIES = ["chatml", "llama3", "mistral", "gemma", "zephyr"]
 
 @cache
 def make_tokenizer(family: str) -> Any:
-    """A Hugging Face tokenizer of the family; shared, so not to be changed."""
+    """Return a Hugging Face tokenizer of the family. It is shared, so callers must not change it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

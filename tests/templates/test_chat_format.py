@@ -1,4 +1,4 @@
-"""Messages -> ids: golden ids per family, one BOS, what is trained is what is served."""
+"""Messages -> ids: golden ids per family, one BOS, and equal ids in training and serving."""
 
 from __future__ import annotations
 

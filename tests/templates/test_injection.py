@@ -1,4 +1,4 @@
-"""Text is data: whatever stands in a message or proposal, the ids hold the template's control tokens and no others."""
+"""Text is data: whatever a message or proposal contains, the ids have the template's control tokens and no others."""
 
 from __future__ import annotations
 

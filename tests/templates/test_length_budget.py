@@ -27,7 +27,7 @@ POLICIES: tuple[LengthPolicy, ...] = get_args(LengthPolicy)
 
 
 def words(number: int) -> str:
-    """So many tokens in every test tokenizer: `Hello there there ...`."""
+    """Return a text with this many tokens in every test tokenizer: `Hello there there ...`."""
     return "Hello" + " there" * (number - 1)
 
 

@@ -1,4 +1,4 @@
-"""The loss mask: what is built passes the check, and every way of breaking it is named."""
+"""The loss mask: a built example passes the check, and the check names every way of breaking it."""
 
 from __future__ import annotations
 

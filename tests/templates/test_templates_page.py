@@ -1,4 +1,4 @@
-"""docs/templates.md is true: its files load, its text is the packaged one, its code runs."""
+"""docs/templates.md is true: its files load, its text equals the packaged one, and its code runs."""
 
 from __future__ import annotations
 

@@ -99,14 +99,12 @@ class LayerTally:
         has_begun = self._num_slots_written[call.request.request_id] or any(
             self._num_tokens_seen[call.request.request_id, slot.index] for slot in left
         )
-        num_sent = (
-            self._num_prompt_tokens[call.request.request_id] if has_begun else 0
-        )  # a request refused at once costs nothing
+        # a request that was refused at once cost nothing
+        num_sent = self._num_prompt_tokens[call.request.request_id] if has_begun else 0
         return [answer for slot in left for answer in self._end(call, self._answer_lost(call, slot, num_sent, event))]
 
     def usage(self) -> LayerUsage:
-        """Return tokens and seconds so far. Unfinished samples count as cancelled, with the tokens reported for
-        them."""
+        """Return tokens and seconds so far. Unfinished samples count as cancelled, with the tokens known of them."""
         ended = [*self.usable.values(), *self.failed]
         return LayerUsage(
             layer=self.layer,

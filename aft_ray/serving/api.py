@@ -83,9 +83,8 @@ def open_routes(service: Service) -> APIRouter:
 def model_routes(service: Service) -> APIRouter:
     """Return the routes of the OpenAI API."""
 
-    async def caller(
-        request: Request,
-    ) -> Caller:  # FastAPI would run a plain function in a thread, which costs two milliseconds
+    # a coroutine, because FastAPI would run a plain function in a thread, which costs two milliseconds
+    async def caller(request: Request) -> Caller:
         return service.caller(request.headers.get("authorization"))
 
     caller_given = Depends(caller)

@@ -70,7 +70,7 @@ def fit_prompt(format: PromptFormat, messages: Sequence[Message], max_prompt_tok
     found = len(ids) or format.count(messages)
     if found > max_prompt_tokens:
         raise PromptTooLong(
-            f"the conversation is {found} tokens, {max_prompt_tokens} are allowed (window minus answer): "
+            f"the conversation has {found} tokens, {max_prompt_tokens} are allowed (window minus answer): "
             "shorten it, raise max_model_len, or lower max_tokens of the answer"
         )
     return ids
@@ -158,9 +158,9 @@ def _with_action(fitted: Fitted, action: str) -> Fitted:
 def _too_long(budget: _Budget, found: int, num_shown: int, policy: str, other: str) -> PromptTooLong:
     shown = "one proposal" if num_shown == 1 else f"{num_shown} proposals"
     return PromptTooLong(
-        f"the aggregation prompt with {shown} is {found} tokens, {budget.max_prompt_tokens} are allowed (window minus "
-        f"answer) and length_policy {policy} can go no further: {other}, lower max_tokens of proposals or answer, or "
-        "raise max_model_len"
+        f"the aggregation prompt with {shown} has {found} tokens, {budget.max_prompt_tokens} are allowed (window minus "
+        f"answer), and length_policy {policy} cannot shorten it further: {other}, lower max_tokens of "
+        "proposals or answer, or raise max_model_len"
     )
 
 

@@ -57,9 +57,8 @@ class ControlTokens:
         self.ids = ids
         """Control string -> token id."""
         self._pattern = break_strings([*ids, *literals])
-        self._single = {
-            ord(s): REPLACEMENT for s in ids if len(s) == 1
-        }  # a single character cannot be broken, only replaced
+        # a single character cannot be broken, only replaced
+        self._single = {ord(string): REPLACEMENT for string in ids if len(string) == 1}
         self._tokenizer = tokenizer if _normalises(tokenizer) else None
         self._guarded = set(ids.values()) - {getattr(tokenizer, "unk_token_id", None)}
 

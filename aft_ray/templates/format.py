@@ -84,10 +84,10 @@ def checked(messages: Sequence[Message]) -> None:
 class MessagesFormat:
     """The format for endpoints that take messages: sends them unchanged and estimates their length from above."""
 
-    BYTES_PER_TOKEN = (
-        3  # English has about 4 characters per token; other scripts are rarely above one token per 3 bytes
-    )
-    TOKENS_PER_MESSAGE = 4  # the control tokens around a turn
+    BYTES_PER_TOKEN = 3
+    """English has about 4 characters per token; other scripts rarely exceed one token per 3 bytes."""
+    TOKENS_PER_MESSAGE = 4
+    """Number of control tokens around a turn."""
 
     has_template = False
     stop_ids: tuple[int, ...] = ()

@@ -100,7 +100,7 @@ def test_truncate_each_leaves_at_least_one_token_of_each_or_refuses() -> None:
     least = length(format, ["Hello…", "Hello…"])
     assert fit(format, proposals, least, "truncate_each").action == "truncate_each: cut 2 of 2 to 1 tokens"
     with pytest.raises(
-        PromptTooLong, match=rf"with 2 proposals is {least} tokens, {least - 1} are allowed.*drop_longest"
+        PromptTooLong, match=rf"with 2 proposals has {least} tokens, {least - 1} are allowed.*drop_longest"
     ):
         fit(format, proposals, least - 1, "truncate_each")
 
@@ -117,7 +117,7 @@ def test_truncate_each_fits_where_the_length_is_only_estimated() -> None:
 def test_error_says_how_much_too_long_the_prompt_is() -> None:
     format, proposals = format_of("chatml"), [words(9), words(9)]
     found = length(format, proposals)
-    with pytest.raises(PromptTooLong, match=f"2 proposals is {found} tokens, {found - 1} are allowed"):
+    with pytest.raises(PromptTooLong, match=f"2 proposals has {found} tokens, {found - 1} are allowed"):
         fit(format, proposals, found - 1, "error")
 
 
@@ -126,7 +126,7 @@ def test_the_last_proposal_is_never_dropped(any_format: PromptFormat, policy: Le
     proposals = [words(9), words(12)]
     least = length(any_format, [words(9)])
     assert fit(any_format, proposals, least, policy).kept == (0,)
-    with pytest.raises(PromptTooLong, match=f"one proposal is {least} tokens, {least - 1} are allowed.*truncate_each"):
+    with pytest.raises(PromptTooLong, match=f"one proposal has {least} tokens, {least - 1} are allowed.*truncate_each"):
         fit(any_format, proposals, least - 1, policy)
 
 
@@ -176,5 +176,5 @@ def test_the_policies_are_those_of_the_plan() -> None:
 def test_a_plain_prompt_fits_or_is_refused(any_format: PromptFormat) -> None:
     found = any_format.count(CONVERSATION)
     assert fit_prompt(any_format, CONVERSATION, found) == any_format.prompt_ids(CONVERSATION)
-    with pytest.raises(PromptTooLong, match=f"conversation is {found} tokens, {found - 1} are allowed.*max_model_len"):
+    with pytest.raises(PromptTooLong, match=f"conversation has {found} tokens, {found - 1} are allowed.*max_model_len"):
         fit_prompt(any_format, CONVERSATION, found - 1)

@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed-$(DEVICE)
+SCORERS := .venv/.installed-scorers
 # PyTorch keeps its CPU builds in an index of its own; asked only when the default index has no torch+cpu.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Ray starts many processes, and where PYTHONDONTWRITEBYTECODE is set, as in most container images, every one of them
@@ -17,7 +18,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/|/vllm/model_executor/models/'
 INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
 
-.PHONY: setup demo test soak test-all serve bench miniature miniature-base check clean
+.PHONY: setup scorers demo test soak test-all serve bench miniature miniature-base check clean
 setup: $(STAMP)
 
 $(STAMP): requirements/$(DEVICE).txt pyproject.toml
@@ -31,17 +32,21 @@ $(STAMP): requirements/$(DEVICE).txt pyproject.toml
 	@$(COMPILE) .venv/lib >/dev/null 2>&1 || true  # some packages carry templates that are no Python
 	@touch $@
 
+# Two scorers of other projects, for their tests only: one of their packages needs a C compiler.
+scorers: $(SCORERS)
+
+$(SCORERS): requirements/scorers.txt $(STAMP)
+	@$(INSTALL) -r $<
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/aft-ray run --config configs/quickstart.yaml $(ARGS)
 
-test: $(STAMP)
-	@$(BIN)/python -m pytest
-
-soak: $(STAMP)
-	@$(BIN)/python -m pytest -m soak
-
-test-all: $(STAMP)
-	@$(BIN)/python -m pytest -m ""
+TESTS_test := not soak
+TESTS_soak := soak
+test soak test-all: $(STAMP)
+	@$(MAKE) --no-print-directory scorers || echo "the tests of the ifeval and reasoning_gym scorers will be skipped"
+	@$(BIN)/python -m pytest -m '$(TESTS_$@)'
 
 serve: $(STAMP)
 	@$(BIN)/aft-ray serve --config configs/quickstart.yaml $(ARGS)

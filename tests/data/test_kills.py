@@ -1,6 +1,6 @@
 """SIGKILL at random points, many times, on every data stage: the files end up as those of an uninterrupted run.
 
-Ray is left out here so that there can be hundreds of kills: what must survive them is how shards are written.
+Ray is left out here so that there can be a hundred kills: what must survive them is how shards are written.
 tests/test_stages.py and tests/test_cluster.py kill drivers, actors and nodes.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from aft_ray.config import Config
 from aft_ray.data import proposals, scores, selection, targets, training_set
@@ -19,8 +21,6 @@ from aft_ray.stages import _finish, _todo
 from aft_ray.storage import Folder
 from tests.kills import kill_many_times
 
-NUM_KILLS = 15
-"""Per stage."""
 STAGES = ("proposals-part-1", "proposals", "scores", "selection", "targets", "training_set")
 
 
@@ -69,15 +69,17 @@ def content(folder: Folder) -> dict[str, list[dict[str, Any]]]:
     return {name: folder.read_table(name).to_pylist() for name in folder.names(".parquet")}
 
 
+@pytest.mark.parametrize("num_kills", [3, pytest.param(15, marks=pytest.mark.soak)])
 def test_a_stage_killed_many_times_ends_with_the_files_of_an_uninterrupted_run(
-    tmp_path: Path, chatml_tokenizer: str
+    num_kills: int, tmp_path: Path, chatml_tokenizer: str
 ) -> None:
+    """`num_kills` is per stage."""
     for name in ("prompts", *STAGES):
         work(tmp_path / "whole", chatml_tokenizer, name)
     num_killed = 0
     for number, name in enumerate(("prompts", *STAGES)):
         arguments = (tmp_path / "killed", chatml_tokenizer, name)
-        num_killed += kill_many_times(work, *arguments, num_kills=NUM_KILLS, seed=number)
+        num_killed += kill_many_times(work, *arguments, num_kills=num_kills, seed=number)
         work(*arguments)
         whole, killed = Folder.at(tmp_path / "whole" / name), Folder.at(tmp_path / "killed" / name)
         assert content(killed) == content(whole), name
@@ -85,4 +87,4 @@ def test_a_stage_killed_many_times_ends_with_the_files_of_an_uninterrupted_run(
         assert manifests[0] is not None and manifests[1] is not None
         assert manifests[0].rows_out == manifests[1].rows_out > 0
         assert manifests[0].completion_tokens == manifests[1].completion_tokens, "no work is counted twice"
-    assert num_killed > NUM_KILLS * len(STAGES) / 2
+    assert num_killed > num_kills * len(STAGES) / 2

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +249,8 @@ def test_the_error_for_an_unreachable_hub_data_set_says_what_to_do() -> None:
         list(read_prompts(PromptsConfig(source="hub:nobody/nothing:test")))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="reasoning_gym is installed")
-def test_the_error_without_reasoning_gym_says_what_to_install() -> None:
+def test_the_error_without_reasoning_gym_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"reasoning_gym is not installed; pip install aft-ray\[tasks\]"):
         list(read_prompts(PromptsConfig(source="reasoning_gym:chain_sum")))
 

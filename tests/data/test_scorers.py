@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import pickle
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -188,8 +188,8 @@ def test_scorers_can_be_pickled(name: Any) -> None:
     assert scorer.name_of(row()) == ("none" if name == "auto" else name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="reasoning_gym is installed")
-def test_reasoning_gym_that_is_not_installed_stops_the_stage() -> None:
+def test_reasoning_gym_that_is_not_installed_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     recipe = {"name": "chain_sum", "size": 1, "seed": 0, "index": 0}
     with pytest.raises(ConfigError, match=r"pip install aft-ray\[tasks\]"):
         scores_of(build_scorer(ScoresConfig()), row("reasoning_gym", reasoning_gym=recipe), ["4"])
@@ -220,8 +220,16 @@ NO_COMMA_TWO_BULLETS = row(
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_ifeval_checkers_that_are_not_installed_stop_the_stage() -> None:
+@pytest.fixture
+def checkers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The IFEval checkers. Imported, they would fetch the data that one of their instructions needs."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_: False)
+    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+
+
+def test_ifeval_checkers_that_are_not_installed_stop_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(ConfigError, match=r"pip install aft-ray\[ifeval\]"):
         scores_of(build_scorer(ScoresConfig()), NO_COMMA_TWO_BULLETS, ["* tea"])
 
@@ -231,15 +239,13 @@ def test_ifeval_rows_without_instructions_have_no_score() -> None:
     assert score == Score(value=None, reason="InputError: no instruction_id_list and kwargs in the row's metadata")
 
 
-def test_ifeval_scores_the_share_of_instructions_followed_strictly() -> None:
-    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+def test_ifeval_scores_the_share_of_instructions_followed_strictly(checkers: None) -> None:
     texts = ["* tea\n* milk", "* tea, green\n* milk", "tea, milk", ""]
     assert values(scores_of(build_scorer(ScoresConfig()), NO_COMMA_TWO_BULLETS, texts)) == [1.0, 0.5, 0.0, 0.0]
     assert [verify(NO_COMMA_TWO_BULLETS, text) for text in texts] == [True, False, False, False]
 
 
-def test_ifeval_instructions_that_the_checkers_do_not_know_leave_no_score() -> None:
-    pytest.importorskip("lm_eval.tasks.ifeval.utils")
+def test_ifeval_instructions_that_the_checkers_do_not_know_leave_no_score(checkers: None) -> None:
     unknown = row("ifeval", instruction_id_list=["smell:nice"], kwargs=[{}])
     [score] = scores_of(build_scorer(ScoresConfig()), unknown, ["tea"])
     assert score.value is None
@@ -247,9 +253,8 @@ def test_ifeval_instructions_that_the_checkers_do_not_know_leave_no_score() -> N
 
 
 def test_ifeval_without_the_data_that_one_instruction_needs_leaves_that_row_without_a_score(
-    monkeypatch: pytest.MonkeyPatch,
+    checkers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval.tasks.ifeval.utils")
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])

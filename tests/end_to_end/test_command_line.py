@@ -1,8 +1,12 @@
-"""The command line as a process: what bad input is answered with, and that nothing starts before it is needed."""
+"""The command line: what bad input is answered with, and that nothing starts before it is needed.
+
+Real processes are only those whose start or end is what is tested; all else runs in this one.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.command_line import ROOT, aft_ray
+
 AFT_RAY = [sys.executable, "-m", "aft_ray"]
 GOOD = {"prompt": "Name three rivers."}
-
-
-def aft_ray(*arguments: str, cwd: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*AFT_RAY, *arguments], capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_help_names_every_command() -> None:
-    done = aft_ray("--help")
+    done = subprocess.run([*AFT_RAY, "--help"], capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
     assert done.returncode == 0
     for command in ("run", "train", "evaluate", "report", "export", "serve", "ask", "plan", "submit", "doctor"):
         assert command in done.stdout
@@ -120,7 +121,7 @@ def test_bad_settings_end_with_2_before_anything_is_written(config: Path, settin
     assert not (config.parent / "run").exists()
 
 
-def test_a_run_is_resumed_and_never_written_over(config: Path) -> None:
+def test_a_run_is_resumed_and_never_written_over(ray_cluster: None, config: Path) -> None:
     arguments = ("run", "--config", str(config), "--until", "selection")
     first = aft_ray(*arguments)
     assert first.returncode == 0, first.stderr
@@ -139,7 +140,24 @@ def test_a_run_is_resumed_and_never_written_over(config: Path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")} == made
 
 
-def test_more_failures_than_allowed_end_with_3(config: Path) -> None:
+def test_interrupted_it_ends_with_130_and_says_how_to_go_on(config: Path) -> None:
+    slow = ["--set", "engine={type: scripted, seconds_per_token: 10}", "--until", "proposals"]
+    # what a shell starts in the background ignores SIGINT, and so does all that it starts
+    command = ["env", "--default-signal=INT", *AFT_RAY, "run", "--config", str(config), *slow]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("proposals") and "starting" not in line:  # the workers are up
+            process.send_signal(signal.SIGINT)
+            break
+    said += process.stderr.readlines()
+    assert process.wait(120) == 130, "".join(said)
+    assert "interrupted; the same command continues from here" in "".join(said)
+
+
+def test_more_failures_than_allowed_end_with_3(ray_cluster: None, config: Path) -> None:
     done = aft_ray("run", "--config", str(config), "--until", "proposals", "--set", "engine.fail_requests=true")
     assert done.returncode == 3, done.stderr
     assert "2 of 2 rows failed (2 EngineError)" in done.stderr
@@ -171,7 +189,9 @@ def test_plan_prints_the_resolved_settings() -> None:
     assert yaml.safe_load(done.stdout)["selection"]["num_proposals"] == 5
 
 
-def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(config: Path, chatml_tokenizer: str) -> None:
+def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(
+    ray_cluster: None, config: Path, chatml_tokenizer: str
+) -> None:
     engine = f"engine={{type: scripted, tokenizer: {chatml_tokenizer}, num_tokens: 5}}"
     settings = ["--config", str(config), "--set", engine, "--set", "targets.engine={type: scripted, num_tokens: 3}"]
     before = aft_ray("plan", *settings)
@@ -190,7 +210,9 @@ def test_a_preview_shows_what_is_trained_on_and_lets_plan_estimate_the_run(confi
     assert not (config.parent / "run").exists(), "nothing of the run itself is started"
 
 
-def test_rows_that_failed_are_retried_by_command_only_and_go_through_once_the_cause_is_mended(config: Path) -> None:
+def test_rows_that_failed_are_retried_by_command_only_and_go_through_once_the_cause_is_mended(
+    ray_cluster: None, config: Path
+) -> None:
     failing = ["--config", str(config), "--until", "selection", "--set", "scores.scorer=none"]
     first = aft_ray("run", *failing, "--set", "engine={type: scripted, fail_requests: true}")
     assert first.returncode == 3

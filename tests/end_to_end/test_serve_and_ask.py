@@ -1,4 +1,4 @@
-"""`aft-ray serve` and `aft-ray ask` as two processes, as a person uses them."""
+"""`aft-ray serve` as a process, as a person starts and ends it, and `aft-ray ask`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.command_line import ROOT, aft_ray
+
 AFT_RAY = [sys.executable, "-m", "aft_ray"]
 
 
@@ -41,8 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def ask(server: str, *arguments: str) -> str:
-    command = [*AFT_RAY, "ask", "Name a river.", "--base-url", server, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120).stdout
+    done = aft_ray("ask", "Name a river.", "--base-url", server, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_an_answer_is_printed(server: str) -> None:
@@ -56,8 +57,7 @@ def test_the_proposals_are_shown_on_request(server: str) -> None:
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones(server: str) -> None:
-    command = [*AFT_RAY, "ask", "Hello?", "--base-url", server, "--model", "nobody"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    done = aft_ray("ask", "Hello?", "--base-url", server, "--model", "nobody")
     assert done.returncode == 1
     assert "404" in done.stderr
     assert "base" in done.stderr

@@ -19,7 +19,6 @@ from aft_ray.serving.service import Service
 from tests.serving.hostile import CHAT, VALID, hostile_bodies
 from tests.serving.test_ingress import over_http, post, service_over
 
-NUM_BODIES = 10_000
 TYPES = ("application/json", "application/json; charset=utf-16", "text/plain", "application/x-www-form-urlencoded", "")
 MESSAGES = [{"role": "user", "content": "Name three rivers."}]
 
@@ -44,7 +43,8 @@ def complaint(status: int, kind: str, text: str, sent: bytes) -> str | None:
     return None if status in {400, 404, 413} else f"{status}: {text[:300]}"
 
 
-def test_ten_thousand_hostile_bodies_get_an_answer_or_a_typed_refusal() -> None:
+@pytest.mark.parametrize("num_bodies", [1_000, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_thousands_of_hostile_bodies_get_an_answer_or_a_typed_refusal(num_bodies: int) -> None:
     served = service()
     statuses: dict[int, int] = {}
 
@@ -52,7 +52,7 @@ def test_ten_thousand_hostile_bodies_get_an_answer_or_a_typed_refusal() -> None:
         complaints: list[str] = []
         transport = httpx.ASGITransport(make_api(served))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=None) as client:
-            for number, (path, body) in enumerate(hostile_bodies(NUM_BODIES, seed=1)):
+            for number, (path, body) in enumerate(hostile_bodies(num_bodies, seed=1)):
                 kind = TYPES[number % len(TYPES)] if number % 7 == 0 else TYPES[0]
                 async with asyncio.timeout(60):
                     reply = await client.post(path, content=body, headers={"content-type": kind})
@@ -64,8 +64,8 @@ def test_ten_thousand_hostile_bodies_get_an_answer_or_a_typed_refusal() -> None:
 
     complaints = asyncio.run(run())
     assert not complaints, "\n".join([f"{len(complaints)} complaints", *complaints[:5]])
-    assert statuses[200] > NUM_BODIES / 50, f"the bodies are too broken to test much: {statuses}"
-    assert statuses[400] > NUM_BODIES / 5
+    assert statuses[200] > num_bodies / 50, f"the bodies are too broken to test much: {statuses}"
+    assert statuses[400] > num_bodies / 5
     assert served.aggregator.engine.num_running == 0  # type: ignore[attr-defined]
 
 

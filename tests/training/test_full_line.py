@@ -1,4 +1,7 @@
-"""`training.method: full` through every step of a run: two whole models are trained, each is served and asked."""
+"""Every step of a run with a tiny model and two workers: built, trained, served, asked, reported.
+
+With LoRA the endpoint serves both adapters on one base model; fully trained models have an endpoint each.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,18 @@ pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_every_step_of_a_run_with_full_fine_tuning(tmp_path: Path) -> None:
+TRAINING = {
+    "lora": {"num_workers": 2, "batch_size_per_worker": 2, "deepspeed": "zero2", "learning_rate": 2e-2},
+    "full": {"num_workers": 1, "batch_size_per_worker": 4, "deepspeed": "none", "learning_rate": 1e-3},
+}
+NUM_EPOCHS = {"lora": 4, "full": 8}
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.soak)])
+def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
+    num_epochs = NUM_EPOCHS[method]
+    num_steps = 4 * num_epochs
     model = write_model(tmp_path / "model", window=1024)
     draw = random.Random(0)
     prompts = [{"prompt": " ".join(draw.choices(WORDS, k=9)), "reference": ANSWER} for _ in range(20)]
@@ -33,7 +47,7 @@ def test_every_step_of_a_run_with_full_fine_tuning(tmp_path: Path) -> None:
         "selection": {"num_proposals": 2},
         "targets": {"source": "reference"},
         "training_set": {"max_length": 1024},
-        "training": {"method": "full", "deepspeed": "none", "learning_rate": 1e-3, "num_epochs": 8, "eval_steps": 16},
+        "training": {**TRAINING[method], "method": method, "num_epochs": num_epochs, "eval_steps": num_steps // 2},
         "evaluation": {"plan": plan},
         "serving": {"plan": plan},
     }
@@ -49,12 +63,12 @@ def test_every_step_of_a_run_with_full_fine_tuning(tmp_path: Path) -> None:
     by_condition = {one["name"]: one["perplexity"] for one in report["perplexities"]}
     measured = {"sft": by_condition["SFT, prompt only"], "aft": by_condition["AFT, prompt + proposals"]}
     for training in report["training"]:
-        assert (tmp_path / "run" / "model" / training["variant"] / "model.safetensors").is_file()
-        assert training["num_trained_tokens"] == 8 * 16 * (len(ANSWER.split()) + 1)
+        assert (tmp_path / "run" / "model" / training["variant"] / WEIGHTS[method]).is_file()
+        assert training["num_trained_tokens"] == num_epochs * 16 * (len(ANSWER.split()) + 1)
         curves = training["held_out"]
         assert set(curves) == {"sft", "aft"}
         steps, perplexities = zip(*curves[training["variant"]], strict=True)
-        assert steps == (16, 32)
+        assert steps == (num_steps // 2, num_steps)
         assert perplexities[-1] < perplexities[0]
         # the model that was served for the evaluation is the one whose training ended here
         assert measured[training["variant"]] == pytest.approx(perplexities[-1], rel=1e-2)

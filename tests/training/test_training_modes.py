@@ -1,17 +1,20 @@
 """Every way to train gives the losses of a plain PyTorch loop: ZeRO stages, packing, full fine-tuning, a second round.
 
-All of them are real trainings by two Ray Train workers with DeepSpeed; they share one group of workers, because
-starting one takes longer than a training of this size.
+All of them are real trainings by two Ray Train workers with DeepSpeed. Those of a tier share one group of workers,
+because starting one takes longer than a training of this size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import re
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,8 @@ MODES: dict[str, dict[str, Any]] = {
     "tracked": {"report_to": INSTALLED},
     "zero3-killed": {"deepspeed": "zero3", "save_steps": 2},
 }
+FAST = ("plain", "zero2-accumulated", "zero3", "packed", "full", "zero3-killed")
+SOAK = tuple(name for name in MODES if name not in FAST)
 DIVERGING = {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0}
 
 
@@ -78,19 +83,30 @@ class Mode:
 @pytest.fixture(scope="module")
 def modes(
     ray_cluster: None, tiny_model: Path, training_set: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Mode]:
+) -> Callable[[str], Mode]:
+    """Give the mode of a name; whichever is asked for first, all modes of its tier are trained."""
+
+    @functools.cache
+    def train_tier(names: tuple[str, ...]) -> dict[str, Mode]:
+        return train_modes(names, tiny_model, training_set, tmp_path_factory.mktemp("modes"))
+
+    return lambda name: train_tier(FAST if name in FAST else SOAK)[name]
+
+
+def train_modes(names: tuple[str, ...], tiny_model: Path, training_set: Path, folder: Path) -> dict[str, Mode]:
+    """Train every mode, and one that diverges, in one group of workers; one of them is killed under `zero3-killed`."""
     from peft import LoraConfig, get_peft_model
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("modes")
     first_round = str(folder / "first-round")
     base: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(first_round)
     plans: dict[str, WorkerPlan] = {}
-    for name, changes in {**MODES, "diverging": DIVERGING}.items():
+    for name in (*names, "diverging"):
+        changes = MODES.get(name, DIVERGING)
         starts = {"init_adapter": first_round} if "init_adapter" in changes else {}
         job = TrainingJob(
             config=TrainingConfig.model_validate({**BASE.model_dump(), **changes, **starts}),
@@ -125,15 +141,8 @@ def modes(
             worker_runtime_env={"env_vars": _worker_environment(BASE) | trackers},
         ),
     )
-    kept = folder / "all" / "checkpoint_manager_snapshot.json"
-    killed = plans["zero3-killed"].tasks[0].fingerprint
-    killer = threading.Thread(
-        target=when, args=(lambda: kept.exists() and killed in kept.read_text(), kill_a_train_worker)
-    )
-    killer.start()
-    results: Any = trainer.fit().return_value
-    killer.join(timeout=5)
-    assert not killer.is_alive()
+    with killed_once(folder / "all", plans) if "zero3-killed" in names else contextlib.nullcontext():
+        results: Any = trainer.fit().return_value
     diverged = results.pop("diverging")["error"]
     assert isinstance(diverged, TrainingFailed)
     assert re.match(r"variant aft: the loss is (nan|inf) at step \d+; lower training.learning_rate", str(diverged))
@@ -141,8 +150,22 @@ def modes(
     for name, result in results.items():
         assert result["error"] is None, f"{name}: {result['error']}"
     return {
-        name: Mode(plans[name].config, results[name]["summaries"]["aft"], plans[name].tasks[0].folder) for name in MODES
+        name: Mode(plans[name].config, results[name]["summaries"]["aft"], plans[name].tasks[0].folder) for name in names
     }
+
+
+@contextlib.contextmanager
+def killed_once(folder: Path, plans: dict[str, WorkerPlan]) -> Iterator[None]:
+    """Kill a worker once there is a checkpoint of `zero3-killed`."""
+    kept = folder / "checkpoint_manager_snapshot.json"
+    killed = plans["zero3-killed"].tasks[0].fingerprint
+    killer = threading.Thread(
+        target=when, args=(lambda: kept.exists() and killed in kept.read_text(), kill_a_train_worker)
+    )
+    killer.start()
+    yield
+    killer.join(timeout=5)
+    assert not killer.is_alive()
 
 
 def batches_of(config: TrainingConfig, training_set: Path) -> list[list[dict[str, Any]]]:
@@ -203,11 +226,11 @@ def plain_curve(config: TrainingConfig, model: Path, batches: list[list[dict[str
     return curve
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAK)])
 def test_the_losses_are_those_of_a_plain_loop(
-    name: str, modes: dict[str, Mode], tiny_model: Path, training_set: Path
+    name: str, modes: Callable[[str], Mode], tiny_model: Path, training_set: Path
 ) -> None:
-    mode = modes[name]
+    mode = modes(name)
     batches = batches_of(mode.config, training_set)
     expected = plain_curve(mode.config, tiny_model, batches)
     found = [row["loss"] for row in read_metrics(mode.folder / "metrics.jsonl")]
@@ -216,9 +239,9 @@ def test_the_losses_are_those_of_a_plain_loop(
     assert found[-1] < 0.9 * found[0]
 
 
-def test_a_worker_killed_under_zero3_changes_nothing(modes: dict[str, Mode]) -> None:
+def test_a_worker_killed_under_zero3_changes_nothing(modes: Callable[[str], Mode]) -> None:
     """The loss curve is that of a plain loop (above); here the adapter, against the one that was never interrupted."""
-    whole, killed = modes["zero3"].summary, modes["zero3-killed"].summary
+    whole, killed = modes("zero3").summary, modes("zero3-killed").summary
     assert whole.resumed_from_step == 0
     assert 0 < killed.resumed_from_step < killed.num_steps
     assert killed.resumed_from_step % 2 == 0
@@ -228,11 +251,12 @@ def test_a_worker_killed_under_zero3_changes_nothing(modes: dict[str, Mode]) -> 
         assert (tensor - adapters[1][name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("tracker", TRACKERS)
-def test_a_tracker_is_told_of_every_step(tracker: str, modes: dict[str, Mode]) -> None:
+def test_a_tracker_is_told_of_every_step(tracker: str, modes: Callable[[str], Mode]) -> None:
     if tracker not in INSTALLED:
         pytest.skip(f"{tracker} is not installed")
-    num_steps, folder = modes["tracked"].summary.num_steps, modes["tracked"].folder
+    num_steps, folder = modes("tracked").summary.num_steps, modes("tracked").folder
     if tracker == "tensorboard":
         [file] = (folder / "tensorboard").rglob("events.out.*")
         assert file.read_bytes().count(b"train/loss") == num_steps
@@ -244,8 +268,8 @@ def test_a_tracker_is_told_of_every_step(tracker: str, modes: dict[str, Mode]) -
         assert len(file.read_text().splitlines()) == num_steps
 
 
-def test_packing_makes_fewer_rows_of_the_same_tokens(modes: dict[str, Mode], training_set: Path) -> None:
-    packed, plain = modes["packed"].summary, modes["plain"].summary
+def test_packing_makes_fewer_rows_of_the_same_tokens(modes: Callable[[str], Mode], training_set: Path) -> None:
+    packed, plain = modes("packed").summary, modes("plain").summary
     rows: Any = rows_to_train(training_set, "aft", PACK_LENGTH)
     assert len(rows) < plain.num_rows / 1.5
     assert max(map(len, rows["input_ids"])) <= PACK_LENGTH
@@ -255,12 +279,12 @@ def test_packing_makes_fewer_rows_of_the_same_tokens(modes: dict[str, Mode], tra
 
 @pytest.mark.parametrize("name", ["zero3", "packed"])
 def test_held_out_losses_and_answers_are_logged_at_the_set_steps(
-    name: str, modes: dict[str, Mode], tiny_model: Path, examples: list[dict[str, Any]]
+    name: str, modes: Callable[[str], Mode], tiny_model: Path, examples: list[dict[str, Any]]
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    mode = modes[name]
+    mode = modes(name)
     rows = read_metrics(mode.folder / "held_out.jsonl")
     steps = mode.summary.num_steps
     assert [row["step"] for row in rows] == [*range(5, steps, 5), steps]
@@ -280,16 +304,16 @@ def test_held_out_losses_and_answers_are_logged_at_the_set_steps(
     assert mode.summary.held_out_perplexity == rows[-1]["perplexity"]
 
 
-def test_a_fully_trained_model_is_a_whole_model(modes: dict[str, Mode]) -> None:
+@pytest.mark.parametrize("name", ["full", pytest.param("full-zero3", marks=pytest.mark.soak)])
+def test_a_fully_trained_model_is_a_whole_model(name: str, modes: Callable[[str], Mode]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("full", "full-zero3"):
-        folder = Path(modes[name].summary.adapter_path)
-        assert not (folder / "adapter_config.json").exists()
-        AutoModelForCausalLM.from_pretrained(folder)
-        assert AutoTokenizer.from_pretrained(folder).chat_template
-        assert json.loads((folder / "summary.json").read_text())["settings"]["training"]["method"] == "full"
-        assert "model" in (folder / "model_card.md").read_text()
+    folder = Path(modes(name).summary.adapter_path)
+    assert not (folder / "adapter_config.json").exists()
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert json.loads((folder / "summary.json").read_text())["settings"]["training"]["method"] == "full"
+    assert "model" in (folder / "model_card.md").read_text()
 
 
 def test_attention_that_ignores_positions_is_found_before_the_first_step(tiny_model: Path, training_set: Path) -> None:

@@ -14,7 +14,9 @@ SCORERS := .venv/.installed-scorers
 # PyTorch keeps its CPU builds in an index of its own; asked only when the default index has no torch+cpu.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Ray starts many processes, and where PYTHONDONTWRITEBYTECODE is set, as in most container images, every one of them
-# would compile all that it imports. So it is compiled here, on all cores, but for tests and models by the hundred.
+# would compile all that it imports. So it is compiled here, on all cores, but for tests and models by the hundred; and
+# what is left is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/|/vllm/model_executor/models/'
 INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
 

@@ -68,7 +68,7 @@ def test_the_scripts_of_the_readme_run_one_after_the_other(tmp_path: Path, chatm
     assert (tmp_path / "runs" / "quickstart" / "proposals" / "shard-00000.parquet").is_file()
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "serve", "bench", "check", "setup"])
+@pytest.mark.parametrize("target", ["demo", "test", "soak", "test-all", "serve", "bench", "check", "setup"])
 def test_a_make_target_of_the_readme_exists(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,33 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", API)
 load_all_checks()
 
 
-@schema.parametrize()
-@hypothesis.settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-def test_requests_made_from_the_schema_get_replies_that_fit_it(case: Any) -> None:
+def made_from_the_schema(num_requests: int) -> Callable[[Callable[[Any], None]], Any]:
+    """Parametrize a test by operation, with at most `num_requests` generated requests for each."""
+    settings = hypothesis.settings(
+        max_examples=num_requests,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    return lambda test: schema.parametrize()(settings(test))
+
+
+def check_reply(case: Any) -> None:
     if isinstance(case.body, dict) and isinstance(case.body.get("aft"), dict):
         case.body["aft"].pop("deadline_s", None)  # a deadline that no engine can meet is rightly a 504
     # A valid body may still be more than this server allows (K, n, a model's name): the schema cannot know.
     case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+
+@made_from_the_schema(15)
+def test_requests_made_from_the_schema_get_replies_that_fit_it(case: Any) -> None:
+    check_reply(case)
+
+
+@pytest.mark.soak
+@made_from_the_schema(100)
+def test_many_requests_made_from_the_schema_get_replies_that_fit_it(case: Any) -> None:
+    check_reply(case)
 
 
 def test_the_document_has_every_route_with_its_errors() -> None:

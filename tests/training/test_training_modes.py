@@ -150,7 +150,8 @@ def train_modes(names: tuple[str, ...], tiny_model: Path, training_set: Path, fo
     for name, result in results.items():
         assert result["error"] is None, f"{name}: {result['error']}"
     return {
-        name: Mode(plans[name].config, results[name]["summaries"]["aft"], plans[name].tasks[0].folder) for name in names
+        name: Mode(plans[name].job.config, results[name]["summaries"]["aft"], plans[name].tasks[0].folder)
+        for name in names
     }
 
 

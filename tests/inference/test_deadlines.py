@@ -27,7 +27,7 @@ from aft_ray.inference import AnswerDelta, Plan
 # ── the whole run ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_deadline_in_the_middle_of_the_proposals_cancels_them_and_tells_what_they_cost() -> None:
+def test_a_deadline_in_the_middle_of_the_proposals_cancels_them_and_reports_their_cost() -> None:
     engine = StallingEngine(stall_on={1, 2}, num_tokens=4)
     events, error = run_until_error(Plan(num_proposals=3, num_layers=2, deadline_s=0.5), engine)
     assert isinstance(error, DeadlineExceeded)

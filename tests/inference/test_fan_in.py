@@ -27,7 +27,7 @@ async def failing(emit: Emit[int]) -> None:
     raise ValueError("as it is")
 
 
-def test_all_that_is_told_comes_out_and_the_stream_ends_with_the_last_writer() -> None:
+def test_everything_emitted_comes_out_and_the_stream_ends_with_the_last_writer() -> None:
     async def read() -> list[int]:
         return [item async for item in fan_in([counting, counting])]
 
@@ -41,7 +41,7 @@ def test_a_stream_without_writers_is_over_at_once() -> None:
     assert run(read()) == []
 
 
-def test_an_exception_comes_after_what_was_told_and_stops_the_others() -> None:
+def test_an_exception_comes_after_what_was_emitted_and_stops_the_others() -> None:
     seen: list[int] = []
 
     async def read() -> None:

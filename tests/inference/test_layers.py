@@ -41,7 +41,7 @@ def short(events: list[Event]) -> str:
         pytest.param(2, 1, "pLpLddF", id="K=1"),
     ],
 )
-def test_a_run_samples_k_times_l_plus_one_answers_and_tells_them_in_order(
+def test_a_run_samples_k_times_l_plus_one_answers_and_yields_them_in_order(
     num_layers: int, num_proposals: int, order: str
 ) -> None:
     engine = scripted(num_tokens=2)
@@ -191,7 +191,7 @@ def test_a_layer_starts_as_soon_as_the_one_below_is_over_and_not_before() -> Non
     run(look())
 
 
-def test_what_nobody_reads_as_it_is_made_is_told_to_the_engine() -> None:
+def test_the_engine_knows_which_answers_no_client_reads() -> None:
     """That is true of all drafts, and of the final answer where the reply is sent in one piece."""
     for is_read in (True, False):
         engine = scripted()

@@ -122,7 +122,7 @@ def test_inputs_name_the_right_answers_when_order_and_length_policy_both_act(wor
     assert list(answer.inputs) != [0, 2, 3]
 
 
-def test_the_model_is_sent_exactly_the_ids_of_the_messages_told(words: ChatFormat) -> None:
+def test_the_model_gets_exactly_the_ids_of_the_reported_messages(words: ChatFormat) -> None:
     part = aggregator(words, room=num_needed(words) - 1)
     end = finished(run_plan(plan(), proposer(), part))
     assert isinstance(part.engine, ScriptedEngine)

@@ -22,7 +22,7 @@ from aft_ray.errors import EngineError, QuorumNotMet
 from aft_ray.inference import AnswerDelta, Plan
 
 
-def test_a_failed_proposal_is_told_and_counted_and_not_shown() -> None:
+def test_a_failed_proposal_is_reported_and_counted_but_not_shown() -> None:
     aggregator = scripted()
     events = run_plan(Plan(num_proposals=4), scripted(fail_on=(2,)), aggregator)
     assert [answer.error for answer in drafts(events, 0)] == [None, None, "scripted failure of one sample", None]

@@ -62,7 +62,7 @@ def test_the_costs_of_open_requests_may_not_add_up_to_more_than_the_token_limit(
     assert gate.admit("a", ticket("3", num_tokens=40), NONE) is None
 
 
-def test_a_request_that_no_wait_would_let_in_is_told_so() -> None:
+def test_a_request_that_alone_exceeds_a_limit_is_refused_for_good() -> None:
     refusal = admission(max_tokens=100).admit("a", ticket("1", num_tokens=101), NONE)
     assert refusal is not None
     assert refusal.retry_after_s is None

@@ -116,7 +116,7 @@ def test_only_a_bearer_header_with_an_accepted_key_is_accepted(header: str | Non
     ("host", "loopback"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("10.0.0.1", False), ("::", False)],
 )
-def test_loopback_is_told_from_the_network(host: str, loopback: bool) -> None:
+def test_loopback_hosts_are_recognised(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 

@@ -313,7 +313,7 @@ def test_the_watched_folder_is_served_whichever_ingress_replica_dies(server: Ser
 # ── draining ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_draining_server_finishes_what_it_has_and_lets_nobody_in(server: Server) -> None:
+def test_a_draining_server_finishes_its_requests_and_refuses_new_ones(server: Server) -> None:
     async def drain() -> tuple[httpx.Response, httpx.Response, list[int]]:
         async with httpx.AsyncClient(timeout=60, headers={"authorization": "Bearer ops"}) as client:
             begun = asyncio.create_task(client.post(f"{server.url}/v1/chat/completions", json=SLOW))

@@ -196,7 +196,7 @@ def test_split_pools_draft_and_aggregate_with_their_own_models(split_url: str) -
     assert texts == [["first draft", "second draft"], [by_aggregator, by_aggregator], [by_aggregator]]
 
 
-def test_a_vote_is_asked_for_in_the_body_and_told_in_the_usage(client: openai.OpenAI) -> None:
+def test_a_vote_is_asked_for_in_the_body_and_reported_in_the_usage(client: openai.OpenAI) -> None:
     aft = {"num_proposals": 3, "aggregator": "vote", "include_proposals": True}
     completion: Any = ask(client, aft=aft)
     drafts, [answer] = completion.aft["layers"]

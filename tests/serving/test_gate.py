@@ -15,7 +15,7 @@ from aft_ray.serving.gate import ActorAsk, Gate
 NUM_REQUESTS = 3
 
 
-def test_a_renewal_that_waited_for_a_new_actor_tells_it_what_is_open_then(
+def test_a_renewal_that_waited_for_a_new_actor_reports_what_is_open_then(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The requests that are open when the actor appears are not those that were open when the wait began."""

@@ -127,7 +127,7 @@ def test_limits_hold_for_the_aft_object_too(body: dict[str, Any], param: str) ->
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
-def test_a_wrong_method_is_told_the_right_one() -> None:
+def test_the_reply_to_a_wrong_method_names_the_right_one() -> None:
     reply = over_http(service(), lambda client: client.get(CHAT))
     assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}

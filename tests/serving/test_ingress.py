@@ -184,7 +184,7 @@ class SlowlyCounted(MessagesFormat):
         return super().count(messages)
 
 
-def test_a_long_prompt_holds_up_nobody_else() -> None:
+def test_a_long_prompt_delays_no_other_request() -> None:
     service = service_over(
         ScriptedEngine(ScriptedEngineConfig(num_tokens=1, max_model_len=9_999_999)), max_body_bytes=4_000_000
     )

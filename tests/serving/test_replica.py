@@ -39,7 +39,7 @@ def test_an_engine_that_writes_nothing_fails_its_health_check_in_time(monkeypatc
     assert (len(engine.requests), engine.num_running) == (1, 0)
 
 
-def test_an_engine_that_has_just_told_something_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_has_just_written_something_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     replica, engine = silent_replica(monkeypatch)
     asyncio.run(replica.check_health())
     assert engine.requests == []

@@ -52,7 +52,7 @@ def test_the_first_token_leaves_when_it_is_made(base_url: str) -> None:
     assert arrivals[-1] - arrivals[0] > 2, "the answer came in one piece at its end"
 
 
-def test_drafts_and_layers_are_told_as_progress_on_request(base_url: str) -> None:
+def test_drafts_and_layers_are_reported_as_progress_on_request(base_url: str) -> None:
     aft = {"num_proposals": 4, "num_layers": 2, "progress": True, "include_proposals": True}
     lines = stream_lines(base_url, aft=aft, stream_options={"include_usage": True})
     told = [

@@ -120,7 +120,7 @@ def test_a_new_control_hears_what_has_been_taken(folder: Path) -> None:
     asyncio.run(run())
 
 
-def test_what_cannot_be_served_is_told_once_and_holds_up_no_other(
+def test_an_adapter_that_cannot_be_served_is_logged_once_and_delays_no_other(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admin.logger, "propagate", True)

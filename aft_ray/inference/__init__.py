@@ -1,18 +1,22 @@
 """Propose-and-aggregate, written once: one async generator of events over any `Engine`. Knows nothing of Ray.
 
-async for event in propose_and_aggregate(prompt_id="p-1", messages=messages, plan=Plan(num_layers=2), ...):
-    ...
+    async for event in propose_and_aggregate(prompt_id="p-1", messages=messages, plan=Plan(num_layers=2), ...):
+        ...
 
-plan.py               everything that fixes a run: width, depth, sampling, deadlines
-role.py               which model, adapter and prompt format answer
-events.py             the events of a run
-propose_aggregate.py  the loop over the layers
-calls.py              the engine requests of a layer: prompts, slots, seeds
-shares.py             how many drafts each of several proposers writes
-layer.py              one layer: its usage, quorum and stragglers
-agreement.py          early stop and majority vote
-answers.py            the short answer within a longer text
-fan_in.py             the only concurrency in the room
+The files of the room:
+
+    plan.py               everything that fixes a run: width, depth, sampling, deadlines
+    role.py               which model, adapter and prompt format answer
+    events.py             the events of a run
+    propose_aggregate.py  the loop over the layers
+    run.py                what all layers of one run share
+    calls.py              the engine requests of a layer: prompts, slots, seeds
+    shares.py             how many drafts each of several proposers writes
+    layer.py              one layer: its usage, quorum and stragglers
+    agreement.py          early stop and majority vote
+    answers.py            the short answer within a longer text
+    off_loop.py           tokenizing of long texts in a thread
+    fan_in.py             the only concurrency in the room
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Literal
 
 from aft_ray.errors import EngineError, PromptTooLong
 from aft_ray.inference.answers import normalised, short_answer
-from aft_ray.inference.calls import Run
 from aft_ray.inference.events import Answer
+from aft_ray.inference.run import Run
 from aft_ray.templates import fit_prompt
 
 

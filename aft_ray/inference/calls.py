@@ -12,64 +12,20 @@ seed, prompt_id, layer, slot), so a run can be repeated exactly, whatever else r
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-from aft_ray.engines.base import GenerateRequest, Sampling
-from aft_ray.errors import ConfigError, PromptTooLong
-from aft_ray.inference.events import Answer, LayerUsage
+from aft_ray.engines.base import GenerateRequest
+from aft_ray.errors import ConfigError
+from aft_ray.inference.events import Answer
 from aft_ray.inference.layer import EngineCall, Slot
-from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan
 from aft_ray.inference.role import Role
+from aft_ray.inference.run import Run
 from aft_ray.inference.shares import apportion
 from aft_ray.records import Message, derive_seed
-from aft_ray.templates import AggregatorTemplate, fit_aggregation, fit_prompt
-
-T = TypeVar("T")
-
-LONG_TEXT = 20_000
-"""Number of characters that take about 10 ms to tokenize. A megabyte takes a second."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that is the same in all layers of one run."""
-
-    prompt_id: str
-    messages: tuple[Message, ...]
-    plan: Plan
-    proposers: tuple[Role, ...]
-    aggregator: Role
-    template: AggregatorTemplate
-    run_seed: int
-    request_id: str
-    on_usage: Callable[[LayerUsage], None] | None = None
-    """Called with the usage of each layer when the layer is over."""
-    final: FinalLayer = ONE_ANSWER
-
-    def report_usage(self, usage: LayerUsage) -> None:
-        """Report what a layer cost. Every layer is reported, however it ended."""
-        if self.on_usage is not None:
-            self.on_usage(usage)
-
-    def sampling_of(self, layer: int, role: Role) -> Sampling:
-        """Return the plan's sampling of a layer, with the stop strings of the role's prompt format added."""
-        return self.plan.sampling_of(layer).also_stopping_at(role.format.stop_strings)
-
-    def max_prompt_tokens(self, layer: int, role: Role) -> int:
-        """Return how many tokens of the role's window are left for the prompt."""
-        window = role.engine.info.max_model_len
-        max_tokens = self.plan.sampling_of(layer).max_tokens
-        if max_tokens >= window:
-            raise PromptTooLong(
-                f"layer {layer}: max_tokens {max_tokens} leaves no room for a prompt in the model's window of {window} "
-                "tokens. Lower max_tokens, or raise the engine's max_model_len"
-            )
-        return window - max_tokens
+from aft_ray.templates import fit_aggregation, fit_prompt
 
 
 @dataclass(frozen=True)
@@ -80,21 +36,6 @@ class _Prompt:
     messages: tuple[Message, ...]
     prompt_ids: tuple[int, ...]
     slots: tuple[Slot, ...]
-
-
-async def off_loop(num_characters: int, function: Callable[..., T], *args: Any) -> T:
-    """Call `function`, which tokenizes: for long texts in a thread, so that it does not block the event loop.
-
-    For short texts a thread would cost more than the tokenizing.
-    """
-    if num_characters < LONG_TEXT:
-        return function(*args)
-    return await asyncio.to_thread(function, *args)
-
-
-def num_characters(messages: Sequence[Message]) -> int:
-    """Number of characters in a conversation."""
-    return sum(len(message["content"]) for message in messages)
 
 
 def layer_calls(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[EngineCall]:

@@ -13,8 +13,8 @@ from aft_ray.config import ServingConfig
 from aft_ray.engines.base import EngineInfo, GenerateRequest, Sample, Sampling
 from aft_ray.errors import DeadlineExceeded, EngineError
 from aft_ray.inference import Role, propose_and_aggregate
-from aft_ray.inference.calls import num_characters, off_loop
 from aft_ray.inference.events import Event
+from aft_ray.inference.off_loop import num_characters, off_loop
 from aft_ray.records import Message, prompt_id_of
 from aft_ray.serving.admission import Ticket, cost_of
 from aft_ray.serving.gate import Gate

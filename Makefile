@@ -42,7 +42,7 @@ $(SCORERS): requirements/scorers.txt $(STAMP)
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/aft-ray run --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/aft-ray run --config configs/demo.yaml $(ARGS)
 
 TESTS_test := not soak
 TESTS_soak := soak

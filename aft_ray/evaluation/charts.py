@@ -25,6 +25,8 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
 }
 MARKERS, DASHES = ("o", "s", "D", "^"), ("-", "--", ":", "-.")
 WIDTH_INCHES = 5.0
+LEGEND_CHARACTERS = 50
+"""How many characters the names of up to three series may have on one line of the legend."""
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "aft_ray",
@@ -77,7 +79,8 @@ def interval_chart(name: str, label: str, points: Sequence[Point], x_label: str,
         axes.set_axisbelow(True)
         axes.set_xlabel(x_label)
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=3, columnspacing=1, handletextpad=0.4)
+            num_columns = 3 if sum(map(len, series)) <= LEGEND_CHARACTERS else 1
+            figure.legend(loc="outside upper left", ncols=num_columns, columnspacing=1, handletextpad=0.4)
         return _inline(figure, name, label)
 
 

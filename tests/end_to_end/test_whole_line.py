@@ -72,8 +72,11 @@ def test_make_demo_runs_the_method_and_a_second_time_finishes_in_seconds(tmp_pat
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
     assert first.returncode == 0, first.stderr
     check_run(folder)
-    for words in ("proposals", "train", "report:", "try next:"):
+    for words in ("proposals", "train", "Does training to aggregate work?", "report:", "try next:"):
         assert words in first.stdout + first.stderr
+    method = json.loads((folder / "report" / "results.json").read_text())["method"]
+    assert len(method["sentences"]) >= 3 and len(method["points"]) == 9
+    assert (folder / "report" / method["page"]).is_file()
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == made

@@ -59,6 +59,11 @@ class Table:
     draining: bool = False
     """Whether new requests are refused because the server is about to stop."""
 
+    @classmethod
+    def configured(cls, adapters: Mapping[str, str]) -> Table:
+        """Return the first table of a server, from the adapter folders that its config names."""
+        return cls(adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:

@@ -112,17 +112,12 @@ def model_routes(service: Service) -> APIRouter:
             await service.gate.renew()  # another ingress replica may have received this name a moment ago
             call = call_of(body, service.current_config)
         check_engine(call, service.last_engine(call))
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        reply = Reply(
-            kind=kind,
-            call=call,
-            id=f"{prefix}-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            request_id=request_id_of(request),
-        )
-        opened = await service.open(call, key, request_id_of(request), reply.id)
+        reply_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+        request_id = request_id_of(request)
+        reply = Reply(kind=kind, call=call, id=reply_id, created=int(time.time()), request_id=request_id)
+        opened = await service.open(call, key, request_id, reply_id)
         if call.stream:
-            return EventStream(streamed_reply(service, reply, opened, request_id_of(request)), opened)
+            return EventStream(streamed_reply(service, reply, opened), opened)
         return JSONResponse(await whole_reply(service, reply, opened))
 
     @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})

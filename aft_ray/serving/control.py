@@ -21,9 +21,7 @@ class Control:
 
     def __init__(self, admission: AdmissionConfig, adapters: Mapping[str, str]) -> None:
         self._admission = Admission(admission)
-        self._table = Table(
-            adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()}
-        )
+        self._table = Table.configured(adapters)
         self._watcher: str | None = None
 
     def admit(

@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from aft_ray.config import KeyLimits, ServingConfig
-from aft_ray.serving.adapters import Adapter
 from aft_ray.serving.admission import Admitted, Table, Ticket
 from aft_ray.serving.http_errors import HttpError
 
@@ -108,9 +107,7 @@ class Gate:
 
     def __init__(self, ask: Ask, config: ServingConfig) -> None:
         self.ask = ask
-        self.table = Table(
-            adapters={name: Adapter(path=path, version="configured") for name, path in (config.adapters or {}).items()}
-        )
+        self.table = Table.configured(config.adapters or {})
         self._ingress = uuid.uuid4().hex
         self._open: dict[str, Ticket] = {}
         self._asking: set[str] = set()

@@ -81,9 +81,7 @@ async def whole_reply(service: Service, reply: Reply, opened: OpenRequest) -> di
     raise AssertionError("a run ended without an answer and without an error")
 
 
-async def streamed_reply(
-    service: Service, reply: Reply, opened: OpenRequest, request_id: str
-) -> AsyncGenerator[str, None]:
+async def streamed_reply(service: Service, reply: Reply, opened: OpenRequest) -> AsyncGenerator[str, None]:
     """Yield the reply as server-sent events. Whatever happens, the last one is `[DONE]`."""
     drafts = Drafts()
     yield sse_data(reply.opening())
@@ -106,7 +104,7 @@ async def streamed_reply(
                             yield reply.progress(event, drafts)
     except Exception as error:  # process boundary: the status line was sent already, so the error travels in the stream
         opened.bill.failed(code_of(error))
-        yield sse_data(as_http_error(error, request_id).body)
+        yield sse_data(as_http_error(error, reply.request_id).body)
     yield SSE_DONE
 
 

@@ -15,7 +15,7 @@ from aft_ray.records import Message
 
 @dataclass(frozen=True, kw_only=True)
 class LayerUsage:
-    """Tokens of one layer, failed and cancelled answers included."""
+    """Usage of one layer, including its failed and cancelled answers."""
 
     layer: int
     prompt_tokens: int = 0
@@ -48,7 +48,7 @@ class Answer:
     seed: int | None = None
     error: str | None = None
     inputs: tuple[int, ...] = ()
-    """Indices of the answers of the layer below that it was shown, in the order shown. For a final answer decided by
+    """Indices of the answers of the layer below that its prompt showed, in that order. For a final answer decided by
     vote or agreement: indices of the answers that gave it, in the last layer that was written."""
     length_action: str | None = None
     """What the length policy did to its inputs, such as `drop_longest: dropped 2 of 5`; None when everything fitted."""
@@ -72,7 +72,7 @@ class LayerDone:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerDelta:
-    """A piece of the final answer, as it is written. An answer that was not written is one piece of 0 tokens."""
+    """A piece of the final answer, as it is written. One decided without a model is a single piece of 0 tokens."""
 
     text: str
     num_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,10 @@ def study(
     loaded = load_config(config, overrides)
     from aft_ray.miniature.page import PAGE, print_study
     from aft_ray.miniature.study import run_study
+    from aft_ray.pipeline import LINE
+    from aft_ray.pipeline.steps import run_steps
 
-    print_study(run_study(loaded, num_seeds))
+    print_study(run_study(loaded, num_seeds, run_line=partial(run_steps, names=LINE)))
     print(f"\npage: {Path(loaded.run.dir, 'report', PAGE)}")
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,26 @@ from aft_ray.config import Config, load_config
 from aft_ray.errors import InputError
 from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.miniature.answers import Answered, Study, study_of
-from aft_ray.pipeline import LINE
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.pipeline.evaluate import PERPLEXITY, systems_of
-from aft_ray.pipeline.steps import run_steps
 from aft_ray.runs import RESOLVED, Run, commit
 from aft_ray.storage import Folder
 
 
-def run_study(config: Config, num_seeds: int) -> Study:
+def study_of_run(config: Config) -> Config:
+    """Return the settings of the study that a run names; its folder is `miniature/` in the run's folder.
+
+    Raises ConfigError when the study's YAML cannot be read.
+    """
+    assert config.miniature is not None
+    return load_config(Path(config.miniature), [f"run.dir={config.run.dir}/miniature"])
+
+
+def run_study(config: Config, num_seeds: int, run_line: Callable[[Config], object]) -> Study:
     """Run seeds `run.seed`, `run.seed` + 1, ... into folders below `run.dir`, and write the page over all of them.
 
-    A connection to Ray that is already open is used. A finished study is read again in seconds, without starting Ray.
+    `run_line` takes one run through every step: it is passed in because a run may itself hold a study. A connection to
+    Ray that is already open is used. A finished study is read again in seconds, without starting Ray.
     """
     from aft_ray.miniature.page import write_page
 
@@ -45,7 +54,7 @@ def run_study(config: Config, num_seeds: int) -> Study:
             session.connect()  # once for all seeds
         for one in configs:
             print(f"── seed {one.run.seed} {'─' * 60}", file=sys.stderr)
-            run_steps(one, LINE)
+            run_line(one)
     minutes = (time.monotonic() - started) / 60
     study = collect(configs)
     write_page(study, Path(config.run.dir) / "report", config, commit(), minutes)

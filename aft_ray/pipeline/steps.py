@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aft_ray.config import Config, load_config
+from aft_ray.config import Config
 from aft_ray.errors import ConfigError, PromptTooLong, ResumeRefused
+from aft_ray.pipeline import LINE
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.progress import Progress
 from aft_ray.runs import Manifest, Resume, Run
@@ -54,12 +55,13 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
 def check_before_start(config: Config) -> None:
     """What can be known to be wrong before any model is loaded."""
     from aft_ray.data.proposals import aggregator_hash
+    from aft_ray.miniature.study import study_of_run
     from aft_ray.models import PACKAGED, resolve_model
     from aft_ray.templates import InContextPrompt
     from aft_ray.training import check_before_training
 
     if config.miniature is not None:
-        check_before_start(study_config(config))
+        check_before_start(study_of_run(config))
     aggregator_hash(config.templates)
     InContextPrompt.load(config.templates.in_context)
     engines = (config.engine, config.proposals.engine, config.targets.engine, config.serving.engine)
@@ -227,19 +229,10 @@ def evaluate(run: Run, session: RaySession) -> None:
 
 def miniature(run: Run, session: RaySession) -> None:
     """Run the study of the method that the config names, if it names one."""
-    from aft_ray.miniature.study import run_study
+    from aft_ray.miniature.study import run_study, study_of_run
 
     if run.config.miniature is not None:
-        run_study(study_config(run.config), num_seeds=1)
-
-
-def study_config(config: Config) -> Config:
-    """Return the settings of the study that `config` names; its folder is `miniature/` in the run's folder.
-
-    Raises ConfigError when the study's YAML cannot be read.
-    """
-    assert config.miniature is not None
-    return load_config(Path(config.miniature), [f"run.dir={config.run.dir}/miniature"])
+        run_study(study_of_run(run.config), num_seeds=1, run_line=partial(run_steps, names=LINE))
 
 
 def report(run: Run, session: RaySession) -> None:

@@ -34,13 +34,13 @@ from aft_ray.evaluation.report import (
 )
 from aft_ray.evaluation.stage import NOT_HELD_OUT
 from aft_ray.pipeline.evaluate import PERPLEXITY, serving_of, systems_of
-from aft_ray.pipeline.steps import study_config
 from aft_ray.records import HELD_OUT, TRAIN, metadata_of
 from aft_ray.runs import Manifest, Run, commit, versions
 from aft_ray.training.metrics import read_metrics
 
 REPORT = "report"
 """Folder of the report in a run's folder."""
+NO_STUDY = "the study of the method is not finished; `aft-ray run` with this run's config finishes it"
 REWARDS = {
     "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
     "numeric": "1 when the answer's last number is the reference's, else 0",
@@ -72,6 +72,7 @@ def report_data(run: Run) -> ReportData:
     resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}
     prompts = run.folder.child("prompts").rows()
     tasks = sorted({row["task"] or "open" for row in prompts})
+    method = _method(run)
     return ReportData(
         title=Path(run.folder.path).name,
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -97,25 +98,26 @@ def report_data(run: Run) -> ReportData:
         base_system=serving_of(run).base_name,
         comparisons=_comparisons(scored, resampling),
         examples=tuple(_examples(run, rows, score)),
-        method=_method(run),
+        method=method,
+        notes=(NO_STUDY,) if run.config.miniature is not None and method is None else (),
     )
 
 
 def _method(run: Run) -> MethodAnswer | None:
-    """What the run's study of the method says, if the run names one."""
+    """What the run's study of the method says; None without a finished study."""
     from aft_ray.miniature.headline import headline, headline_points
     from aft_ray.miniature.page import PAGE
-    from aft_ray.miniature.study import load_study
+    from aft_ray.miniature.study import load_study, study_of_run
 
-    if run.config.miniature is None:
-        return None
     folder = Path(run.folder.path) / "miniature"
+    if run.config.miniature is None or not (folder / REPORT / PAGE).is_file():
+        return None
     study = load_study(folder)
     return MethodAnswer(
         sentences=tuple(headline(study)),
         points=tuple(headline_points(study)),
         num_questions=study.num_questions,
-        num_proposals=study_config(run.config).evaluation.plan.num_proposals,
+        num_proposals=study_of_run(run.config).evaluation.plan.num_proposals,
         page=f"../miniature/{REPORT}/{PAGE}",
     )
 

@@ -7,8 +7,9 @@ differs from that file. Every stage receives its own section and nothing else.
 
     strict.py      the base class of every model      engines.py    engines and their placement
     data.py        prompts to training set            training.py   fine-tuning
-    serving.py     the endpoint, evaluation           templates.py  the templates around prompts and proposals
-    run.py         `Config`, the whole run            loading.py    YAML and --set -> `Config`
+    serving.py     the endpoint                       evaluation.py the systems to evaluate
+    run.py         `Config`, the whole run            templates.py  the templates around prompts and proposals
+    loading.py     YAML and --set -> `Config`
 """
 
 from aft_ray.config.data import (
@@ -35,17 +36,16 @@ from aft_ray.config.engines import (
     TransformersEngineConfig,
     VllmEngineConfig,
 )
+from aft_ray.config.evaluation import EvaluationConfig, SystemConfig
 from aft_ray.config.loading import load_config, merge, validate
 from aft_ray.config.run import Config, RunSection
 from aft_ray.config.serving import (
     AdmissionConfig,
-    EvaluationConfig,
     KeyConfig,
     KeyLimits,
     ProposerPoolConfig,
     ReplicaConfig,
     ServingConfig,
-    SystemConfig,
 )
 from aft_ray.config.templates import TemplatesConfig
 from aft_ray.config.training import DeepSpeedPreset, LoraSettings, TrainingConfig

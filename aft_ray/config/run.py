@@ -13,7 +13,8 @@ from aft_ray.config.data import (
     TrainingSetConfig,
 )
 from aft_ray.config.engines import EngineConfig, PlacementConfig
-from aft_ray.config.serving import EvaluationConfig, ServingConfig
+from aft_ray.config.evaluation import EvaluationConfig
+from aft_ray.config.serving import ServingConfig
 from aft_ray.config.strict import Strict
 from aft_ray.config.templates import TemplatesConfig
 from aft_ray.config.training import TrainingConfig

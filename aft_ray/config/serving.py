@@ -1,4 +1,4 @@
-"""The endpoint (`serving`), and what is asked of it (`evaluation`)."""
+"""The endpoint: its engines, replicas, limits and keys."""
 
 from __future__ import annotations
 
@@ -127,26 +127,3 @@ class ServingConfig(Strict):
         """Whether proposers write with the request's adapter, which does not fit proposers on models of their own."""
         has_own_model = self.proposer_engine is not None or bool(self.proposers)
         return self.topology == "shared" or not has_own_model
-
-
-class SystemConfig(Strict):
-    """One system to evaluate: a served model with a plan."""
-
-    name: str
-    model: str
-    """Model name at the endpoint, such as `aft`."""
-    plan: PlanField | None = None
-    """Plan of this system. None: the evaluation's plan."""
-
-
-class EvaluationConfig(Strict):
-    """What the evaluation asks of the endpoint, and of the targets."""
-
-    base_url: str | None = None
-    """Endpoint to evaluate. None: this run is served while the evaluation lasts."""
-    systems: tuple[SystemConfig, ...] | None = None
-    """Systems to compare. None: every model of the run, with `plan`."""
-    plan: PlanField = Plan()
-    max_concurrency: int = Field(default=8, ge=1)
-    """Number of prompts in flight."""
-    num_bootstrap: int = Field(default=2000, ge=100)

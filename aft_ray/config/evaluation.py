@@ -1,0 +1,33 @@
+"""What the evaluation asks of an endpoint, and of the targets."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from aft_ray.config.strict import PlanField, Strict
+from aft_ray.inference.plan import Plan
+
+
+class SystemConfig(Strict):
+    """One system to evaluate: a served model with a plan."""
+
+    name: str
+    model: str
+    """Model name at the endpoint, such as `aft`."""
+    plan: PlanField | None = None
+    """Plan of this system. None: the evaluation's plan."""
+
+
+class EvaluationConfig(Strict):
+    """The systems to evaluate, and how."""
+
+    base_url: str | None = None
+    """Endpoint to evaluate. None: this run is served while the evaluation lasts."""
+    systems: tuple[SystemConfig, ...] | None = None
+    """Systems to compare. None: every model of the run, with `plan`."""
+    plan: PlanField = Plan()
+    """Plan of systems that set none."""
+    max_concurrency: int = Field(default=8, ge=1)
+    """Number of prompts in flight."""
+    num_bootstrap: int = Field(default=2000, ge=100)
+    """Number of bootstrap samples behind an interval."""

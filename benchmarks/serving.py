@@ -41,8 +41,8 @@ from aft_ray.config import (
 )
 from aft_ray.engines import EngineEvent, GenerateRequest, Sample, Sampling
 from aft_ray.engines.scripted import ScriptedEngine
+from aft_ray.fan_in import Emit, Writer, fan_in
 from aft_ray.inference import Plan
-from aft_ray.inference.fan_in import Tell, fan_in
 from aft_ray.serving import serve_app, stop
 from aft_ray.serving.app import quiet_logs
 from aft_ray.serving.handle_engine import HandleEngine
@@ -194,10 +194,10 @@ class Spread:
             async for event in events:
                 yield event
 
-    def _writer(self, request: GenerateRequest) -> Callable[[Tell[EngineEvent]], Coroutine[Any, Any, None]]:
-        async def write(tell: Tell[EngineEvent]) -> None:
+    def _writer(self, request: GenerateRequest) -> Writer[EngineEvent]:
+        async def write(emit: Emit[EngineEvent]) -> None:
             async for event in self.engine.generate(request):
-                tell(event)
+                emit(event)
 
         return write
 

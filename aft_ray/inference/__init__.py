@@ -16,7 +16,6 @@ The files of the room:
     agreement.py          early stop and majority vote
     answers.py            the short answer within a longer text
     off_loop.py           tokenizing of long texts in a thread
-    fan_in.py             the only concurrency in the room
 """
 
 from __future__ import annotations

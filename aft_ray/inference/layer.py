@@ -18,8 +18,8 @@ from typing import Any
 
 from aft_ray.engines.base import Engine, EngineEvent, GenerateRequest, Sample, TokenDelta
 from aft_ray.errors import EngineError
+from aft_ray.fan_in import Emit, Writer, fan_in
 from aft_ray.inference.events import Answer, LayerUsage
-from aft_ray.inference.fan_in import Emit, Writer, fan_in
 
 EMPTY_ANSWER = "empty answer"
 """`Answer.error` of an answer without text, which an aggregator cannot use."""

@@ -22,10 +22,10 @@ from functools import partial
 
 from aft_ray.engines.base import TokenDelta
 from aft_ray.errors import DeadlineExceeded, EngineError, QuorumNotMet
+from aft_ray.fan_in import Emit, fan_in
 from aft_ray.inference.agreement import all_agree, break_tie, leading
 from aft_ray.inference.calls import layer_calls
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
-from aft_ray.inference.fan_in import Emit, fan_in
 from aft_ray.inference.layer import EngineCall, LayerTally, run_layer
 from aft_ray.inference.off_loop import num_characters, off_loop
 from aft_ray.inference.plan import ONE_ANSWER, FinalLayer, Plan

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.base import EngineEvent, GenerateRequest, Sample, TokenDelta
 from aft_ray.engines.scripted import ScriptedEngine
+from aft_ray.fan_in import Emit
 from aft_ray.inference import Answer, Event, Finished, LayerDone, Plan, ProposalDone, Role, propose_and_aggregate
 from aft_ray.records import Message
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
@@ -109,16 +110,16 @@ class StallingEngine(ScriptedEngine):
         super().__init__(ScriptedEngineConfig(**knobs))
         self.stall_on, self.stall_after = stall_on, stall_after
 
-    async def _write(self, request: GenerateRequest, index: int, events: asyncio.Queue[EngineEvent]) -> None:
+    async def _write(self, request: GenerateRequest, index: int, emit: Emit[EngineEvent]) -> None:
         if index not in self.stall_on:
-            return await super()._write(request, index, events)
+            return await super()._write(request, index, emit)
         self.num_running += 1
         self.num_prompt_tokens += self._num_prompt_tokens(request)
         try:
             for _ in range(self.stall_after):
                 self.num_tokens += 1
                 if request.stream:
-                    events.put_nowait(TokenDelta(index=index, text="word ", num_tokens=1))
+                    emit(TokenDelta(index=index, text="word ", num_tokens=1))
             await asyncio.Event().wait()
         finally:
             self.num_running -= 1

@@ -187,10 +187,10 @@ def test_a_tie_that_cannot_be_scored_goes_to_the_answer_that_came_first(chatml_t
 class SlowFirstTime(StallingEngine):
     """Stalls in the first request as configured, and in no later one."""
 
-    async def _write(self, request: Any, index: int, events: Any) -> None:
+    async def _write(self, request: Any, index: int, emit: Any) -> None:
         if request is not self.requests[0]:
-            return await ScriptedEngine._write(self, request, index, events)
-        await super()._write(request, index, events)
+            return await ScriptedEngine._write(self, request, index, emit)
+        await super()._write(request, index, emit)
 
 
 def test_what_is_unwritten_after_a_while_is_asked_again_with_the_same_seeds() -> None:

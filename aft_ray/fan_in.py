@@ -1,4 +1,4 @@
-"""Several coroutines, one stream: the only concurrency under propose-and-aggregate.
+"""Several coroutines, one stream: the concurrency of propose-and-aggregate and of the engines.
 
     async with aclosing(fan_in([writer_a, writer_b])) as items:
         async for item in items:          # each item, as soon as a writer emits it

@@ -6,9 +6,9 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from scripted_runs import run
 
-from aft_ray.inference.fan_in import Emit, fan_in
+from aft_ray.fan_in import Emit, fan_in
+from tests.inference.scripted_runs import run
 
 
 async def counting(emit: Emit[int]) -> None:

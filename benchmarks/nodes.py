@@ -1,10 +1,10 @@
-"""A stage on 1 to 8 simulated nodes: rows per second over nodes times the rows per second of one.
+"""A stage on 1 to 8 simulated nodes: its rows per second over those of one node times the number of nodes.
 
     python benchmarks/nodes.py [--nodes 1 2 4 8]
 
-Every node is a raylet of its own on this machine with room for one actor, and a row is a second of waiting (64 at a
-time per actor): what is measured is whether the work spreads and is kept spread, not the machine's cores. The rate is
-taken between the first finished shard and the last.
+Every node is a separate raylet on this machine with room for one actor, and a row takes one second of waiting, 64 rows
+at a time per actor. So the benchmark measures whether the work spreads and stays spread, not the cores of the machine.
+The rate is measured between the first and the last finished shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS_PER_SHARD = 8
 
 
 def drive(num_nodes: int, folder: Path) -> None:
-    """One cluster size; prints rows per second."""
+    """Run one cluster size and print its rows per second."""
     import pyarrow as pa
     import ray
     from ray.cluster_utils import Cluster

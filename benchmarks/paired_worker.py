@@ -1,6 +1,6 @@
-"""The proposals stage's own worker, which takes turns with the bare engine.
+"""A worker for the proposals stage that takes turns with the bare engine.
 
-A module of its own, because Ray's actors import it by name.
+It has its own module because Ray's actors import it by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aft_ray.engines import GenerateRequest
 from aft_ray.shards import Processed
 
 Rate = tuple[int, float]
-"""Tokens, and the seconds they took."""
+"""A number of tokens, and the seconds in which they were generated."""
 
 
 class PairedWorker(ProposalWorker):
@@ -74,7 +74,7 @@ class PairedWorker(ProposalWorker):
             await self._open(number + 1)
 
     async def _ask_bare(self, number: int) -> Rate:
-        """All requests of a round at once on the engine, and nothing else."""
+        """Send all requests of a round to the engine at once, without the stage."""
         await self._forget()
         began = time.monotonic()
         answers = await asyncio.gather(*(sample_all(self.sampler.engine, request) for request in self.requests[number]))

@@ -1,11 +1,11 @@
-"""Proposals stage over the bare engine: what Ray Data, shards, templates and resume cost in tokens/s.
+"""The proposals stage over the bare engine: what Ray Data, shards, templates and resume cost in tokens/s.
 
     python benchmarks/proposals_stage.py [--prompts 120] [--rounds 4]
 
-In each round the stage's only worker asks its own engine the same requests, with the same seeds, before and after the
-stage has its turn: bare, stage, bare, on one engine in one process. The ratio is the stage's rate over the mean of the
-two bare ones; how far these are apart says what a ratio is worth. Each clock runs from the first request of a round to
-its last answer.
+In each round, the only worker of the stage sends the same requests with the same seeds to its engine before and after
+the stage does: bare, stage, bare, on one engine in one process. The ratio is the rate of the stage over the mean of the
+two bare rates, and the difference between these shows how exact a ratio is. Each clock runs from the first request of a
+round to its last answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICKSTART = HERE.parent / "configs" / "quickstart.yaml"
 
 
 def measure(config: Config, num_rounds: int) -> list[dict[str, Any]]:
-    """Tokens and seconds of the stage, and of the bare engine before and after it, round by round."""
+    """Return tokens and seconds of the stage, and of the bare engine before and after it, for each round."""
     with tempfile.TemporaryDirectory() as folder, RaySession(config) as session:
         run = Run.open(config.model_copy(update={"run": config.run.model_copy(update={"dir": f"{folder}/run"})}))
         make_prompts(run)

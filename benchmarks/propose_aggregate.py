@@ -1,12 +1,12 @@
-"""Propose-and-aggregate against the published way, on one engine: 32 prompts, K=4, L=1 and L=2.
+"""Propose-and-aggregate against the published schedule, on one engine: 32 prompts, K=4, L=1 and L=2.
 
     python benchmarks/propose_aggregate.py [--prompts 32] [--rounds 3]
 
-published   batches of 8 prompts; in a batch every layer is a barrier, and every sample is a request of its own
-ours        every prompt is its own coroutine, and the K samples of a layer are one request
+published   batches of 8 prompts, in which every layer is a barrier and every sample is a separate request
+ours        every prompt is a coroutine, and the K samples of a layer are one request
 
-Both use the same prompts, templates, sampling and seeds, so they differ in scheduling alone. The sides alternate; the
-prefix cache is emptied before each.
+Both use the same prompts, templates, sampling and seeds, so they differ in scheduling alone. The sides alternate, and
+the prefix cache is emptied before each.
 """
 
 from __future__ import annotations

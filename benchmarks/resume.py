@@ -1,10 +1,10 @@
-"""What a kill costs: the time of a run killed in the middle and continued, over that of an uninterrupted one.
+"""The cost of a kill: the time of a run that is killed in the middle and continued, over that of a whole run.
 
     python benchmarks/resume.py [--prompts 400] [--rounds 3]
 
-The proposals stage with a scripted model (20 ms per token). The whole process group is killed with SIGKILL when half
-of the shards are there, then the same command is run again. The time lost has two parts: starting Ray and the worker a
-second time, which a longer run does not pay more often, and the rows that were in flight.
+It runs the proposals stage with a scripted model of 20 ms per token. SIGKILL ends the whole process group when half of
+the shards are written, and the same command runs again. The lost time has two parts: a second start of Ray and the
+worker, which a longer run does not pay more often, and the rows that were in flight.
 """
 
 from __future__ import annotations

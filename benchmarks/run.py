@@ -3,8 +3,8 @@
     python benchmarks/run.py [proposals_stage] [propose_aggregate] [scale] [nodes] [resume] [serving]
                              [serving_saturation] [training_speed] [training_modes] [training_memory] [training_kill]
 
-Each benchmark is a process of its own and prints one table; a ratio compares two ways of doing the same token work in
-the same run on the same machine, since absolute times on shared machines mean little.
+Each benchmark is a separate process and prints one table. A ratio compares two ways of doing the same work in the same
+run on the same machine, since absolute times on shared machines mean little.
 """
 
 import subprocess

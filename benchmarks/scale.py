@@ -1,9 +1,9 @@
-"""Rows per second and the driver's memory from a thousand prompts up, with a scripted model.
+"""Rows per second and memory of the driver, from a thousand prompts up, with a scripted model.
 
     python benchmarks/scale.py [--rows 1000 10000 100000] [--until prompts] [--near-duplicates 0.8]
 
-Each size is a process of its own that runs prompts, proposals, scores and selection; its peak resident memory is the
-driver's (actors are other processes). Flat memory means that a row costs the driver nothing.
+Each size is a separate process that runs prompts, proposals, scores and selection. Its peak resident memory is that of
+the driver, since actors are other processes. Constant memory means that the driver holds no rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STAGES = ("prompts", "proposals", "scores", "selection")
 
 
 def drive(num_rows: int, folder: Path, until: str, near_duplicates: float | None) -> None:
-    """One size; prints its numbers as JSON. Near duplicates are looked for among prompts of 25 drawn words."""
+    """Run one size and print its numbers as JSON. Near duplicates are searched among prompts of 25 random words."""
     from aft_ray.config import Config
     from aft_ray.pipeline.cluster import RaySession
     from aft_ray.pipeline.steps import STEPS

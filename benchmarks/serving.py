@@ -1,18 +1,18 @@
-"""What the endpoint costs over the engines behind it: latency, critical path, ceiling, and where the drafts should go.
+"""The cost of the endpoint over its engines: latency, critical path, throughput limit, and placement of drafts.
 
     python benchmarks/serving.py [--parts added path ceiling placement] [--rounds 3]
 
-added       one client, L=0, scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
-            p50, p99); and the same of Serve alone: two deployments, one streamed call, the same 40 ms, nothing else
+added       one client, L=0, a scripted engine of 8 tokens in 40 ms: time over HTTP minus time of the bare engine (ms,
+            p50, p99); and the same for Serve alone: two deployments and one streamed call of 40 ms
 path        one client, K=5, L=1, scripted: time over HTTP / critical path (32 + 32 tokens of 10 ms)
-ceiling     64 clients, L=0, scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. On two
-            cores, which the clients share, 2 replicas cannot show their worth; on a larger machine give
+ceiling     64 clients, L=0, a scripted engine that answers at once: requests/s with 1 and 2 ingress replicas. Two
+            cores, which the clients share, are too few for 2 replicas to help; on a larger machine pass
             --ingress 1 2 4 8
-placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: all four with one replica
-            (prompt computed once) / two and two (twice, side by side), alone and with 6 clients
+placement   K=4 drafts of one prompt, SmolLM2 on two transformers replicas of one core each: four drafts on one replica
+            (the prompt is computed once) / two on each (computed twice, in parallel), alone and with 6 clients
 
-With the variables of docs/operations.md (A faster way through Serve) set, that way is measured; with HAProxy also
-RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0, or each server takes half a minute to end.
+It measures Serve's other transports where the variables of docs/operations.md select them. With HAProxy, set
+RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 as well, or each server takes half a minute to end.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 async def times(number: int, once: Callable[[], Coroutine[Any, Any, Any]]) -> list[float]:
-    """Seconds of each of `number` calls, one after the other, a tenth of them before as warm-up."""
+    """Return the seconds of each of `number` calls in sequence, after a tenth as many to warm up."""
     found = []
     for _ in range(number + number // 10):
         began = time.perf_counter()
@@ -89,7 +89,7 @@ async def asked(client: httpx.AsyncClient, **aft: Any) -> None:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class NoEngine:
-    """What an engine replica sends when nobody reads along: the first token and the answer."""
+    """A replica that sends what an engine replica sends when nobody reads its deltas: first token and answer."""
 
     async def items(self) -> AsyncGenerator[int, None]:
         for number in range(NUM_TOKENS):
@@ -104,7 +104,7 @@ NO_API = FastAPI()
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 @serve.ingress(NO_API)
 class NoIngress:
-    """What Serve itself takes for a request that goes through two deployments."""
+    """Return the time that Serve itself adds to a request through two deployments."""
 
     def __init__(self, engine: DeploymentHandle) -> None:
         self.items = engine.options(stream=True).items
@@ -161,7 +161,7 @@ async def ceiling(rounds: int, ingress: list[int]) -> None:
 
 
 async def rate(url: str, clients: int, seconds: float) -> float:
-    """Answers per second of clients that ask without pause."""
+    """Return the answers per second of clients that send requests without pause."""
     done = 0
 
     async def keep_asking(client: httpx.AsyncClient, until: float) -> None:
@@ -179,7 +179,7 @@ async def rate(url: str, clients: int, seconds: float) -> float:
 
 @dataclasses.dataclass
 class Spread:
-    """A request's samples as two requests, which Serve sends to the replicas with the shorter queues."""
+    """Sends the samples of a request as two requests, which Serve routes to the replicas with the shorter queues."""
 
     engine: HandleEngine
 

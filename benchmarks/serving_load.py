@@ -1,16 +1,15 @@
-"""Many clients on the endpoint while its engine replicas are killed: who got what, and what was left behind.
+"""Load on the endpoint while its engine replicas are killed: what the clients get, and what stays behind.
 
     python benchmarks/serving_load.py [--minutes 5] [--clients 200] [--kill-every 8] [--json FILE]
 
-A scripted engine on three replicas, two ingress replicas, real HTTP. Every client asks again and again: plain and
-streamed, single samples and up to two layers, one in ten leaves before the answer is there. Every `--kill-every`
-seconds a random engine replica is killed, once the actor that keeps the limits. What must hold (exit code 1 where it
-does not):
+It runs a scripted engine on three replicas behind two ingress replicas, over real HTTP. Clients send requests without
+pause: plain and streamed, single samples and up to two layers; one in ten disconnects early. A random engine replica is
+killed every `--kill-every` seconds, and once the actor that keeps the limits. It exits with 1 unless all of this holds:
 
-    every request ends with an answer or an error object of the API, within its deadline (and its client's grace)
-    no engine replica has a sample left to write, no request is counted as open, no coroutine has piled up
+    every request ends with an answer or an error object of the API, within its deadline and the client's grace
+    no engine replica has unfinished samples, no request counts as open, and no coroutines have accumulated
     the memory of the ingress replicas has not grown by more than a tenth since the first third
-    the ledger has one line for every request that was let in
+    the ledger has one line for every request that was admitted
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ from aft_ray.serving.http_errors import HttpError
 
 APP = "load"
 DEADLINE_S = 60.0
-"""Of every request."""
+"""Deadline of every request, in seconds."""
 GRACE_S = 10.0
-"""What a reply may take beyond it: two busy cores stand between the server and its clients."""
+"""Seconds that a reply may take beyond it, since server and clients share two busy cores."""
 CHAT = "/v1/chat/completions"
 
 
 @dataclass(kw_only=True)
 class Outcomes:
-    """What the clients saw."""
+    """The replies that the clients saw."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """`answered`, `left`, error codes; `untyped` and `late` are failures of the endpoint."""
+    """Number of replies by kind: `answered`, `left`, an error code. `untyped` and `late` ones are failures."""
     seconds: list[float] = field(default_factory=list)
     num_killed: int = 0
     examples: list[str] = field(default_factory=list)
-    """Of failures."""
+    """Examples of failures."""
 
     def failure(self, kind: str, what: str) -> None:
         self.counts[kind] += 1
@@ -107,7 +106,7 @@ async def keep_asking(client: httpx.AsyncClient, number: int, until: float, outc
 
 
 async def ask(client: httpx.AsyncClient, request: dict[str, Any], outcomes: Outcomes) -> float:
-    """One request; seconds after which the server wants to hear the next one."""
+    """Send one request; return the seconds after which the server asks for the next one."""
     if request["stream"]:
         async with client.stream("POST", CHAT, json=request) as response:
             if response.status_code != httpx.codes.OK:
@@ -124,7 +123,7 @@ async def ask(client: httpx.AsyncClient, request: dict[str, Any], outcomes: Outc
 
 
 def judge_stream(lines: list[str], outcomes: Outcomes) -> None:
-    """It ends with [DONE], after a finish reason or an error object."""
+    """Check that a stream ends with [DONE], after a finish reason or an error object."""
     if not lines or lines[-1] != "data: [DONE]":
         outcomes.failure("untyped", f"a stream without [DONE]: {lines[-1:]}")
         return
@@ -146,7 +145,7 @@ def judge_error(response: httpx.Response, text: str, outcomes: Outcomes) -> floa
 
 
 async def keep_killing(every_s: float, until: float, outcomes: Outcomes) -> None:
-    """An engine replica every few seconds, and once, half-way, the actor that keeps the limits."""
+    """Kill an engine replica every few seconds and, half-way, once the actor that keeps the limits."""
     rng, half, control_killed = random.Random(0), time.monotonic() + (until - time.monotonic()) / 2, False
     while time.monotonic() + every_s < until:
         await asyncio.sleep(every_s)
@@ -162,7 +161,7 @@ async def keep_killing(every_s: float, until: float, outcomes: Outcomes) -> None
 
 
 async def states(deployment: str) -> dict[int, Any]:
-    """What every replica of a deployment says of itself, by process: asked until no new one turns up."""
+    """Return the state of every replica of a deployment by process; ask until no new replica turns up."""
     handle = serve.get_deployment_handle(deployment, app_name=APP)
     found: dict[int, Any] = {}
     for _ in range(30):
@@ -193,7 +192,7 @@ async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tu
 
 
 async def what_is_left(tasks_before: int) -> dict[str, Any]:
-    """Asked until it is nothing, for half a minute after the killed actor is back."""
+    """Ask for the open requests until there are none, for at most half a minute."""
     ingress = serve.get_deployment_handle("Ingress", app_name=APP)
     for _ in range(4):  # each time waits for it as long as a request would
         with contextlib.suppress(HttpError):
@@ -213,7 +212,7 @@ async def what_is_left(tasks_before: int) -> dict[str, Any]:
 
 
 def problems(outcomes: Outcomes, left: dict[str, Any], num_lines: int) -> list[str]:
-    """What did not hold."""
+    """Return the conditions that did not hold."""
     counts = outcomes.counts
     refused = counts["rate_limit_exceeded"] + counts["unavailable"]
     ended = counts.total() - refused - counts["left"]

@@ -1,11 +1,11 @@
-"""The endpoint when its engine is the limit: tokens/s over those of `vllm serve` with the same engine settings.
+"""The endpoint when its engine is the limit: its tokens/s over those of `vllm serve` with the same engine.
 
     python benchmarks/serving_saturation.py [--engine-cores 1] [--rounds 3]
 
-24 clients ask four questions each, one after the other, 64 tokens to an answer: SmolLM2 on one vLLM engine, L=0. As on
-a machine with an accelerator, the engine computes on cores of its own (the last `--engine-cores`), and all that stands
-around it, clients included, on the others. With 0 everything shares all cores. The goal is 0.95; the servers run one
-after the other, and the first round of each is left out.
+24 clients ask four questions each in sequence, with answers of 64 tokens: SmolLM2 on one vLLM engine, L=0. As on a
+machine with an accelerator, the engine has its own cores (the last `--engine-cores`), and everything else, clients
+included, runs on the others. With 0, everything shares all cores. The goal is 0.95. The servers run one after the
+other, and the first round of each is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VLLM = VllmEngineConfig(
 
 
 def place(num_engine_cores: int) -> None:
-    """Where this process and all that it starts will run, and where vLLM's threads will."""
+    """Pin vLLM's threads to the engine's cores, and this process and its children to the others."""
     cores = sorted(os.sched_getaffinity(0))
     own, others = (cores[-num_engine_cores:], cores[:-num_engine_cores]) if num_engine_cores else (cores, cores)
     if not others:
@@ -48,7 +48,7 @@ def place(num_engine_cores: int) -> None:
 
 @contextlib.contextmanager
 def vllm_serve() -> Iterator[str]:
-    """vLLM's own server."""
+    """Start vLLM's own server."""
     port = free_port("127.0.0.1")
     settings = {
         "--model": resolve_model(VLLM.model), "--served-model-name": "vllm", "--port": str(port),
@@ -78,7 +78,7 @@ def vllm_serve() -> Iterator[str]:
 
 @contextlib.contextmanager
 def endpoint() -> Iterator[str]:
-    """Ours, with one ingress replica."""
+    """Start our server, with one ingress replica."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     ingress = ReplicaConfig(num_cpus=0.1, max_ongoing_requests=1000)
     config = ServingConfig(engine=VLLM, port=0, ingress=ingress, proposer=ReplicaConfig(num_cpus=1))
@@ -88,7 +88,7 @@ def endpoint() -> Iterator[str]:
 
 
 async def tokens_per_second(url: str, model: str, number: int) -> float:
-    """One round. `number` makes its questions new."""
+    """Run one round. `number` makes its questions new."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
 
         async def client(which: int) -> int:

@@ -1,10 +1,10 @@
-"""From a killed training worker to the first step after it, over the start-up of the training.
+"""The time from the kill of a training worker to the next new step, over the start-up time of the training.
 
     python benchmarks/training_kill.py [--rounds 3]
 
-SmolLM2-135M, two Ray Train workers with one CPU each, ZeRO-2, a checkpoint at every step. One worker gets SIGKILL;
-Ray Train notices, starts the workers again, and they go on from the last checkpoint. What is counted is the time until
-a step is finished that was begun after the kill; most of it is importing and loading, as in any start.
+SmolLM2-135M, two Ray Train workers with one CPU each, ZeRO-2, a checkpoint at every step. SIGKILL ends one worker; Ray
+Train notices, restarts the workers, and they continue from the last checkpoint. The time runs until the first step that
+began after the kill is finished; most of it is importing and loading, as in any start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def workers() -> list[psutil.Process]:
 
 
 def kill_often(metrics: Path, num_kills: int, seconds: list[float]) -> None:
-    """Kills a worker after every few steps and notes how long it takes until the file is written to again."""
+    """Kill a worker after every few steps and measure how long it takes until the file is written again."""
 
     def until_written_after(moment: float) -> None:
         while not metrics.exists() or metrics.stat().st_mtime <= moment:

@@ -2,9 +2,9 @@
 
     python benchmarks/training_memory.py [--rounds 3]
 
-SmolLM2-135M (49,152 tokens of vocabulary), LoRA r=8, bf16, 4 rows of about 500 tokens of which about 40 are trained.
-Each side runs forward and backward once in a process of its own; the memory is the process's peak above what it held
-before the step.
+SmolLM2-135M with a vocabulary of 49,152 tokens, LoRA r=8, bf16, 4 rows of about 500 tokens, of which about 40 are
+trained. Each side runs forward and backward once in a separate process. The memory is the peak of the process minus
+what it held before the step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH_SIZE = 4
 
 
 def step(side: str, training_set: Path) -> float:
-    """MiB above what was held before."""
+    """Return the peak memory of the step in MiB, minus what the process held before."""
     import psutil
     import torch
     from peft import LoraConfig, get_peft_model

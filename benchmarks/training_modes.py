@@ -1,11 +1,11 @@
-"""Ways to train on the same rows: tokens/s by ZeRO stage, and packed rows over padded ones.
+"""Training modes on the same rows: tokens/s by ZeRO stage, and packed rows over padded ones.
 
     python benchmarks/training_modes.py [--rows 24] [--rounds 3]
 
-SmolLM2-135M, LoRA r=8, bf16, two Ray Train workers with one CPU each. The ways take turns in one group of workers;
-tokens are counted without padding, the first step of each is left out. Ratios are over the first way (plain data
-parallelism, padded) of the same round. Examples have about 100 to 450 tokens, and batches are of like length, so there
-is little padding to save.
+SmolLM2-135M, LoRA r=8, bf16, two Ray Train workers with one CPU each. The modes take turns in one group of workers.
+Tokens are counted without padding, and the first step of each mode is left out. Ratios are over the first mode (plain
+data parallelism, padded) of the same round. Examples have about 100 to 450 tokens and batches hold examples of similar
+length, so there is little padding to save.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from training_rows import MODEL, write_rows
 
 BASE: dict[str, Any] = {"num_workers": 2, "deepspeed": "none", "batch_size_per_worker": 2}
-WAYS: dict[str, dict[str, Any]] = {
+MODES: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"pack_length": 1024, "batch_size_per_worker": 1},
     **{f"zero{stage}": {"deepspeed": f"zero{stage}"} for stage in range(4)},
@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, float]]:
-    """Tokens/s of every way, by round."""
+    """Return the tokens/s of every mode, by round."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -40,9 +40,9 @@ def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, f
 
     plans = {}
     for number in range(num_rounds):
-        for way, changes in WAYS.items():
-            place = folder / f"{number}-{way}"
-            plans[number, way], _ = plan_training(
+        for mode, changes in MODES.items():
+            place = folder / f"{number}-{mode}"
+            plans[number, mode], _ = plan_training(
                 TrainingJob(
                     config=TrainingConfig.model_validate({**BASE, **changes}),
                     model=resolve_model(MODEL),
@@ -57,7 +57,7 @@ def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, f
         from aft_ray.training import trainer
         from aft_ray.training.worker import run_worker
 
-        # to Ray Train all ways are one training of one variant: none may go on from the last way's checkpoint
+        # to Ray Train all modes are one training of one variant: none may continue from another mode's checkpoint
         trainer.last_checkpoint = lambda task: None
         for plan in loop["plans"].values():
             if (error := run_worker({"plan": plan})["error"]) is not None:
@@ -70,13 +70,13 @@ def rates(training_set: Path, folder: Path, num_rounds: int) -> list[dict[str, f
         train_loop_config={"plans": plans},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(storage_path=str(folder), name="ways", worker_runtime_env=environment),
+        run_config=RunConfig(storage_path=str(folder), name="modes", worker_runtime_env=environment),
     ).fit()
     ray.shutdown()
     found: list[dict[str, float]] = [{} for _ in range(num_rounds)]
-    for (number, way), plan in plans.items():
+    for (number, mode), plan in plans.items():
         steps = read_metrics(plan.tasks[0].metrics_file)[1:]
-        found[number][way] = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+        found[number][mode] = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
     return found
 
 
@@ -88,14 +88,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         training_set = write_rows(Path(folder) / "rows", arguments.rows, (10, 300))
         found = rates(training_set, Path(folder), arguments.rounds)
-    print(f"ways to train: {MODEL}, {arguments.rows} rows, two workers, tokens/s and ratio over the first way")
-    print(f"{'way':<8} {'tokens/s by round':<24} {'ratio by round':<20} {'median':>6}")
-    first = next(iter(WAYS))
-    for way in WAYS:
-        speeds = [one[way] for one in found]
-        ratios = [one[way] / one[first] for one in found]
+    print(f"training modes: {MODEL}, {arguments.rows} rows, two workers, tokens/s and ratio over the first mode")
+    print(f"{'mode':<8} {'tokens/s by round':<24} {'ratio by round':<20} {'median':>6}")
+    first = next(iter(MODES))
+    for mode in MODES:
+        speeds = [one[mode] for one in found]
+        ratios = [one[mode] / one[first] for one in found]
         print(
-            f"{way:<8} {', '.join(f'{speed:.1f}' for speed in speeds):<24} "
+            f"{mode:<8} {', '.join(f'{speed:.1f}' for speed in speeds):<24} "
             f"{', '.join(f'{ratio:.2f}' for ratio in ratios):<20} {statistics.median(ratios):>6.2f}"
         )
     print()

@@ -1,4 +1,4 @@
-"""Rows that the training benchmarks share: long prompts, as K proposals make them, and short targets."""
+"""The rows of the training benchmarks: long prompts, as K proposals make them, and short targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL = "smollm2-135m-instruct"
 
 
 def write_rows(folder: Path, num_rows: int, num_words: tuple[int, int], seed: int = 1) -> Path:
-    """A training set of `num_rows` examples of variant `aft`, with `num_words` (at least, at most) in the prompt.
+    """Write a training set of `num_rows` examples of variant `aft`, with `num_words` (least, most) in the prompt.
 
     Returns its folder. Targets have 20 to 40 words.
     """

@@ -1,11 +1,11 @@
-"""The training job over plain TRL: tokens/s on the same rows, after start-up; start-up seconds apart.
+"""Our training over plain TRL: tokens/s on the same rows after start-up, and the seconds of start-up.
 
     python benchmarks/training_speed.py [--rows 32] [--rounds 3]
 
 SmolLM2-135M, LoRA r=8, bf16, batches of 4, one process with two threads on either side. Plain TRL is `SFTTrainer` with
-its defaults in one Python process: random batches, padded, the head on every position. Ours is `train_adapters`: Ray
-Train, batches of like length, the head on target positions. Tokens are counted without padding, between the end of
-the first step and the end of the last. Start-up runs from the start of the process to the first step.
+its defaults in one Python process: random padded batches, and the head on every position. Ours is `train_adapters`: Ray
+Train, batches of similar length, and the head on target positions. Tokens are counted without padding, from the end of
+the first step to the end of the last. Start-up is the time from the start of the process to the first step.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def plain(training_set: Path, folder: Path) -> dict[str, float]:
 
 
 def measure(side: str, training_set: Path) -> tuple[float, float]:
-    """(tokens/s, start-up seconds) of one side in a process of its own."""
+    """Run one side in a separate process and return its (tokens/s, start-up seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
         command = [sys.executable, __file__, "--side", side, str(training_set), folder]

@@ -1,4 +1,4 @@
-"""A worker whose rows take a second of waiting. A module of its own, because Ray's actors import it by name."""
+"""A worker whose rows take a second of waiting. It has its own module because Ray's actors import it by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aft_ray.shards import Processed, RowWorker
 
 
 class WaitingWorker(RowWorker):
-    """Passes every row on after a second."""
+    """Returns every row unchanged after a second."""
 
     async def process(self, row: dict[str, Any]) -> Processed:
         await asyncio.sleep(1)

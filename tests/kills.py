@@ -1,4 +1,4 @@
-"""SIGKILL: at random moments, many times, or to a training worker when something has happened."""
+"""Kills processes: at random moments, many times, or a training worker when a condition holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROCESSES.set_forkserver_preload(["aft_ray.data.prompts.stage", "aft_ray.data.ta
 
 
 def kill_many_times(work: Callable[..., object], *arguments: Any, num_kills: int, seed: int) -> int:
-    """Start `work(*arguments)` in a process `num_kills` times and kill it; returns how often it was still at work.
+    """Start `work(*arguments)` in a process `num_kills` times and kill it; return how often it was still at work.
 
     A process that was faster than its kill must have ended well, and tells how early the next ones must be killed.
     """
@@ -39,7 +39,7 @@ def kill_many_times(work: Callable[..., object], *arguments: Any, num_kills: int
 
 
 def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
-    """Waits for the condition, at most 500 s, then acts."""
+    """Wait for the condition, at most 500 s, and then act."""
     end = time.monotonic() + 500
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -47,7 +47,7 @@ def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
 
 
 def kill_a_train_worker() -> None:
-    """One of the Ray Train workers below this process."""
+    """Kill one of the Ray Train workers below this process."""
     workers = [child for child in psutil.Process().children(recursive=True) if _is_train_worker(child)]
     os.kill(workers[-1].pid, signal.SIGKILL)
 
@@ -55,5 +55,5 @@ def kill_a_train_worker() -> None:
 def _is_train_worker(process: psutil.Process) -> bool:
     try:
         return "RayTrainWorker" in process.name() + " ".join(process.cmdline())
-    except psutil.Error:  # it ended between the listing and the look
+    except psutil.Error:  # it ended after it was listed
         return False

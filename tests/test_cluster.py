@@ -109,7 +109,7 @@ if __name__ == "__main__":
 
 
 class WhereItRuns(Squarer):
-    """Writes down the node and the GPUs that its worker was given; takes no row before two have done so."""
+    """A worker that records its node and its GPUs, and takes no row before two workers have done so."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class WhereItRuns(Squarer):
         (folder / str(os.getpid())).write_text(json.dumps({"node": context.get_node_id(), "gpus": gpus}))
 
     async def process(self, row: dict[str, Any]) -> Processed:
-        while len(list(self.folder.iterdir())) < 2:  # noqa: ASYNC110  # the other one is another process
+        while len(list(self.folder.iterdir())) < 2:  # noqa: ASYNC110  # the other worker is another process
             await asyncio.sleep(0.1)
         return await super().process(row)
 

@@ -1,4 +1,4 @@
-"""Every setting is checked, and every refusal says where, what was found and what to do."""
+"""Every setting is checked, and every refusal names the key, the value found and what to do."""
 
 from __future__ import annotations
 

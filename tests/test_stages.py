@@ -65,7 +65,7 @@ class Squarer:
 
 
 class Build:
-    """A picklable factory."""
+    """Return a factory that can be pickled."""
 
     def __init__(self, **knobs: Any) -> None:
         self.knobs = knobs
@@ -120,7 +120,7 @@ def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(ray_cluster: 
 
 
 def cubes(tmp_path: Path) -> Stage:
-    """A stage after `squares`."""
+    """Return a stage that reads `squares`."""
     return dataclasses.replace(
         squares(tmp_path), name="cubes", source=Folder.at(tmp_path / "squares"), output=Folder.at(tmp_path / "cubes")
     )
@@ -224,14 +224,14 @@ def test_a_wrong_setting_found_by_a_worker_stops_the_stage_at_once(ray_cluster: 
 
 
 class NotInstalled(RowWorker):
-    """Finds out at its first row that a package is missing."""
+    """A worker that finds at its first row that a package is missing."""
 
     async def process(self, row: dict[str, Any]) -> Processed:
         raise ConfigError("not installed")
 
 
 class Unwritable(RowWorker):
-    """Makes rows that no file can hold, and one error message that cannot be written either."""
+    """A worker whose rows no file can hold, and which raises one message that cannot be written either."""
 
     async def process(self, row: dict[str, Any]) -> Processed:
         if row["number"] == 3:
@@ -255,7 +255,7 @@ def test_a_row_that_no_file_can_hold_fails_alone(ray_cluster: None, tmp_path: Pa
 
 
 class KeepsFull(RowWorker):
-    """The first row of a shard is done only while `IN_FLIGHT` shards are open, or all have been begun."""
+    """A worker whose first row of a shard ends only while `IN_FLIGHT` shards are open, or all have started."""
 
     IN_FLIGHT = 4
 

@@ -1,12 +1,13 @@
-"""Files of a run appear whole or not at all."""
+"""Files and folders appear whole or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
-from aft_ray.storage import PARTIAL, Folder
+from aft_ray.storage import PARTIAL, Folder, whole_folder, write_text
 
 
 def test_a_table_and_its_footer_come_back(tmp_path: Path) -> None:
@@ -40,3 +41,23 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     folder.append_line("log.jsonl", "one")
     folder.append_line("log.jsonl", "two")
     assert folder.read_bytes("log.jsonl") == b"one\ntwo\n"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with pytest.raises(RuntimeError), whole_folder(output) as partial:
+        (partial / "half.txt").write_text("half")
+        raise RuntimeError
+    assert not output.exists()
+    with whole_folder(output) as partial:
+        (partial / "whole.txt").write_text("whole")
+        assert not output.exists()
+    assert [path.name for path in output.iterdir()] == ["whole.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def test_a_text_file_replaces_the_old_one(tmp_path: Path) -> None:
+    for text in ("old", "new\n"):
+        write_text(tmp_path / "a.txt", text)
+    assert (tmp_path / "a.txt").read_text() == "new\n"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Which dtype `auto` is, by what the CPU can multiply in: a wrong choice costs a factor of ten and more."""
+"""Which dtype `auto` means on this CPU. A wrong choice makes everything ten times slower or more."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MESSAGES = ({"role": "user", "content": "Name a river."},)
 
 
 class ScriptedModel(ThreadingHTTPServer):
-    """Answers `the <word> <seed>` as server-sent events, one word at a time; keeps what it was asked."""
+    """Answers `the <word> <seed>` as server-sent events, one word at a time, and records the requests."""
 
     daemon_threads = True
 
@@ -31,14 +31,14 @@ class ScriptedModel(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.refuse_first: list[tuple[int, dict[str, str]]] = []
-        """(status, headers) of the first replies, before any answer."""
+        """(status, headers) of the first replies, which come before any answer."""
         self.fail_seeds: set[int] = set()
         self.words = ("the", " Nile", " {seed}")
         self.break_off = 0
-        """So many answers end after their first word."""
+        """Number of answers that end after their first word."""
         self.seconds = 0.0
         self.capacity: int | None = None
-        """Calls beyond this many at once are refused with 429."""
+        """Most concurrent calls. Others are refused with 429."""
         self.lock = threading.Lock()
         self.num_running = self.most_running = 0
         self.hung_up = threading.Event()
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + json.dumps(whole).encode() + b"\n\n")
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the test's output."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_it_cannot_score_and_says_what_can(model: ScriptedModel) -> None:
 
 
 def test_an_endpoint_that_bears_few_calls_is_asked_few_at_a_time(model: ScriptedModel) -> None:
-    """It refuses whatever goes beyond four at once; every sample is answered, and the engine has learned the limit."""
+    """The endpoint refuses more than four calls at once. Every sample is answered, and the engine learns the limit."""
     model.capacity, model.seconds = 4, 0.02
     engine_config = config(model, max_concurrency=32, max_retries=12)
 

@@ -1,4 +1,4 @@
-"""The two local engines with the real SmolLM2-135M-Instruct: one of each kind, shared by the tests of its kind."""
+"""The two local engines with the real SmolLM2-135M-Instruct. The tests share one engine of each kind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUESTION = (
 
 
 class Bench:
-    """An engine, the event loop it lives on, and its format."""
+    """An engine, its event loop and its chat format."""
 
     def __init__(self, kind: str) -> None:
         self.runner = asyncio.Runner()
@@ -161,7 +161,7 @@ def test_an_answer_holds_to_its_json_schema(bench: Bench) -> None:
         assert answer["organ"] in {"leaf", "root"} and isinstance(answer["water"], bool)
 
 
-def test_a_schema_that_is_none_is_the_callers_error_and_the_engine_answers_on(bench: Bench) -> None:
+def test_an_invalid_schema_is_the_callers_error_and_the_engine_answers_on(bench: Bench) -> None:
     if not bench.engine.info.follows_json_schema:
         pytest.skip("this engine holds to no schema; the endpoint refuses to be asked for one")
     request = bench.request((1,))
@@ -192,7 +192,7 @@ def test_a_missing_adapter_is_an_engine_error_that_names_the_folder(bench: Bench
 
 @pytest.fixture(scope="module")
 def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Two LoRA adapters with random weights, as peft saves them."""
+    """Save two LoRA adapters with random weights through peft."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -233,7 +233,7 @@ def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
 
 
 def plain_score(model: Path, adapter: str, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]) -> float:
-    """The answer's log-probability by peft alone, in float32."""
+    """Return the log-probability of an answer by peft alone, in float32."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -257,7 +257,7 @@ def test_samples_of_one_prompt_share_its_prefill(bench: Bench) -> None:
 
 
 def test_a_padded_batch_answers_as_each_prompt_alone(smollm2: Path) -> None:
-    """Float32, so that equal means equal: padding, the shared prefill and the batch leave no trace in the text."""
+    """In float32, padding, the shared prefill and the batch do not change the text at all."""
     import torch
 
     async def work() -> None:
@@ -321,7 +321,7 @@ def test_a_killed_owner_leaves_no_engine_process_behind(tmp_path: Path, smollm2:
 
 
 def _session_of(leader: int) -> set[int]:
-    """Live processes (zombies aside) of the session that `leader` started."""
+    """Return the living processes of the session that `leader` started, without zombies."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""How the threads of a process that was started after `let_waiting_threads_sleep` wait, as OpenMP itself tells it."""
+"""After `let_waiting_threads_sleep`, OpenMP reports that the threads of a new process sleep while they wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A two-layer Llama with a tokenizer of two dozen words, and a training set made for it as the data room does."""
+"""A two-layer Llama with a tokenizer of two dozen words, and a training set in the form of the training_set stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from aft_ray.templates import ChatFormat, build_example
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder: random float32 weights. As in SmolLM2, padding and end of turn are the same token."""
+    """The folder of a model with random float32 weights. As in SmolLM2, one token pads and ends a turn."""
     return write_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
 def examples(tiny_model: Path) -> list[dict[str, Any]]:
-    """Rows of two variants: prompts of many lengths, all with the same answer, and held-out rows with another one."""
+    """The rows of two variants: prompts of many lengths with one answer, and held-out rows with another one."""
     chat_format = ChatFormat.load(str(tiny_model))
     chance = random.Random(0)
     rows = []
@@ -52,5 +52,5 @@ def examples(tiny_model: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def training_set(examples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows in two shards."""
+    """A training set that holds the rows in two shards."""
     return write_training_set(tmp_path_factory.mktemp("training_set"), examples)

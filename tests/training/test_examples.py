@@ -1,4 +1,4 @@
-"""What is read from a training set, what is refused, and in which order it is seen."""
+"""Which rows are read from a training set, which are refused, and in which order training sees them."""
 
 from __future__ import annotations
 

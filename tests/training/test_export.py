@@ -1,4 +1,4 @@
-"""An exported folder stands alone: plain transformers, plain peft and vLLM load it and answer as was trained."""
+"""Plain transformers, plain peft and vLLM load an exported folder and answer as the trained model does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from aft_ray.training.export import export_model, find_trained, rounded
 from aft_ray.training.task import TrainSummary, TrainTask, task_settings
 
 SMALL = 1e-4
-"""Learning rate of an adapter whose changes are below half a step of bfloat16."""
+"""A learning rate at which the adapter changes weights by less than half a step of bfloat16."""
 QUESTION: Any = [{"role": "user", "content": "the green hill near a small town"}]
 
 
@@ -41,7 +41,7 @@ class FinishedRun:
         self.file.write_text(yaml.safe_dump({"run": {"dir": str(folder)}, "engine": engine}))
 
     def finish(self, trained: Any, variant: str = "aft") -> Path:
-        """Puts what was trained where training puts it."""
+        """Write the adapter or model into the folder that training would write."""
         job = TrainingJob(
             config=TrainingConfig(bf16=False),
             model=str(self.model),
@@ -71,13 +71,13 @@ class FinishedRun:
         return task.output
 
     def export(self, output: Path, *flags: str) -> int:
-        """`aft-ray export` in this process; the exit code."""
+        """Run `aft-ray export` in this process and return its exit code."""
         arguments = ["export", "--config", str(self.file), "--output", str(output), *flags]
         return guarded(lambda: app(arguments, standalone_mode=False))
 
 
 def with_adapter(model: Path, training_set: Path, num_steps: int, *, learning_rate: float = 2e-2, **lora: Any) -> Any:
-    """The model with a LoRA trained on the `aft` rows, in plain PyTorch."""
+    """Train a LoRA on the `aft` rows in plain PyTorch and return the model."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -99,7 +99,7 @@ def with_adapter(model: Path, training_set: Path, num_steps: int, *, learning_ra
 
 @pytest.fixture(scope="module")
 def run(examples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """Heads of 32, which vLLM has a CPU kernel for; the model's eos is not the token that ends a turn."""
+    """A model with heads of size 32, for which vLLM has a CPU kernel, and an eos that does not end a turn."""
     model = write_model(tmp_path_factory.mktemp("model"), eos="<|endoftext|>", hidden_size=128)
     run = FinishedRun(tmp_path_factory.mktemp("run"), model, examples)
     run.finish(with_adapter(model, run.training_set, 40))
@@ -176,7 +176,7 @@ def test_the_end_of_turn_stops_generation_and_the_chat_template_is_the_runs(
 
 
 def generated(model: Path) -> list[int]:
-    """The greedy answer of plain transformers, with the folder's own generation settings."""
+    """Return the greedy answer of plain transformers, with the generation settings of the folder."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.tensor([ChatFormat.load(str(model)).prompt_ids(QUESTION)])
@@ -281,7 +281,7 @@ def test_a_whole_model_is_copied_merged_or_not(
 def test_a_small_change_survives_merging_in_bfloat16(
     run: FinishedRun, examples: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Most of it would be lost by rounding to the nearest bfloat16, as peft alone does."""
+    """Rounding to the nearest bfloat16, as peft alone does, would lose most of it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -313,7 +313,7 @@ def test_a_small_change_survives_merging_in_bfloat16(
 
 
 def weights(model: Any) -> torch.Tensor:
-    """All of them in a row."""
+    """Return all weights in one row."""
     return torch.cat([weight.detach().float().flatten() for weight in model.parameters()])
 
 
@@ -328,7 +328,7 @@ def test_rounding_is_right_on_average_and_leaves_exact_values_alone() -> None:
 
 
 def test_a_merge_that_changes_the_model_is_not_exported(examples: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Float16 ends at 65,504: what the adapter adds is more."""
+    """Float16 ends at 65,504, and the adapter adds more than that."""
     from transformers import AutoModelForCausalLM
 
     model = write_model(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What goes wrong in earnest (memory, disk, a worker that keeps dying) ends in one sentence that says what to change.
+"""Lack of memory, a full disk or a worker that keeps dying ends in one sentence that says what to change.
 
 The loss that is not a number is in test_training_modes.py, among the other trainings.
 """
@@ -43,7 +43,7 @@ def test_memory_that_no_machine_has(ray_cluster: None, tiny_model: Path, trainin
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
+    """Mount a file system of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]

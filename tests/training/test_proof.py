@@ -1,4 +1,4 @@
-"""An adapter that was not trained as planned does not pass."""
+"""An adapter that was not trained as planned does not pass the proof."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head on target positions only gives the loss and the gradients of the whole head."""
+"""The head on target positions alone gives the loss and the gradients of the whole head."""
 
 from __future__ import annotations
 

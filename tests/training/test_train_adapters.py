@@ -45,7 +45,7 @@ SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished run: how it was called and what came of it."""
+    """A finished job, its summaries and its progress reports."""
 
     job: TrainingJob
     summaries: dict[str, TrainSummary]
@@ -101,7 +101,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def plain_curve(model: Path, rows: list[dict[str, Any]]) -> list[float]:
-    """The loss of every step by one process: whole head, mean over the target tokens, AdamW, clipping, linear decay."""
+    """Return the losses of one process: whole head, mean over target tokens, AdamW, clipping, linear decay."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
 

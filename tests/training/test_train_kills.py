@@ -1,4 +1,4 @@
-"""The driver and its Ray killed, or nodes lost, in the middle of an epoch: the training ends as if nothing had been.
+"""The driver and its Ray are killed, or nodes lost, in the middle of an epoch: training ends as without it.
 
 Dropout is on, so the order of batches, the optimizer, the schedule and the random state must all be picked up again.
 """
@@ -134,7 +134,7 @@ def curve_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """The driver first, so that it cannot notice; then raylet, workers and all the rest of its Ray."""
+    """Kill the driver first, so that it cannot notice, then raylet, workers and the rest of its Ray."""
     below = psutil.Process(process.pid).children(recursive=True)
     for victim in [psutil.Process(process.pid), *below]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -172,7 +172,7 @@ def test_a_preempted_node_and_a_lost_one_cost_one_failure_and_the_training_goes_
 
 
 def check_equal_to_whole(folder: Path, name: str) -> int:
-    """The training's curves and its adapter, and that it was interrupted; the step it went on from."""
+    """Check curves and adapter against an uninterrupted training; return the step it resumed from."""
     resumed_from = int((folder / name / "resumed_from").read_text())
     assert 0 < resumed_from < NUM_STEPS
     whole, other = curve_of(folder, "whole"), curve_of(folder, name)

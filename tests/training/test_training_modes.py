@@ -1,4 +1,4 @@
-"""Every way to train gives the losses of a plain PyTorch loop: ZeRO stages, packing, full fine-tuning, a second round.
+"""Every training mode gives the losses of a plain PyTorch loop: ZeRO stages, packing, full fine-tuning, two rounds.
 
 All of them are real trainings by two Ray Train workers with DeepSpeed. Those of a tier share one group of workers,
 because starting one takes longer than a training of this size.
@@ -77,7 +77,7 @@ class Mode:
     config: TrainingConfig
     summary: TrainSummary
     folder: Path
-    """Its part of the checkpoints."""
+    """Its folder in the checkpoints."""
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def killed_once(folder: Path, plans: dict[str, WorkerPlan]) -> Iterator[None]:
 
 
 def batches_of(config: TrainingConfig, training_set: Path) -> list[list[dict[str, Any]]]:
-    """The examples of every optimizer step, taken apart again where they are packed."""
+    """Return the examples of every optimizer step; packed rows are split again."""
     rows: Any = rows_to_train(training_set, "aft", config.pack_length)
     size = config.batch_size_per_worker * config.num_workers * config.gradient_accumulation_steps
     order = [
@@ -194,7 +194,7 @@ def unpacked(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def plain_curve(config: TrainingConfig, model: Path, batches: list[list[dict[str, Any]]]) -> list[float]:
-    """One process, whole head, padded batches, mean over the step's target tokens, AdamW, clipping, linear decay."""
+    """Return the losses of one process: whole head, padded batches, mean over target tokens, AdamW, clipping, decay."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -241,7 +241,7 @@ def test_the_losses_are_those_of_a_plain_loop(
 
 
 def test_a_worker_killed_under_zero3_changes_nothing(modes: Callable[[str], Mode]) -> None:
-    """The loss curve is that of a plain loop (above); here the adapter, against the one that was never interrupted."""
+    """Its losses are tested above. Here its adapter must equal that of a training without interruption."""
     whole, killed = modes("zero3").summary, modes("zero3-killed").summary
     assert whole.resumed_from_step == 0
     assert 0 < killed.resumed_from_step < killed.num_steps

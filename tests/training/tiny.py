@@ -1,4 +1,4 @@
-"""What the tiny model speaks, and how its training set lies on disk."""
+"""The vocabulary of the tiny model, and functions that write the model and its training set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = ["river", "bridge", "bird", "hill", "town", "lamp", "seven", "under", "o
 WORDS += ["watch", "run", "the", "a", "of"]
 ANSWER = "the old bridge watch over seven bright lamp"
 NUM_ROWS = 24
-"""Rows to train on, by variant: three global batches of eight."""
+"""Number of training rows per variant: three global batches of eight."""
 
 
 def write_training_set(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -30,7 +30,7 @@ def write_training_set(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_model(folder: Path, *, eos: str = "<|im_end|>", hidden_size: int = 32, window: int = 128) -> Path:
-    """A two-layer Llama with four heads and random float32 weights; turns end with <|im_end|>, whatever `eos` is."""
+    """Write a two-layer Llama with four heads and random float32 weights. Turns end with <|im_end|> for any `eos`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

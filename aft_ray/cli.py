@@ -61,7 +61,7 @@ def run(
         bool, typer.Option("--retry-failed", help="Try rows again that failed before, and only those.")
     ] = False,
 ) -> None:
-    """Run everything: prompts to report. Called again, it continues where it stopped."""
+    """Run every step from prompts to report. The same command resumes where it stopped."""
     if until is not None and until not in LINE:
         raise typer.BadParameter(f"{until!r} is not a step; the steps are {', '.join(LINE)}", param_hint="--until")
     last = LINE.index(until) + 1 if until else len(LINE)
@@ -77,7 +77,7 @@ def train(
         bool, typer.Option("--show-batch", help="Print the first batch, trained tokens marked, and train nothing.")
     ] = False,
 ) -> None:
-    """Train the adapters of a run whose training set is there."""
+    """Train the adapters of a run whose training set is finished."""
     if show_batch:
         from aft_ray.config import load_config
         from aft_ray.pipeline.preview import show_first_batch
@@ -88,7 +88,7 @@ def train(
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
-    """Ask the run's endpoint the held-out prompts, score the targets, write the report."""
+    """Ask the run's endpoint the held-out prompts, measure perplexities, and write the report."""
     _steps(("evaluate", "report"), config, overrides, resume)
 
 
@@ -106,7 +106,7 @@ def export(
     variant: Annotated[str | None, typer.Option(help="Which one, where several are trained.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model's weights.")] = False,
 ) -> None:
-    """Copy a trained adapter, or the whole model with it merged in, to a folder that stands alone."""
+    """Copy a trained adapter, or the whole model with the adapter merged in, to a self-contained folder."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -123,7 +123,7 @@ def export(
 def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Serve the run's base model and adapters behind an OpenAI-compatible endpoint, until interrupted.
 
-    The first Ctrl-C (or SIGTERM) lets the requests under way end and nobody in; the second stops at once.
+    The first Ctrl-C (or SIGTERM) finishes open requests and refuses new ones; the second one stops at once.
     """
     from aft_ray.config import load_config
 
@@ -170,7 +170,7 @@ def ask(
     api_key: Annotated[str, typer.Option(envvar="AFT_RAY_API_KEY", help="Key, where the server wants one.")] = "none",
     show_proposals: Annotated[bool, typer.Option("--show-proposals", help="Print every draft as well.")] = False,
 ) -> None:
-    """Ask a served model one question; the answer is printed as it is made."""
+    """Ask a served model one question and print the answer as it is generated."""
     from aft_ray.pipeline.asking import ask_and_print
 
     ask_and_print(question, base_url.rstrip("/"), model, api_key, show_proposals)
@@ -178,7 +178,7 @@ def ask(
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Print the run's resolved settings, and what it will take: tokens, hours, cost. Starts nothing."""
+    """Print the resolved settings and an estimate of tokens, hours and cost. This starts nothing."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -199,7 +199,7 @@ def preview(
     overrides: Overrides = [],  # noqa: B006
     num_prompts: Annotated[int, typer.Option("-n", min=1, help="Prompts to take through every data stage.")] = 4,
 ) -> None:
-    """Run a few prompts through every data stage and print them, trained tokens marked. `plan` estimates from it."""
+    """Run a few prompts through every data stage and print them, trained tokens marked. `plan` extrapolates this."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -220,7 +220,7 @@ def submit(
     ] = "http://127.0.0.1:8265",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is accepted.")] = False,
 ) -> None:
-    """Submit a job to a Ray cluster: `ray job submit` with this checkout as the working directory."""
+    """Submit a step to a Ray cluster as a job, with this checkout as its working directory."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)  # a wrong key is answered here, not on the cluster
@@ -232,14 +232,14 @@ def submit(
 
 @app.command()
 def doctor() -> None:
-    """Print what this machine has: versions, cores, memory, GPUs, and what is missing."""
+    """Print this machine's versions, cores, memory and GPUs, and what is missing."""
     from aft_ray.pipeline.checkup import checkup
 
     raise typer.Exit(checkup())
 
 
 def guarded(work: Callable[[], Any]) -> int:
-    """Run `work` and turn its end into an exit code. The last frame of the process: nothing passes it."""
+    """Run `work` and return its exit code. This is the outermost frame of the process, so no error passes it."""
     try:
         work()
     except AftError as error:
@@ -249,12 +249,12 @@ def guarded(work: Callable[[], Any]) -> int:
 
 
 def main() -> None:
-    """Entry point of `aft-ray`."""
+    """Run the `aft-ray` command line; this is its entry point."""
     sys.exit(guarded(app))
 
 
 def job(*names: str) -> None:
-    """Entry point of `python jobs/<stage>.py`: the same flags, for the named steps."""
+    """Run the named steps with the flags of `aft-ray run`; this is the entry point of `python jobs/<stage>.py`."""
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @script.command(help=(sys.modules["__main__"].__doc__ or "").strip())

@@ -52,7 +52,7 @@ class Config(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     miniature: str | None = None
     """YAML of a study of the method on the miniature, which runs in this run's folder; its answer opens the report.
-    None: no study."""
+    None for no study."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -1,4 +1,4 @@
-"""Evaluation: ask an endpoint, score what it said, and say what can be known from it.
+"""Evaluation: ask an endpoint, score its answers, and report what follows from them, with intervals.
 
     ask.py         one prompt -> every draft, the answer and its cost, over HTTP
     stage.py       the same for every held-out prompt, as a resumable stage

@@ -1,4 +1,4 @@
-"""Ask an aft_ray endpoint one prompt, and keep everything it tells: every draft, every layer, every token.
+"""Ask an aft_ray endpoint one prompt and keep everything it returns: every draft, every layer, every token.
 
     POST {base_url}/v1/chat/completions
     {"model": "aft", "messages": [...], "seed": 7, "aft": {"num_proposals": 5, "num_layers": 1,
@@ -73,7 +73,7 @@ MAX_QUOTED = 500
 
 @dataclass(frozen=True, kw_only=True)
 class AskedDraft:
-    """One answer of one layer, as the endpoint told it."""
+    """One answer of one layer, as the endpoint returned it."""
 
     index: int
     text: str
@@ -83,12 +83,12 @@ class AskedDraft:
     inputs: tuple[int, ...] = ()
     """Indices of the answers of the layer below that it was shown."""
     length_action: str | None = None
-    """What the length policy did to them, such as `drop_longest: dropped 2`; None when everything fitted."""
+    """The length policy's action, such as `drop_longest: dropped 2`; None when everything fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedAnswer:
-    """One prompt, answered."""
+    """An endpoint's answer to one prompt."""
 
     layers: tuple[tuple[AskedDraft, ...], ...]
     """Answers by layer, the drafts first."""
@@ -103,7 +103,7 @@ class AskedAnswer:
 async def ask(
     client: httpx.AsyncClient, base_url: str, model: str, messages: Sequence[Message], plan: Plan, seed: int
 ) -> AskedAnswer:
-    """One prompt under one plan; EngineError when the endpoint does not answer it.
+    """Ask one prompt under one plan. Raises EngineError when the endpoint does not answer it.
 
     `base_url` may end in `/v1` or not.
     """
@@ -119,7 +119,7 @@ async def ask(
 
 
 def request_body(model: str, messages: Sequence[Message], plan: Plan, seed: int) -> dict[str, Any]:
-    """The request as JSON. The whole plan is spelled out, None as null: nothing is left to the server's defaults."""
+    """Return the request as JSON. It spells the whole plan out (None as null), so no server default applies."""
     return {
         "model": model,
         "messages": list(messages),
@@ -130,7 +130,7 @@ def request_body(model: str, messages: Sequence[Message], plan: Plan, seed: int)
 
 
 def answer_row(system: str, prompt: Mapping[str, Any], asked: AskedAnswer) -> dict[str, Any]:
-    """One row of `ANSWERS` from a row of `prompts/` and what the endpoint said to it."""
+    """Return one row of `ANSWERS`, made from a row of `prompts/` and the endpoint's answer to it."""
     columns = {name: prompt.get(name) for name in PROMPTS.names}
     return {**columns, "system": system, **dataclasses.asdict(asked)}
 
@@ -165,7 +165,7 @@ def _read_answer(url: str, response: httpx.Response, plan: Plan, seconds: float)
 
 
 def _check_depth(url: str, asked: AskedAnswer, plan: Plan) -> None:
-    """A server that ignored the plan must not be measured as if it had followed it."""
+    """Raise EngineError when the server ignored the plan, so that it is not measured as if it had followed it."""
     if len(asked.usage) != plan.num_layers + 1:
         raise EngineError(
             f"{url}: asked for num_layers {plan.num_layers} (layers 0 .. {plan.num_layers}), "

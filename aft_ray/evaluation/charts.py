@@ -50,7 +50,7 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One mean with its interval, in the row `row` of an interval chart."""
+    """One mean with its interval, drawn in the row `row` of an interval chart."""
 
     row: str
     series: str
@@ -60,7 +60,7 @@ class Point:
 
 
 def interval_chart(name: str, label: str, points: Sequence[Point], x_label: str, *, log: bool = False) -> str:
-    """Dots with 95 % intervals, one line of the chart per `row`. `label` says in words what the chart shows."""
+    """Draw dots with 95 % intervals, one line of the chart per `row`. Screen readers read `label`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -87,7 +87,7 @@ def interval_chart(name: str, label: str, points: Sequence[Point], x_label: str,
 def line_chart(
     name: str, label: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
 ) -> str:
-    """One line of (x, y) per curve."""
+    """Draw one line of (x, y) per curve."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -122,7 +122,7 @@ def _draw_points(axes: Axes, points: Sequence[Point], ys: Sequence[float], numbe
 
 
 def _name_rows(axes: Axes, rows: Sequence[str]) -> None:
-    """Names stand above their points, so that long ones take no width away."""
+    """Write each row's name above its points, so that long names take no width away."""
     for number, row in enumerate(rows):
         axes.text(0, number + 0.08, row, transform=axes.get_yaxis_transform(), va="top", ha="left")
     axes.set_ylim(len(rows), 0)  # the first row on top
@@ -153,7 +153,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _inline(figure: Figure, name: str, label: str) -> str:
-    """The figure as an <svg> element that can stand in a page beside others."""
+    """Return the figure as an <svg> element whose ids do not clash with other charts of the page."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
@@ -173,7 +173,7 @@ def _inline(figure: Figure, name: str, label: str) -> str:
 
 
 def _opening(svg: str, label: str) -> str:
-    """A fresh opening tag: sized by the page, and read aloud as one picture."""
+    """Return a new opening tag, which lets the page size the chart and a screen reader describe it as one picture."""
     view_box = re.search(r'viewBox="([^"]+)"', svg)
     assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
     rest = svg[svg.index(">", view_box.end()) + 1 :]

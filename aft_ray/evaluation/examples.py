@@ -1,4 +1,4 @@
-"""Drafts and answers side by side, for a reader: what was asked, what each draft said, what was made of them.
+"""Drafts and answers side by side for a reader: the prompt, each draft, and the answer that was written from them.
 
     examples = choose_examples("aft", rows, score, checks, num_examples=3)
 
@@ -18,12 +18,12 @@ from aft_ray.records import Message, fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that an answer was asked to meet."""
+    """One constraint that an answer was asked to meet."""
 
     name: str
     """In words, such as `exactly 3 bullets`."""
     met: bool | None
-    """None: could not be checked."""
+    """None when it could not be checked."""
 
 
 Checks = Callable[[Mapping[str, Any], str], Sequence[Check]]
@@ -51,7 +51,7 @@ class Example:
     messages: tuple[Message, ...]
     reference: str | None
     layers: tuple[tuple[ShownAnswer, ...], ...]
-    """Everything below the final answer, the drafts first; empty at L=0."""
+    """All layers below the final answer, the drafts first; empty at L=0."""
     answer: ShownAnswer
 
 
@@ -64,7 +64,7 @@ def choose_examples(
     num_examples: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """`num_examples` of the rows (of `ANSWERS`), the same prompts for every system that answered them."""
+    """Choose `num_examples` rows of `ANSWERS`: the same prompts for every system that answered them."""
     order = sorted(rows, key=lambda row: fingerprint([seed, row["prompt_id"]]))
     return [_example_of(system, row, score, checks) for row in order[:num_examples]]
 

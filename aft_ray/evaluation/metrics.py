@@ -1,4 +1,4 @@
-"""What the answers of one system are worth, and what they cost.
+"""Quality and cost of one system's answers.
 
     scored = score_answers(rows, score)              rows of `ANSWERS`; score(row, text) -> float | None
     metrics = system_metrics("aft", scored)
@@ -32,11 +32,11 @@ PASS_SCORE = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAnswer:
-    """One prompt's answer, scored."""
+    """The scored answer to one prompt."""
 
     prompt_id: str
     draft_scores: tuple[float | None, ...]
-    """Of the usable drafts of layer 0, in their order; empty at L=0. None: no score."""
+    """Scores of the usable drafts of layer 0, in their order; None for a draft without a score. Empty at L=0."""
     num_missing_drafts: int
     """Drafts that failed, were empty or were cancelled."""
     draft_tokens: tuple[int, ...]
@@ -47,14 +47,14 @@ class ScoredAnswer:
 
     @property
     def single_score(self) -> float | None:
-        """Mean over the drafts that have a score; at L=0 the score of the one answer."""
+        """The mean over the drafts that have a score; at L=0 the score of the one answer."""
         scores = _present(self.draft_scores) if len(self.usage) > 1 else _present([self.final_score])
         return sum(scores) / len(scores) if scores else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flips:
-    """What became of right and wrong drafts. Pairs are (draft, final answer of its prompt), both scored."""
+    """How right and wrong drafts relate to final answers. A pair is (draft, its prompt's final answer), both scored."""
 
     right_to_right: int = 0
     right_to_wrong: int = 0
@@ -63,7 +63,7 @@ class Flips:
     all_wrong: int = 0
     """Prompts without any right draft."""
     all_wrong_to_right: int = 0
-    """Of them, those with a right final answer: what no choice among the drafts could do."""
+    """Number of those prompts with a right final answer, which no choice among the drafts could give."""
     all_right: int = 0
     all_right_to_wrong: int = 0
 
@@ -74,7 +74,7 @@ class Flips:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemMetrics:
-    """One system over all its prompts. Every mean is over prompts."""
+    """The metrics of one system. Every mean is over prompts."""
 
     system: str
     num_layers: int
@@ -82,7 +82,7 @@ class SystemMetrics:
     """Drafts asked for per prompt; 0 at L=0."""
     num_prompts: int
     num_failed: int
-    """Prompts without any answer: not in the means."""
+    """Prompts without any answer; the means leave them out."""
     num_missing_drafts: int
     """Drafts that failed, were empty or were cancelled."""
     num_unscored_drafts: int
@@ -100,14 +100,14 @@ class SystemMetrics:
     draft_tokens: Estimate
     final_tokens: Estimate
     seconds: Estimate
-    """Per prompt, as the client saw it."""
+    """Seconds per prompt, as the client measured them."""
     layers: tuple[LayerUsage, ...]
-    """Summed over prompts, by layer."""
+    """Usage by layer, summed over prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two systems on the prompts that both answered."""
+    """The difference of two systems on the prompts that both answered."""
 
     first: str
     second: str
@@ -139,7 +139,7 @@ def _score_answer(row: Mapping[str, Any], score: Score) -> ScoredAnswer:
 def system_metrics(
     system: str, answers: Sequence[ScoredAnswer], *, num_failed: int = 0, num_resamples: int = 2000, seed: int = 0
 ) -> SystemMetrics:
-    """Everything the report says of one system. `num_failed`: prompts that got no answer at all."""
+    """Compute all metrics of one system. `num_failed` counts prompts that got no answer at all."""
 
     def over_prompts(values: Sequence[float | None]) -> Estimate:
         return estimate(values, num_resamples=num_resamples, seed=seed)
@@ -184,7 +184,7 @@ def compare(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """first - second, paired by prompt id; prompts that only one of them answered stay out, and are counted missing."""
+    """Return first - second, paired by prompt id. Prompts that only one of them answered are left out and counted."""
     scores = [
         {a.prompt_id: a.single_score if of == "single" else a.final_score for a in side[1]} for side in (first, second)
     ]
@@ -199,7 +199,7 @@ def compare(
 
 
 def count_flips(answers: Iterable[ScoredAnswer]) -> Flips:
-    """Right and wrong, draft by draft and prompt by prompt; prompts without a scored final answer or draft stay out."""
+    """Count flips draft by draft and prompt by prompt, without prompts that lack a scored final answer or draft."""
     counts: dict[str, int] = {}
     for answer in answers:
         drafts = [score >= PASS_SCORE for score in _present(answer.draft_scores)]
@@ -216,7 +216,7 @@ def count_flips(answers: Iterable[ScoredAnswer]) -> Flips:
 
 
 def sum_usage(usages: Iterable[Sequence[LayerUsage]]) -> tuple[LayerUsage, ...]:
-    """Usage of many prompts, by layer."""
+    """Return the summed usage of many prompts by layer."""
     by_layer: dict[int, list[LayerUsage]] = {}
     for usage in usages:
         for layer in usage:

@@ -35,7 +35,7 @@ ScoredRow = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredCondition:
-    """One way to ask for the same targets."""
+    """One condition under which every target is scored: a model, and what it sees before the target."""
 
     name: str
     adapter: str | None
@@ -45,7 +45,7 @@ class ScoredCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScore:
-    """One target under one condition: plain values, so a job can store them and summarise later."""
+    """The score of one target under one condition, in plain values that a job can store and summarise later."""
 
     condition: str
     row: int
@@ -57,7 +57,7 @@ class TargetScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionPerplexity:
-    """One condition over all targets that every condition scored."""
+    """The perplexity under one condition, over the targets that every condition scored."""
 
     name: str
     nats_per_token: Estimate
@@ -92,7 +92,7 @@ async def score_targets(
     max_concurrency: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[TargetScore]:
-    """One TargetScore per condition and row, in that order; at most `max_concurrency` are under way at a time.
+    """Return one TargetScore per condition and row, in that order, with at most `max_concurrency` scored at a time.
 
     A target that the engine cannot score is a TargetScore with an error; an engine that can no longer answer at all
     raises EngineError, so that no target is blamed for it.
@@ -131,7 +131,7 @@ async def _score_target(engine: Engine, condition: ScoredCondition, row: int) ->
 
 
 def _total_nats(log_probs: Sequence[float], num_tokens: int) -> tuple[float | None, str | None]:
-    """(nats, None) or (None, reason)."""
+    """Return (nats, None), or (None, reason) when the engine cannot score the target."""
     if len(log_probs) != num_tokens:
         return None, f"the engine gave {len(log_probs)} log-probabilities for {num_tokens} target tokens"
     total = -math.fsum(log_probs)
@@ -139,7 +139,7 @@ def _total_nats(log_probs: Sequence[float], num_tokens: int) -> tuple[float | No
 
 
 def summarise(scores: Sequence[TargetScore], *, num_resamples: int = 2000, seed: int = 0) -> list[ConditionPerplexity]:
-    """Perplexity per condition, in the order in which the conditions first appear."""
+    """Return the perplexity per condition, in the order in which the conditions first appear."""
     by_condition: dict[str, dict[int, TargetScore]] = {}
     for score in scores:
         by_condition.setdefault(score.condition, {})[score.row] = score
@@ -180,7 +180,7 @@ def _exp(nats: float | None) -> float | None:
 
 
 def _check_same_targets(conditions: Sequence[ScoredCondition]) -> None:
-    """Comparing conditions means comparing them on the same tokens."""
+    """Check that every condition scores the same tokens, since only then can they be compared."""
     names = [condition.name for condition in conditions]
     if len(set(names)) < len(names):
         raise InputError(f"conditions {names}: names must differ")

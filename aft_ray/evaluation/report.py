@@ -42,19 +42,19 @@ SYSTEMS = {
 }
 """The models of a run in words, by the names that a run gives them."""
 UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that HTML may not hold."""
+"""Characters that HTML must not contain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary:
-    """One stage of the pipeline, from its manifest."""
+    """One stage of the pipeline, as its manifest describes it."""
 
     name: str
     rows_in: int
     rows_out: int
     rows_failed: int
     prompt_tokens: int | None
-    """None: the stage calls no model."""
+    """None for a stage that calls no model."""
     completion_tokens: int | None
     seconds: float
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -63,20 +63,20 @@ class StageSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """One adapter."""
+    """The training of one adapter or model."""
 
     variant: str
     num_examples: int
     num_steps: int
     num_workers: int
     startup_seconds: float
-    """Until the first step; for a variant trained after another one in the same workers, since the end of that."""
+    """Seconds until the first step, counted from the end of the variant trained before in the same workers, if any."""
     seconds: float
-    """Of the steps."""
+    """Duration of the steps."""
     num_tokens: int
-    """Seen in all steps, padding left out."""
+    """Tokens of all steps, without padding."""
     num_trained_tokens: int
-    """Of these, the ones in the loss."""
+    """Number of those tokens that are in the loss."""
     curve: tuple[tuple[float, float], ...]
     """(step, training loss)"""
     held_out: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class TrainingSummary:
 
     @property
     def first_loss(self) -> float | None:
-        """Mean over the first tenth of the curve."""
+        """The mean over the first tenth of the curve."""
         return _mean_loss(self.curve[: self._tenth])
 
     @property
@@ -106,7 +106,7 @@ class TrainingSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodAnswer:
-    """Whether training to aggregate works, as a study on a model small enough to train here shows it."""
+    """A study's answer to whether training to aggregate works, measured on a model small enough to train here."""
 
     sentences: tuple[str, ...]
     """The answer in words; a word such as "more" is there only where the interval supports it."""
@@ -120,13 +120,13 @@ class MethodAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything the report says."""
+    """All values that the report shows."""
 
     title: str
     date: str
     """When the run was evaluated, with its time zone."""
     command: str
-    """What makes this run again."""
+    """The command that makes this run again."""
     commit: str | None
     model: str
     num_parameters: int | None
@@ -134,7 +134,7 @@ class ReportData:
     num_train_prompts: int
     num_held_out_prompts: int
     reward: str
-    """What a score means, such as `share of the prompt's constraints that the answer meets`."""
+    """The meaning of a score, such as `share of the prompt's constraints that the answer meets`."""
     plan: Plan
     seed: int
     hardware: str
@@ -144,14 +144,14 @@ class ReportData:
     perplexities: tuple[ConditionPerplexity, ...]
     """In the order of the paper's Figure 6; the first one is what the others are compared with."""
     perplexity_targets: str = "held-out prompts"
-    """Whose targets were scored."""
+    """The prompts whose targets were scored."""
     systems: tuple[SystemMetrics, ...]
     base_system: str | None
     """Which of `systems` is the untrained model."""
     comparisons: tuple[Comparison, ...] = ()
     examples: tuple[Example, ...] = ()
     method: MethodAnswer | None = None
-    """None: the run names no study."""
+    """None when the run has no finished study."""
     notes: tuple[str, ...] = field(default=())
     """Anything a reader must know, such as prompts that failed."""
 
@@ -166,12 +166,12 @@ def write_report(data: ReportData, folder: Path) -> Path:
 
 
 def results(data: ReportData) -> dict[str, Any]:
-    """The report's numbers as JSON values. A number that is not finite becomes null."""
+    """Return the report's numbers as JSON values. A number that is not finite becomes null."""
     return {"what_this_does_not_show": limits(data), **_finite(dataclasses.asdict(data))}
 
 
 def render(data: ReportData) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     template = environment().get_template(TEMPLATE.name)
     charts = {
         "method": _method_chart(data),
@@ -185,18 +185,18 @@ def render(data: ReportData) -> str:
 
 
 def curve_of(rows: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
-    """(step, loss) from the rows of a training run's metrics.jsonl; rows without a loss are of another kind."""
+    """Return (step, loss) from the rows of a training's metrics.jsonl, without the rows that hold no loss."""
     return tuple((float(row["step"]), float(row["loss"])) for row in rows if row.get("loss") is not None)
 
 
 def held_out_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[float, float], ...]]:
-    """(step, perplexity) by variant of the held-out examples, from the rows of a training run's held_out.jsonl."""
+    """Return (step, perplexity) by variant of the held-out examples, from the rows of a training's held_out.jsonl."""
     variants = rows[0]["perplexity"] if rows else ()
     return {variant: tuple((float(row["step"]), row["perplexity"][variant]) for row in rows) for variant in variants}
 
 
 def limits(data: ReportData) -> str:
-    """What the run does not show, said with its own numbers."""
+    """Return a sentence on what the run does not show, with the run's own numbers."""
     small = data.num_parameters is not None and data.num_parameters < SMALL_MODEL
     paper = (
         f"the paper's quality gains: a model of {short_count(data.num_parameters or 0)} parameters cannot show them "
@@ -219,7 +219,7 @@ def _level(data: ReportData) -> str:
 
 
 def verdict(difference: Estimate) -> str:
-    """A difference in words. Nothing is called higher or lower unless the whole interval is."""
+    """Return a difference in words. It is called higher or lower only when the whole interval is."""
     if difference.mean is None or difference.low is None:
         return "cannot tell"
     if not difference.excludes_zero:
@@ -228,7 +228,7 @@ def verdict(difference: Estimate) -> str:
 
 
 def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """`0.47`, `+0.05`, or a dash for a value that is not there."""
+    """Return `0.47` or `+0.05`, or a dash for a missing value."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:{'+' if sign else ''},.{digits}f}"
@@ -236,12 +236,12 @@ def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`0.25` as `25 %`; a dash for what is not known."""
+    """Return `0.25` as `25 %`, or a dash for a missing value."""
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def short_count(value: float) -> str:
-    """135000000 -> `135M`."""
+    """Return 135000000 as `135M`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
@@ -249,7 +249,7 @@ def short_count(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.4 s`, `75 s`, `12 min 30 s`."""
+    """Return seconds as `0.4 s`, `75 s` or `12 min 30 s`."""
     if seconds is None:
         return "–"
     if seconds < 10:
@@ -296,7 +296,7 @@ def _loss_chart(data: ReportData) -> str | None:
 
 
 def _held_out_charts(data: ReportData) -> list[str]:
-    """One per adapter."""
+    """Draw one chart per adapter."""
     return [
         line_chart(
             f"held-out-{run.variant}",
@@ -316,7 +316,7 @@ def _point(row: str, series: str, value: Estimate) -> Point:
 
 
 def environment(*folders: Path) -> Environment:
-    """What renders our pages: autoescaping, our filters, and the templates of this folder beside those of `folders`."""
+    """Return the pages' jinja2 environment: autoescaping, our filters, the templates of this folder and `folders`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

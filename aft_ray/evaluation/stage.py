@@ -48,7 +48,7 @@ class AnswerWorker:
         )
 
     async def check(self) -> None:
-        """Rows are not to blame when the endpoint is gone."""
+        """Raise EngineError when the endpoint is gone, so that no row is blamed for it."""
         try:
             response = await self.client.get(f"{self.base_url}/health")
         except httpx.HTTPError as error:
@@ -60,7 +60,7 @@ class AnswerWorker:
 def stage(
     run: Run, *, base_url: str, system: str, model: str, model_fingerprint: str, plan: Plan, max_concurrency: int
 ) -> Stage:
-    """The answers of one system. `model_fingerprint` says which weights answer, so that new ones are a new run."""
+    """Return the stage that collects one system's answers. `model_fingerprint` identifies the weights that answer."""
     return Stage(
         name=f"answers {system}",
         source=run.folder.child("prompts"),

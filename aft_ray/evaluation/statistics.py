@@ -1,4 +1,4 @@
-"""Means that travel with their count and interval.
+"""Means that carry their count and interval.
 
 Prompts are the unit that is resampled: the drafts of one prompt are not independent of each other, the prompts are.
 
@@ -23,10 +23,10 @@ DRAWS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean, the values it is a mean of, and the interval it may lie in."""
+    """A mean with its 95 % interval and the number of values behind it."""
 
     mean: float | None
-    """None: there was no value at all."""
+    """None when there was no value at all."""
     low: float | None
     high: float | None
     """Bounds of the 95 % interval, or None where the sample gives none."""
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float | None], *, num_resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of the values that are there, with a bootstrap interval over them."""
+    """Return the mean of the values that are not None, with a bootstrap interval over them."""
     present = [value for value in values if value is not None]
     ratio = estimate_ratio(present, [1.0] * len(present), num_resamples=num_resamples, seed=seed)
     return Estimate(
@@ -53,7 +53,7 @@ def estimate(values: Sequence[float | None], *, num_resamples: int = 2000, seed:
 def estimate_ratio(
     numerators: Sequence[float], denominators: Sequence[float], *, num_resamples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Sum of numerators over sum of denominators (such as nats per token), resampling rows as wholes.
+    """Return the sum of numerators over the sum of denominators (such as nats per token); whole rows are resampled.
 
     Both have one entry per row; denominators are above zero.
     """
@@ -72,7 +72,7 @@ def estimate_ratio(
 def resample(
     top: np.ndarray, bottom: np.ndarray, num_resamples: int, seed: int, draws_at_once: int = DRAWS_AT_ONCE
 ) -> np.ndarray:
-    """The ratio sum(top) / sum(bottom) of `num_resamples` bootstrap samples of the rows."""
+    """Return the ratio sum(top) / sum(bottom) of each of `num_resamples` bootstrap samples of the rows."""
     generator = np.random.default_rng(seed)
     per_call = max(1, draws_at_once // len(top))
     ratios = []
@@ -83,7 +83,7 @@ def resample(
 
 
 def estimate_share(outcomes: Sequence[bool | None]) -> Estimate:
-    """Share of true outcomes, with the Wilson (1927) interval."""
+    """Return the share of true outcomes with the Wilson (1927) interval."""
     from scipy.stats import binomtest
 
     present = [outcome for outcome in outcomes if outcome is not None]
@@ -103,7 +103,7 @@ def estimate_share(outcomes: Sequence[bool | None]) -> Estimate:
 def paired_difference(
     first: Sequence[float | None], second: Sequence[float | None], *, num_resamples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Mean of first - second over the prompts that have both; entry i of each belongs to the same prompt.
+    """Return the mean of first - second over the prompts that have both; entry i of each belongs to the same prompt.
 
     Pairing takes the difficulty of the prompts out of the interval.
     """

@@ -1,4 +1,4 @@
-"""The line from prompts to report: which step follows which, and how each is run. Knows every room, contains none.
+"""The line from prompts to report: the order of its steps and how each one runs. It knows every room and contains none.
 
 steps.py        what each step does, `run_steps`
 evaluate.py     endpoint -> answers, targets -> perplexity

@@ -8,7 +8,7 @@ from aft_ray.errors import EngineError
 
 
 def ask_and_print(question: str, base_url: str, model: str, api_key: str, show_proposals: bool) -> None:
-    """Print the answer as it is made; with `show_proposals` the drafts before it."""
+    """Print the answer as it is generated, and with `show_proposals` the drafts before it."""
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key=api_key, max_retries=0)
     try:
         model = model or client.models.list().data[-1].id

@@ -12,7 +12,7 @@ NEEDED = {"ray": "2.60", "torch": "2.13", "transformers": "5.23", "trl": "1.16",
 
 
 def checkup() -> int:
-    """Print the facts, then each problem with what to do; 0 when there is none, else 2."""
+    """Print this machine's facts, then each problem with its remedy. Returns 0 without problems, else 2."""
     import torch
 
     found = versions()

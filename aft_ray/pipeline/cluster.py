@@ -1,4 +1,4 @@
-"""Connecting to the Ray cluster a run names, or starting a local one for it, when the first step needs it."""
+"""Connect to the Ray cluster that a run names, or start a local one, when the first step needs it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from aft_ray.serving.app import give_http_time_to_start
 
 
 class RaySession:
-    """Ray for the time of a block, connected at the first `connect()`: a run that is done already never starts it.
+    """A Ray connection for the time of a block. It opens at the first `connect()`, so a finished run never starts Ray.
 
     An address (`run.ray_address`, or `RAY_ADDRESS`, which a Ray job has set) joins that cluster; without one a local
-    cluster is started and ended. A connection that was there before is used and left alone.
+    cluster is started and ended. A connection that is already open is used and stays open.
     """
 
     def __init__(self, config: Config) -> None:
@@ -26,7 +26,7 @@ class RaySession:
         self.ours = False
 
     def connect(self) -> None:
-        """Have Ray connected. Every call but the first does nothing."""
+        """Connect to Ray. Every call but the first does nothing."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Ray's C++ core prints what its own restarts already mend; a cluster that is joined keeps its own level.
@@ -62,7 +62,7 @@ class RaySession:
 
 @contextlib.contextmanager
 def _kept_back_unless_it_fails() -> Iterator[None]:
-    """What Ray's C++ core writes to file descriptor 2 while it starts: its log level, and why, when it cannot start."""
+    """Hold back what Ray's C++ core writes to stderr while it starts, and print it only if Ray cannot start."""
     with tempfile.TemporaryFile() as kept:
         stderr = os.dup(2)
         os.dup2(kept.fileno(), 2)

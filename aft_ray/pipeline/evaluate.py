@@ -23,11 +23,11 @@ PERPLEXITY = "perplexity.json"
 
 
 def evaluate(run: Run, session: RaySession) -> None:
-    """Answers of every system, then perplexities; both skip what is there.
+    """Collect the answers of every system, then the perplexities; finished parts are skipped.
 
     Adapters are served beside the base model; a fully trained model has an endpoint of its own, one after the other.
-    Perplexities need log-probabilities, which no HTTP endpoint gives: they are asked of the engine behind the run's
-    own endpoint, and left out where `evaluation.base_url` names another one.
+    Perplexities need log-probabilities, which no HTTP endpoint returns: the engine behind the run's own endpoint
+    computes them, and they are left out where `evaluation.base_url` names another endpoint.
     """
     missing = [system for system in systems_of(run) if not _answered(run, system)]
     served_here = run.config.evaluation.base_url is None
@@ -58,7 +58,7 @@ def _model_name(system: SystemConfig) -> str:
 
 
 def adapters_of(run: Run) -> dict[str, str]:
-    """The run's trained adapters by variant, as absolute paths."""
+    """Return the run's trained adapters by variant, as absolute paths."""
     folder = Path(run.folder.path) / "model"
     return {
         variant: str(folder / variant)
@@ -68,7 +68,7 @@ def adapters_of(run: Run) -> dict[str, str]:
 
 
 def models_of(run: Run) -> dict[str, str]:
-    """The run's fully trained models by variant, as absolute paths."""
+    """Return the run's fully trained models by variant, as absolute paths."""
     folder = Path(run.folder.path) / "model"
     if run.config.training.method != "full":
         return {}
@@ -80,7 +80,7 @@ def models_of(run: Run) -> dict[str, str]:
 
 
 def serving_of(run: Run, whole: str | None = None) -> ServingConfig:
-    """The run's serving section with the run's own engine, adapters and templates where it names none.
+    """Return the run's serving section, with the run's own engine, adapters and templates where it names none.
 
     `whole`: instead of the base model, serve this variant's fully trained model.
     """
@@ -102,7 +102,7 @@ def serving_of(run: Run, whole: str | None = None) -> ServingConfig:
 
 
 def systems_of(run: Run) -> tuple[SystemConfig, ...]:
-    """The systems to evaluate: those named, else every model of the run with the evaluation's plan."""
+    """Return the systems to evaluate: those named, else every model of the run with the evaluation's plan."""
     if run.config.evaluation.systems is not None:
         return run.config.evaluation.systems
     serving = serving_of(run)
@@ -112,7 +112,7 @@ def systems_of(run: Run) -> tuple[SystemConfig, ...]:
 
 @contextlib.contextmanager
 def endpoint(run: Run, whole: str | None = None) -> Iterator[str]:
-    """The endpoint to ask: the one that is named, else the run's own, served for the time of the block."""
+    """Yield the URL of the endpoint to ask: the named one, else the run's own, which is served during the block."""
     if run.config.evaluation.base_url is not None:
         yield run.config.evaluation.base_url
         return
@@ -149,7 +149,7 @@ def _answer(run: Run, system: SystemConfig, base_url: str) -> None:
 
 
 def _weights_of(run: Run, model: str) -> str:
-    """What stands for a model's weights: the summary of its training, or the base model's name."""
+    """Return a fingerprint of a model's weights: of its training summary, or of the base model's settings."""
     name = model.partition("@")[0]
     adapter = (serving_of(run).adapters or {}).get(name, models_of(run).get(name))
     if adapter is None:
@@ -162,8 +162,8 @@ def _weights_of(run: Run, model: str) -> str:
 
 
 async def _scores(run: Run, whole: str | None) -> list[TargetScore]:
-    """The held-out targets under prompt only and prompt + proposals, on the engine that has just answered: before and
-    after training (paper, Figure 6).
+    """Score the held-out targets after the prompt alone and after prompt + proposals, before and after training, on the
+    engine that has just answered (paper, Figure 6).
     """
     from aft_ray.serving import served_engine
     from aft_ray.templates.loading import load_format
@@ -188,7 +188,7 @@ def conditions_of(
     trained: Mapping[str, str | None],
     with_base: bool = True,
 ) -> list[ScoredCondition]:
-    """The conditions of Figure 6 that an engine can show; row i is the same target in each.
+    """Return the conditions of Figure 6 that this engine can show; row i is the same target in each.
 
     `trained`: adapter by variant; None where the variant is the engine's own model, which then is no base model.
     """

@@ -1,4 +1,4 @@
-"""A few prompts through every data stage, printed; and what `plan` learns from them about the whole run.
+"""Take a few prompts through every data stage and print them; `plan` extrapolates from them to the whole run.
 
 A preview is a run of its own beside the real one, in `<run.dir>.preview/`, named by the settings it was made with: a
 preview of other settings is never taken for a sample of these.
@@ -27,11 +27,11 @@ from aft_ray.runs import Manifest, Run, read_manifest
 from aft_ray.storage import Folder
 
 MARKS = ("«", "»")
-"""Around the trained tokens, where the output has no colour."""
+"""Marks around the trained tokens where the output has no colour."""
 
 
 def preview_config(config: Config, num_prompts: int) -> Config:
-    """The same settings over the first `num_prompts` prompts, in a folder of their own."""
+    """Return the same settings over the first `num_prompts` prompts, in a folder of their own."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(
@@ -110,7 +110,7 @@ def show_first_batch(config: Config) -> None:
 
 
 def marked(tokenizer: Any, example: Mapping[str, Any], colour: bool) -> Text:
-    """The decoded ids of an example, trained tokens in green or between « and »."""
+    """Return the decoded ids of an example, with trained tokens in green or between « and »."""
     text = Text()
     for trained, ids in _runs(example["input_ids"], example["labels"]):
         piece = tokenizer.decode(ids)
@@ -121,7 +121,7 @@ def marked(tokenizer: Any, example: Mapping[str, Any], colour: bool) -> Text:
 
 
 def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
-    """Neighbouring ids that are all trained on, or all not."""
+    """Yield runs of neighbouring ids that are all trained on, or all not."""
     pairs = zip(input_ids, labels, strict=True)
     for trained, group in groupby(pairs, key=lambda pair: pair[1] >= 0):
         yield trained, [token for token, _ in group]
@@ -132,7 +132,7 @@ def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one stage of the whole run will take, scaled from a sample."""
+    """The estimated needs of one stage of the whole run, extrapolated from a sample."""
 
     stage: str
     num_rows: int
@@ -141,11 +141,11 @@ class Estimate:
     engine_hours: float
     gpu_hours: float
     cost_usd: float | None
-    """Endpoint charges, and GPU time where run.usd_per_gpu_hour is set; None where neither is known to apply."""
+    """Endpoint charges, and GPU time if run.usd_per_gpu_hour is set; None when neither is known to apply."""
 
 
 def largest_sample(config: Config) -> Run | None:
-    """The largest finished preview of these settings."""
+    """Return the largest finished preview of these settings."""
     folder = Folder.at(_folder_of(config))
     found = []
     for name in folder.folder_names():
@@ -158,7 +158,7 @@ def largest_sample(config: Config) -> Run | None:
 
 
 def count_prompts(config: Config) -> int:
-    """Prompts the run will have: from its folder, or by reading the source once."""
+    """Return how many prompts the run will have, from its folder or by reading the source once."""
     manifest = read_manifest(Folder.at(config.run.dir).child("prompts"))
     if manifest is not None and manifest.status == "done":
         return manifest.rows_out
@@ -166,7 +166,7 @@ def count_prompts(config: Config) -> int:
 
 
 def estimates(config: Config, sample: Run, num_prompts: int) -> Iterator[Estimate]:
-    """Every stage's need, as the sample's per row of input times the rows that will come in."""
+    """Return every stage's needs: those of the sample per input row, times the rows that will come in."""
     num_rows = float(num_prompts)
     placements = {stage.name: stage.placement for stage in proposals_room.stages(sample)}
     for name in data_stages(config)[1:]:  # prompts take no engine

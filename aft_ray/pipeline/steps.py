@@ -1,4 +1,4 @@
-"""What each step of the line does: it looks at the run's folder, makes what is missing, and leaves a manifest.
+"""The steps of the line. Each one looks at the run's folder, makes what is missing, and leaves a manifest.
 
 prompts -> proposals -> scores -> selection -> targets -> training_set -> train -> evaluate -> miniature -> report
 
@@ -32,9 +32,9 @@ Step = Callable[[Run, RaySession], None]
 def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", retry_failed: bool = False) -> Run:
     """Run the named steps of a run, in the order given; returns the open run.
 
-    `retry_failed`: rows that failed before are tried again, and what comes of them goes through the later steps.
-    Raises ConfigError, InputError, ResumeRefused, TooManyFailures, TrainingFailed. What was done stays done: the same
-    call again continues.
+    With `retry_failed`, rows that failed before are retried and taken through the later steps.
+    Raises ConfigError, InputError, ResumeRefused, TooManyFailures, TrainingFailed. Finished work is kept: the same
+    call resumes it.
     """
     check_before_start(config)
     run = Run.open(config, resume, retry_failed)
@@ -53,7 +53,7 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
 
 
 def check_before_start(config: Config) -> None:
-    """What can be known to be wrong before any model is loaded."""
+    """Refuse settings that can be known to be wrong before any model is loaded."""
     from aft_ray.data.proposals import aggregator_hash
     from aft_ray.miniature.study import study_of_run
     from aft_ray.models import PACKAGED, resolve_model
@@ -81,9 +81,9 @@ def check_before_start(config: Config) -> None:
 
 
 def _check_windows(config: Config) -> None:
-    """Sampling and aggregator prompt against the window, before any tokenizer is loaded.
+    """Check sampling and aggregator prompt against the window, before any tokenizer is loaded.
 
-    A word is at least one token, so what does not fit by words cannot fit by tokens.
+    A word is at least one token, so a prompt that does not fit by words cannot fit by tokens.
     """
     from aft_ray.templates import AggregatorTemplate
 
@@ -109,12 +109,12 @@ def _check_windows(config: Config) -> None:
 
 
 def _say(manifest: Manifest) -> None:
-    """One line for a stage that was done before; a stage that runs has its progress line."""
+    """Print one line for a stage that was finished before; a stage that runs prints its progress."""
     print(f"{manifest.stage:<13} done: {manifest.rows_out} rows", file=sys.stderr)
 
 
 def _run_stage(stage: Stage, run: Run, session: RaySession) -> bool:
-    """Run a stage; whether there was anything to do."""
+    """Run a stage and return whether there was anything to do."""
     before = run.manifest(stage.name)
     manifest = run_stage(
         stage,
@@ -157,7 +157,7 @@ def selection(run: Run, session: RaySession) -> None:
 
 
 def targets(run: Run, session: RaySession) -> None:
-    """Let the teacher write the aggregations."""
+    """Have the teacher write the aggregations."""
     from aft_ray.data import targets as room
 
     _run_stage(room.stage(run), run, session)
@@ -209,7 +209,7 @@ def train(run: Run, session: RaySession) -> None:
 
 
 def show_training(progress: Progress, seen: dict[str, TrainProgress], state: TrainProgress) -> None:
-    """Steps and tokens of all variants so far, and what the present one is doing."""
+    """Show the steps and tokens of all variants so far, and what the current one is doing."""
     seen[state.variant] = state
     loss = "" if state.loss is None else f", loss {state.loss:.3f}"
     progress.total = sum(one.num_steps for one in seen.values())
@@ -221,7 +221,7 @@ def show_training(progress: Progress, seen: dict[str, TrainProgress], state: Tra
 
 
 def evaluate(run: Run, session: RaySession) -> None:
-    """Ask every system the held-out prompts; score the targets."""
+    """Ask every system the held-out prompts and score the targets."""
     from aft_ray.pipeline.evaluate import evaluate as work
 
     work(run, session)

@@ -14,7 +14,7 @@ EXCLUDES = [".git", ".venv", "runs", ".cache", "**/__pycache__", "**/*.safetenso
 
 
 def check_paths(config: Config) -> None:
-    """A job works in a copy of this folder that is gone when it ends: what it leaves must have a place of its own."""
+    """Refuse relative paths: a job works in a copy of this folder, which is deleted when the job ends."""
     if "://" not in config.run.dir and not Path(config.run.dir).expanduser().is_absolute():
         raise ConfigError(
             f"submit: run.dir {config.run.dir} is relative, and a job runs in a temporary copy of this folder. "
@@ -23,7 +23,7 @@ def check_paths(config: Config) -> None:
 
 
 def submit_job(step: str, config: Path, overrides: Sequence[str], resume: str, address: str, *, wait: bool) -> int:
-    """Submit `jobs/<step>.py` with the current folder as working directory; the job's exit code class (0 or 1)."""
+    """Submit `jobs/<step>.py` with the current folder as working directory. Returns 0 if the job succeeded, else 1."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     script = Path("jobs", f"{step}.py")

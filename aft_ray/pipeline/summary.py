@@ -1,4 +1,4 @@
-"""What a run's folders hold: as the report, and in the terminal at the end of a run."""
+"""The results in a run's folders, as a report and as tables in the terminal at the end of a run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def report(run: Run) -> None:
 
 
 def report_data(run: Run) -> ReportData:
-    """Everything the report says, from the folders."""
+    """Read everything the report shows from the run's folders."""
     config = run.config
     rows = {system.name: _answers(run, system.name) for system in systems_of(run)}
     scores = text_scorer_config(config.scores)
@@ -104,7 +104,7 @@ def report_data(run: Run) -> ReportData:
 
 
 def _method(run: Run) -> MethodAnswer | None:
-    """What the run's study of the method says; None without a finished study."""
+    """Return the answer of the run's study of the method; None without a finished study."""
     from aft_ray.miniature.headline import headline, headline_points
     from aft_ray.miniature.page import PAGE
     from aft_ray.miniature.study import load_study, study_of_run
@@ -145,7 +145,7 @@ def print_results(run: Run) -> None:
 
 
 def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """Title and table of each result; the answer about the method, where there is one, comes last."""
+    """Yield the title and table of each result; the answer about the method, where there is one, comes last."""
     rewards = Table("model", "a single answer", "aggregated from its drafts")
     for system in found["systems"]:
         plan = f"  (K={system['num_proposals']}, L={system['num_layers']})" if system["num_layers"] else ""
@@ -169,12 +169,12 @@ def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def _aft_ray() -> str:
-    """The command as it can be typed here: by its name where that is on PATH, else by its path."""
+    """Return the command as it can be typed here: its name where that is on PATH, else its path."""
     return "aft-ray" if shutil.which("aft-ray") else os.path.relpath(Path(sys.executable).parent / "aft-ray")
 
 
 def _interval(value: Mapping[str, float | None]) -> str:
-    """`0.47 [0.30, 0.66]` from mean, low and high."""
+    """Return `0.47 [0.30, 0.66]` from mean, low and high."""
     mean, low, high = value["mean"], value["low"], value["high"]
     if mean is None:
         return "–"
@@ -243,7 +243,7 @@ def _perplexities(run: Run, resampling: Mapping[str, int]) -> Sequence[Condition
 
 
 def _comparisons(scored: Mapping[str, list[ScoredAnswer]], resampling: Mapping[str, int]) -> tuple[Comparison, ...]:
-    """Each system against the one before it, single and aggregated."""
+    """Compare each system with the one before it, single and aggregated."""
     return tuple(
         compare((second, scored[second]), (first, scored[first]), of=of, **resampling)  # type: ignore[arg-type]
         for first, second in pairwise(scored)
@@ -252,7 +252,7 @@ def _comparisons(scored: Mapping[str, list[ScoredAnswer]], resampling: Mapping[s
 
 
 def _examples(run: Run, rows: Mapping[str, list[dict[str, Any]]], score: Any) -> list[Example]:
-    """Drafts and aggregations of the AFT systems (of all systems, where there is none)."""
+    """Choose drafts and aggregations of the AFT systems (of all systems where there is no AFT system)."""
     shown = [name for name in rows if "aft" in name] or list(rows)
     return [
         example
@@ -264,7 +264,7 @@ def _examples(run: Run, rows: Mapping[str, list[dict[str, Any]]], score: Any) ->
 
 
 def constraint_checks(row: Mapping[str, Any], text: str) -> list[Check]:
-    """Each constraint of a prompt of task `constraints`, in words, and whether `text` meets it."""
+    """Return each constraint of a prompt of task `constraints` in words, and whether `text` meets it."""
     if row["task"] != "constraints":
         return []
     given = metadata_of(row)["constraints"]
@@ -275,13 +275,13 @@ def constraint_checks(row: Mapping[str, Any], text: str) -> list[Check]:
 
 
 def describe(constraint: Mapping[str, Any]) -> str:
-    """`{"type": "num_bullets", "count": 3}` -> `num bullets: 3`."""
+    """Return `{"type": "num_bullets", "count": 3}` as `num bullets: 3`."""
     values = ", ".join(str(value) for key, value in constraint.items() if key != "type")
     return str(constraint["type"]).replace("_", " ") + (f": {values}" if values else "")
 
 
 def _num_parameters(run: Run) -> int | None:
-    """From the sizes in the model folder's safetensors headers; None for a hub id."""
+    """Count the parameters from the safetensors headers of the model folder; None for a hub id."""
     from safetensors import safe_open
 
     from aft_ray.models import resolve_model

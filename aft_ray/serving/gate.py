@@ -35,8 +35,8 @@ RENEW_S = 1.0
 """Interval between two reports to the control."""
 
 
-class Ask(Protocol):
-    """How a gate reaches its control: `await ask("open_requests")`.
+class ControlClient(Protocol):
+    """Calls the control of a gate: `await ask("open_requests")`.
 
     A call may have to wait for an actor that is being replaced. `state` gives the call's last arguments, and is called
     only when the call is sent, so that they are current then.
@@ -47,7 +47,7 @@ class Ask(Protocol):
     ) -> Any: ...
 
 
-class ActorAsk:
+class ControlActorClient:
     """Asks the control actor of this replica's deployment, and finds its successor when it has been replaced."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ def _call(actor: Any, method: str, *args: Any, **kwargs: Any) -> Awaitable[Any]:
 class Gate:
     """The open requests of one ingress replica, and the latest table that it knows."""
 
-    def __init__(self, ask: Ask, config: ServingConfig) -> None:
+    def __init__(self, ask: ControlClient, config: ServingConfig) -> None:
         self.ask = ask
         self.table = Table.configured(config.adapters or {})
         self._ingress = uuid.uuid4().hex
@@ -114,7 +114,7 @@ class Gate:
         """Tickets that wait for their admission. A control that has admitted them must keep them open; another must not
         admit them because of the report."""
         self._leaving: set[asyncio.Task[None]] = set()
-        if isinstance(ask, ActorAsk):
+        if isinstance(ask, ControlActorClient):
             ask.greet = self._greet
 
     async def enter(self, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]) -> Ticket:

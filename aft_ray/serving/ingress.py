@@ -19,7 +19,7 @@ from aft_ray.config import ServingConfig
 from aft_ray.inference import Role
 from aft_ray.serving.admin import keep_watching
 from aft_ray.serving.api import make_api
-from aft_ray.serving.gate import ActorAsk, Gate
+from aft_ray.serving.gate import ControlActorClient, Gate
 from aft_ray.serving.handle_engine import HandleEngine
 from aft_ray.serving.keys import KeyRing, refuse_open_server
 from aft_ray.serving.ledger import RequestLedger
@@ -57,7 +57,7 @@ class Ingress:
             proposers=await self._proposer_roles() or (aggregator,),
             template=AggregatorTemplate.load(self.config.templates.aggregator),
             keys=self.keys,
-            gate=Gate(ActorAsk(), self.config),
+            gate=Gate(ControlActorClient(), self.config),
             ledger=RequestLedger(self.config.ledger),
         )
         await service.gate.renew()

@@ -10,7 +10,7 @@ import pytest
 from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig, ServingConfig
 from aft_ray.serving.admission import Ticket
 from aft_ray.serving.control import Control
-from aft_ray.serving.gate import ActorAsk, Gate
+from aft_ray.serving.gate import ControlActorClient, Gate
 
 NUM_REQUESTS = 3
 
@@ -34,7 +34,7 @@ def test_a_renewal_that_waited_for_a_new_actor_reports_what_is_open_then(
     monkeypatch.setattr(serve, "get_deployment_actor", get_deployment_actor)
 
     async def main() -> tuple[dict[str, Any], dict[str, Any]]:
-        gate = Gate(ActorAsk(), ServingConfig(engine=ScriptedEngineConfig()))
+        gate = Gate(ControlActorClient(), ServingConfig(engine=ScriptedEngineConfig()))
         renewal = asyncio.create_task(gate.renew())
         await asyncio.sleep(0.5)
         found.append(actor)

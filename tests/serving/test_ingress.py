@@ -23,7 +23,7 @@ from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
 from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
-from aft_ray.serving.gate import Ask, Gate
+from aft_ray.serving.gate import ControlClient, Gate
 from aft_ray.serving.keys import KeyRing
 from aft_ray.serving.ledger import RequestLedger
 from aft_ray.serving.replies import with_keep_alives
@@ -42,7 +42,7 @@ class CrashingEngine(ScriptedEngine):
         yield
 
 
-def local_ask(control: Control) -> Ask:
+def local_ask(control: Control) -> ControlClient:
     """Ask a control in this process, without Serve."""
 
     async def ask(method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any) -> Any:

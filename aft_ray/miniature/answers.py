@@ -1,11 +1,11 @@
-"""The questions of the paper, and what the answers of all seeds say to them.
+"""The paper's questions, and how the answers of all seeds decide them.
 
-One evaluation with L=2 holds every way of answering: a draft of layer 0 is a single sample, an answer of layer 1 is an
-aggregation at L=1, the last answer is one at L=2; the votes and the oracle are taken over the same K drafts, or over
-the K aggregations of layer 1.
+One evaluation with L=2 holds every way of answering: the drafts are single samples, the answers of layer 1 are
+aggregations at L=1, and the final answer is an aggregation at L=2. The votes and the oracle are taken over the same K
+drafts, or over the K aggregations of layer 1.
 
-A difference holds where its 95 % interval over questions (of all seeds together, paired by question) excludes zero and
-every seed alone has its sign. Seeds have questions of their own, so the interval covers both.
+A difference is called higher or lower when its 95 % interval over the questions of all seeds excludes zero and every
+seed alone has the same sign. Each seed draws its own questions, so the interval covers questions and seeds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from aft_ray.inference.answers import final_number
 
 Way = Literal["single", "vote", "best", "L=1", "vote L=1", "L=2"]
 WAYS: tuple[Way, ...] = ("single", "vote", "L=1", "vote L=1", "L=2", "best")
-"""`single`: mean over the K drafts. `vote`: the number most drafts end with, the first of equals; `vote L=1`: that most
-aggregations of layer 1 end with, so K drafts and K aggregations are written for it. `best`: whether any
-draft is right, an oracle. `L=1`: mean over the K aggregations of layer 1. `L=2`: the final answer."""
+"""`single` is the mean over the K drafts, and `vote` the answer that most of them give (the first of them in a tie).
+`L=1` is the mean over the K aggregations of layer 1, and `vote L=1` the answer that most of those give. `L=2` is the
+final answer. `best` says whether any draft is right, which only an oracle knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One question answered by one system: how right each way of answering is, 0 to 1."""
+    """One question answered by one system: how right each way of answering is, from 0 to 1."""
 
     system: str
     seed: int
@@ -38,7 +38,7 @@ class Answered:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], system: str, seed: int) -> Answered:
-        """From a row of `ANSWERS` at L=2. A draft that failed counts as wrong."""
+        """Read a row of `ANSWERS` at L=2. A draft that failed counts as wrong."""
         wanted = final_number(row["reference"])
         drafts, aggregations = ([final_number(draft["text"]) for draft in layer] for layer in row["layers"][:2])
         right: dict[Way, float] = {
@@ -53,7 +53,7 @@ class Answered:
 
 
 def _winner(numbers: Sequence[Any]) -> Any:
-    """What most of them are; None where there is none."""
+    """Return the most frequent number, the first in a tie; None when there is no number."""
     votes = Counter(number for number in numbers if number is not None)
     return votes.most_common(1)[0][0] if votes else None
 
@@ -64,7 +64,7 @@ Side = tuple[str, Way]
 
 @dataclass(frozen=True)
 class Question:
-    """A difference that answers a question, and what the paper found of it."""
+    """A question that a difference answers, and what the paper found."""
 
     text: str
     first: Side
@@ -96,7 +96,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One question's answer."""
+    """The answer to one question."""
 
     question: Question
     pooled: Estimate
@@ -105,7 +105,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`higher`, `lower`, or that no difference is shown."""
+        """`higher`, `lower` or `no difference shown`."""
         mean = self.pooled.mean
         same_sign = mean is not None and all(value * mean > 0 for value in self.by_seed.values())
         if mean is None or not self.pooled.excludes_zero or not same_sign:
@@ -125,7 +125,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Surprise:
-    """Perplexity of the targets under one condition, over all seeds."""
+    """The perplexity of the targets under one condition, over all seeds."""
 
     condition: str
     nats_per_token: Estimate
@@ -139,7 +139,7 @@ class Surprise:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What came of it."""
+    """All results of a study."""
 
     seeds: tuple[int, ...]
     num_questions: int
@@ -148,13 +148,13 @@ class Study:
     differences: tuple[Difference, ...]
     surprises: tuple[Surprise, ...]
     pseudo_right: Estimate
-    """Share of right answers among the pseudo targets, where there are any: no verifier was asked about those."""
+    """Share of right answers among the pseudo targets, which no verifier has filtered; no mean without such targets."""
 
     def rate(self, system: str, way: Way) -> Rate:
         return next(rate for rate in self.rates if (rate.system, rate.way) == (system, way))
 
     def difference(self, first: Side, second: Side) -> Difference:
-        """The answer to the question that compares these two."""
+        """Return the answer to the question that compares these two sides."""
         return next(d for d in self.differences if (d.question.first, d.question.second) == (first, second))
 
 
@@ -164,7 +164,7 @@ def study_of(
     pseudo_right: Sequence[bool],
     num_resamples: int,
 ) -> Study:
-    """Rates and differences over the answers of all seeds."""
+    """Compute rates and differences over the answers of all seeds."""
     systems = list(dict.fromkeys(one.system for one in answered))
     seeds = tuple(dict.fromkeys(one.seed for one in answered))
     values = {(one.system, way, one.seed, one.prompt_id): one.right[way] for one in answered for way in WAYS}

@@ -1,4 +1,4 @@
-"""What the study reads out of answers: ways of answering, differences, verdicts."""
+"""How the study reads answers: ways of answering, differences, verdicts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def row(drafts: list[str], aggregations: list[str], answer: str, name: str = "p-1") -> dict[str, Any]:
-    """A row of answers at L=2 to a question whose last total is 6."""
+    """A row of answers at L=2 to a question whose right answer is 070506."""
     layers = [[{"text": text} for text in layer] for layer in (drafts, aggregations)]
-    return {"prompt_id": name, "reference": "7,5,6", "layers": layers, "answer": answer}
+    return {"prompt_id": name, "reference": "070506", "layers": layers, "answer": answer}
 
 
 def test_one_row_holds_every_way_of_answering() -> None:
-    answered = Answered.of(row(["7,5,6", "7,5,4", "7,5,4", "7,5,6"], ["7,5,6", "1", "1"], "7,5,6"), "aft", seed=1)
+    answered = Answered.of(
+        row(["070506", "070504", "070504", "070506"], ["070506", "01", "01"], "070506"), "aft", seed=1
+    )
     rates = {"single": 0.5, "vote": 1.0, "L=1": 1 / 3, "vote L=1": 0.0, "L=2": 1.0, "best": 1.0}
     assert answered.right == pytest.approx(rates)
 
@@ -32,15 +34,16 @@ def test_one_row_holds_every_way_of_answering() -> None:
 @pytest.mark.parametrize(
     ("drafts", "vote", "best"),
     [
-        (["4", "4", "6"], 0.0, 1.0),
-        (["6", "4"], 1.0, 1.0),  # the first of equals
-        (["4", "6"], 0.0, 1.0),
-        (["", ",,", "6"], 1.0, 1.0),  # drafts without a number have no vote
+        (["070504", "070504", "070506"], 0.0, 1.0),
+        (["070506", "070504"], 1.0, 1.0),  # the first in a tie
+        (["070504", "070506"], 0.0, 1.0),
+        (["070504", "070406", "080506"], 0.0, 0.0),  # most are right at every place, none as a whole
+        (["", "--", "070506"], 1.0, 1.0),  # drafts without a number have no vote
         (["", ""], 0.0, 0.0),
     ],
 )
-def test_the_vote_is_of_the_last_numbers(drafts: list[str], vote: float, best: float) -> None:
-    right = Answered.of(row(drafts, ["6"], "6"), "aft", seed=1).right
+def test_the_vote_is_over_whole_answers(drafts: list[str], vote: float, best: float) -> None:
+    right = Answered.of(row(drafts, ["070506"], "070506"), "aft", seed=1).right
     assert (right["vote"], right["best"]) == (vote, best)
 
 

@@ -46,7 +46,7 @@ GROUPS = {
     "stages": ["end_to_end/test_command_line.py", "data/test_poison.py", "test_stages.py"],
     "load": ["serving/test_load.py"],
     "kills": ["end_to_end/test_data_kills.py"],
-    "engines": ["engines/test_real_models.py", "training/test_export.py"],
+    "engines": ["engines/test_real_models.py", "engines/test_transformers.py", "training/test_export.py"],
     "README": ["test_readme.py", "test_cluster.py"],
     "miniature": ["miniature/test_base.py"],
 }

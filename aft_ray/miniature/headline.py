@@ -57,9 +57,14 @@ def _sft_gains(study: Study, gain: Difference) -> str:
         "higher": "Ordinary fine-tuning (SFT) on the same questions makes aggregating pay too",
         "lower": "Ordinary fine-tuning (SFT) on the same questions does not teach it: showing it drafts makes it worse",
     }.get(gain.verdict, "Ordinary fine-tuning (SFT) on the same questions does not teach it: no gain is shown")
+    skill = study.difference(("aft", "L=1"), ("sft", "L=1"))
+    compared = {
+        "higher": "Given drafts, AFT is right more often than SFT",
+        "lower": "Given drafts, AFT is right less often than SFT",
+    }.get(skill.verdict, "Given drafts, no difference is shown between AFT and SFT")
     return (
         f"{reading}, {_share(study, ('sft', 'L=1'))} with drafts and {_share(study, ('sft', 'single'))} alone "
-        f"({_points(gain.pooled)})."
+        f"({_points(gain.pooled)}). {compared} ({_points(skill.pooled)})."
     )
 
 

@@ -71,6 +71,17 @@ def test_a_difference_comes_with_its_interval() -> None:
     assert "+40.0 percentage points, 95 % interval +" in first
 
 
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ({"aft": 0.5, "sft": 0.2}, "more often than SFT (+30.0"),
+        ({"aft": 0.2, "sft": 0.5}, "less often than SFT (-30.0"),
+    ],
+)
+def test_it_says_who_makes_more_of_the_drafts(shares: dict[str, float], words: str) -> None:
+    assert f"Given drafts, AFT is right {words}" in headline(study(**shares))[2]
+
+
 def test_the_chart_has_the_ways_of_answering_of_every_model() -> None:
     chart = headline_chart(study(0.9))
     for words in ("a single answer", "majority vote", "aggregated", "after AFT", "(SFT)"):

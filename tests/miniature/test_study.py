@@ -1,6 +1,6 @@
 """The method itself: from the stored base model through every stage of a run, as `make miniature` does with more of it.
 
-Guarded is what held by far with every seed that was tried (RESULTS.md); the rest is in the study's page.
+The tests guard what held by a wide margin (RESULTS.md); the rest is in the study's page.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ class RaySession:
         if ray.is_initialized():
             return
         dashboard = False if self.address == "local" else None
+        if self.address == "local":  # at Ray's own 15 the workers starve beside any other busy process (LOG.md)
+            os.environ.setdefault("RAY_worker_niceness", "0")
         with _kept_back_unless_it_fails():
             ray.init(
                 address=self.address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard

@@ -185,7 +185,7 @@ def test_a_finished_stage_is_not_run_again(ray_cluster: None, tmp_path: Path) ->
 
 
 def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="numbers: not finished"):
+    with pytest.raises(InputError, match="numbers: this stage is not finished"):
         run_stage(squares(tmp_path), max_failure_rate=0)
 
 

@@ -1,4 +1,4 @@
-"""Looking up pairs in tables: right answers, partitions that share nothing, the same questions for a seed."""
+"""Chains of operations modulo twenty: right answers, partitions that share nothing, the same questions for a seed."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ import itertools
 import pytest
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.arithmetic import MODULUS, PARTITIONS, answer_to, documents, fact, partition_of, questions
+from aft_ray.data.arithmetic import PARTITIONS, documents, partition_of, questions, worked
 from aft_ray.data.prompts import read_prompts
-from aft_ray.data.verifiers import verify
 from aft_ray.errors import InputError
+from aft_ray.inference.answers import final_number
 
 
-def test_every_place_is_looked_up_by_itself() -> None:
-    assert answer_to("0702050012130301*1319061104000802") == "1603090112011110"
-    assert answer_to("0702*1319") == answer_to("07*13") + answer_to("02*19")
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("07+13*02-19*05", "07,00,00,01,05"),
+        ("00-19-19", "00,01,02"),
+        ("19*19*19", "19,01,19"),
+        ("03-05*07", "03,18,06"),
+    ],
+)
+def test_every_running_total_is_written_modulo_twenty(question: str, answer: str) -> None:
+    assert worked(question) == answer
 
 
-def test_each_sign_has_a_table_of_its_own() -> None:
-    pairs = [(left, right) for left in range(MODULUS) for right in range(MODULUS)]
-    tables = {sign: [fact(left, sign, right) for left, right in pairs] for sign in "+-*"}
-    for table in tables.values():
-        assert set(table) == set(range(MODULUS))
-    assert sum(a == b for a, b in zip(tables["+"], tables["-"], strict=True)) < 2 * len(pairs) / MODULUS
-
-
-def test_the_numeric_verifier_compares_whole_answers() -> None:
-    row = {"task": "numeric", "reference": "1603090112011110"}
-    assert verify(row, "1603090112011110")
-    assert not verify(row, "1603090112011111")
-    assert not verify(row, "1503090112011110")  # wrong in the first place only
-    assert not verify(row, "16030901120111")
+def test_the_verifier_reads_the_last_total() -> None:
+    for question in itertools.islice(questions("final", seed=3), 50):
+        assert final_number(worked(question)) == int(worked(question)[-2:])
 
 
 def test_a_question_belongs_to_one_partition_whatever_the_seed() -> None:
@@ -50,7 +47,7 @@ def test_a_seed_draws_the_same_questions_and_another_seed_others() -> None:
 def test_documents_ask_some_questions_again_and_none_of_another_partition() -> None:
     made = list(itertools.islice(documents(seed=5), 200))
     assert {len(pairs) for pairs in made} == {1, 2, 3, 4, 5}
-    assert all(answer == answer_to(question) for pairs in made for question, answer in pairs)
+    assert all(answer == worked(question) for pairs in made for question, answer in pairs)
     assert {partition_of(question) for pairs in made for question, _ in pairs} == {"pretraining"}
     assert 0.4 < sum(len(dict(pairs)) < len(pairs) for pairs in made) / len(made) < 0.8
 
@@ -58,6 +55,6 @@ def test_documents_ask_some_questions_again_and_none_of_another_partition() -> N
 def test_the_source_gives_questions_with_references_for_the_numeric_verifier() -> None:
     (row,) = read_prompts(PromptsConfig(source="arithmetic:tuning", limit=1), seed=1)
     question = row["messages"][0]["content"]
-    assert (row["reference"], row["task"]) == (answer_to(question), "numeric")
+    assert (row["reference"], row["task"]) == (worked(question), "numeric")
     with pytest.raises(InputError, match=r"expected arithmetic: and one of pretraining, tuning, final"):
         list(read_prompts(PromptsConfig(source="arithmetic:test")))

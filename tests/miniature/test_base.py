@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from aft_ray.config import load_config
-from aft_ray.data.arithmetic import answer_to
+from aft_ray.data.arithmetic import worked
 from aft_ray.errors import AftError
 from aft_ray.miniature.base import document_row, make_base, make_tokenizer
 from aft_ray.templates import IGNORE, AggregatorTemplate, ChatFormat
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "configs" / "miniature" / "base"
-PAIRS = [(question, answer_to(question)) for question in ("0708+1319", "1112-1900")]
+PAIRS = [(question, worked(question)) for question in ("07+08*13", "11-12*19")]
 
 
 def test_the_stored_model_is_small_and_says_what_it_is() -> None:
@@ -36,9 +36,9 @@ def test_a_conversation_has_the_ids_of_a_document() -> None:
 def test_an_aggregation_prompt_of_the_bare_template_has_no_unknown_token() -> None:
     prompt_format = ChatFormat.load(str(BASE))
     template = AggregatorTemplate.load("bare")
-    messages = template.messages([{"role": "user", "content": "0708+1319"}], ["1607", "16"])
+    messages = template.messages([{"role": "user", "content": "07+08*13"}], ["07,15,15", "07,15"])
     text = prompt_format.decode(prompt_format.prompt_ids(messages))
-    assert text == "[1]1607[2]16<|user|>0708+1319<|assistant|>"
+    assert text == "[1]07,15,15[2]07,15<|user|>07+08*13<|assistant|>"
 
 
 @pytest.mark.soak

@@ -4,7 +4,7 @@
     FILE.jsonl, FILE.parquet          one row per prompt; a local path, s3://... or gs://...
     hub:DATASET[@CONFIG][:SPLIT]      a data set of the Hugging Face hub; the default split is `train`
     reasoning_gym:TASK[,TASK...]      procedural tasks with their own verifiers, interleaved
-    arithmetic:PARTITION              pairs to look up in made-up tables (`aft_ray.data.arithmetic`): tuning, final
+    arithmetic:PARTITION              chains of operations modulo twenty (`aft_ray.data.arithmetic`): tuning, final
 
 Blank lines are skipped. A line that cannot be parsed is yielded as an InputError, and the caller decides its outcome.
 """
@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from aft_ray.data.arithmetic import PARTITIONS, answer_to, questions
+from aft_ray.data.arithmetic import PARTITIONS, questions, worked
 from aft_ray.errors import ConfigError, InputError
 
 SOURCES = (
@@ -161,5 +161,5 @@ def _arithmetic(partition: str, num_rows: int, seed: int, name: str) -> Iterator
     if partition not in PARTITIONS:
         raise InputError(f"{name}: no such partition; expected arithmetic: and one of {', '.join(PARTITIONS)}")
     for number, question in enumerate(itertools.islice(questions(partition, seed), num_rows), start=1):
-        row = {"question": question, "reference": answer_to(question), "task": "numeric"}
+        row = {"question": question, "reference": worked(question), "task": "numeric"}
         yield f"arithmetic:{partition}:{number}", row

@@ -3,6 +3,7 @@
 # make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
 # make miniature   the method on a model of a million parameters, three seeds      make miniature-base   its base model
 # ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve.
+# make test-gpu, make bench-gpu   what only a GPU can show, in ten minutes each (benchmarks/gpu.py)
 # DEVICE=cpu|gpu chooses the lock (default: gpu where nvidia-smi answers).  PYTHON=python3.12 chooses the interpreter.
 
 DEVICE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -11,6 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed-$(DEVICE)
 SCORERS := .venv/.installed-scorers
+STORAGE := .venv/.installed-storage
+DEPLOY := .venv/.installed-deploy
 # PyTorch keeps its CPU builds in an index of its own; asked only when the default index has no torch+cpu.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Ray starts many processes, and where PYTHONDONTWRITEBYTECODE is set, as in most container images, every one of them
@@ -20,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/|/vllm/model_executor/models/'
 INSTALL := $(BIN)/pip install --quiet --no-deps --no-compile --disable-pip-version-check
 
-.PHONY: setup scorers demo test soak test-all serve bench miniature miniature-base check clean
+.PHONY: setup scorers storage deploy-tools demo test soak test-all serve bench miniature miniature-base check clean
 setup: $(STAMP)
 
 $(STAMP): requirements/$(DEVICE).txt pyproject.toml
@@ -34,20 +37,36 @@ $(STAMP): requirements/$(DEVICE).txt pyproject.toml
 	@$(COMPILE) .venv/lib >/dev/null 2>&1 || true  # some packages carry templates that are no Python
 	@touch $@
 
-# Two scorers of other projects, for their tests only: one of their packages needs a C compiler.
+# Scorers of other projects, for their tests only: one of their packages needs a C compiler.
 scorers: $(SCORERS)
 
 $(SCORERS): requirements/scorers.txt $(STAMP)
 	@$(INSTALL) -r $<
 	@touch $@
 
+# An S3 server on this machine, for tests only.
+storage: $(STORAGE)
+
+$(STORAGE): requirements/storage.txt $(STAMP)
+	@$(INSTALL) -r $<
+	@touch $@
+
+# What checks cluster.yaml, deploy/ and the Dockerfile without a cloud, for tests only.
+deploy-tools: $(DEPLOY)
+
+$(DEPLOY): requirements/deploy.txt requirements/gcp.txt requirements/azure.txt $(STAMP)
+	@$(INSTALL) -r requirements/deploy.txt -r requirements/gcp.txt -r requirements/azure.txt
+	@touch $@
+
+# One GPU takes the place of the two CPU workers that the quickstart trains on.
+DEMO_gpu := --set training.num_workers=1 --set training.batch_size_per_worker=4
 demo: $(STAMP)
-	@$(BIN)/aft-ray run --config configs/demo.yaml $(ARGS)
+	@$(BIN)/aft-ray run --config configs/demo.yaml $(DEMO_$(DEVICE)) $(ARGS)
 
 TESTS_test := not soak
 TESTS_soak := soak
-test soak test-all: $(STAMP)
-	@$(MAKE) --no-print-directory scorers || echo "the tests of the ifeval and reasoning_gym scorers will be skipped"
+test soak test-all: $(STAMP) $(STORAGE) $(DEPLOY)
+	@$(MAKE) --no-print-directory scorers || echo "the tests of the ifeval, ifbench and reasoning_gym scorers will be skipped"
 	@$(BIN)/python -m pytest -m '$(TESTS_$@)'
 
 serve: $(STAMP)
@@ -55,6 +74,9 @@ serve: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py
+
+test-gpu bench-gpu: $(STAMP)
+	@$(BIN)/python benchmarks/gpu.py $(@:-gpu=) --within 600 $(ARGS)
 
 miniature: $(STAMP)
 	@$(BIN)/python -m aft_ray.miniature study $(ARGS)

@@ -8,30 +8,43 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from aft_ray.cpu import let_waiting_threads_sleep
+from aft_ray.serving.app import prepare_for_serving
+
+if TYPE_CHECKING:
+    from tests.ray_head import Head
+    from tests.scripted_endpoint import ScriptedEndpoint
 
 let_waiting_threads_sleep()  # each of pytest's workers has tests that compute on all cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")  # as `aft-ray` sets it for its own clusters
+prepare_for_serving()  # as `aft-ray` does for its own clusters
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a worker starves beside another test's own processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network must fail at once
 
 GROUPS = {
-    "whole line": ["end_to_end/test_whole_line.py", "miniature/test_study.py"],
-    "training": [
-        "training/test_training_modes.py",
-        "training/test_train_adapters.py",
-        "training/test_failures.py",
-        "training/test_train_kills.py",
+    "whole line": ["end_to_end/test_whole_line.py"],
+    "stages": [
+        "end_to_end/test_command_line.py",
+        "end_to_end/test_evaluate.py",
+        "data/test_own_answers.py",
+        "data/test_poison.py",
+        "test_stages.py",
+        "test_cluster_fit.py",
+        "test_ray_session.py",
+        "test_doctor.py",
+        "test_metrics.py",
     ],
     "serving": [
         "serving/test_adapter_swap.py",
         "serving/test_control.py",
+        "serving/test_books.py",
+        "serving/test_dead_engine.py",
+        "serving/test_scaling.py",
         "serving/test_several_proposers.py",
         "serving/test_hostile_drafts.py",
         "serving/test_gate.py",
@@ -41,14 +54,31 @@ GROUPS = {
         "serving/test_metrics.py",
         "serving/test_request_id.py",
         "serving/test_streaming.py",
+        "serving/test_traces.py",
+        "serving/test_stock_clients.py",
+    ],
+    "training": [
+        "training/test_training_modes.py",
+        "training/test_train_adapters.py",
+        "training/test_failures.py",
+        "training/test_refusals.py",
+        "training/test_train_kills.py",
     ],
     "full line": ["training/test_full_line.py"],
-    "stages": ["end_to_end/test_command_line.py", "data/test_poison.py", "test_stages.py"],
     "load": ["serving/test_load.py"],
-    "kills": ["end_to_end/test_data_kills.py"],
+    "kills": ["end_to_end/test_data_kills.py", "end_to_end/test_engine_death.py"],
     "engines": ["engines/test_real_models.py", "engines/test_transformers.py", "training/test_export.py"],
+    "jobs": ["end_to_end/test_submit.py", "end_to_end/test_jobs.py"],
     "README": ["test_readme.py", "test_cluster.py"],
     "miniature": ["miniature/test_base.py"],
+    "deploy": [
+        "deploy/test_launcher.py",
+        "deploy/test_kuberay.py",
+        "deploy/test_docs.py",
+        "deploy/test_image.py",
+        "deploy/test_allocations.py",
+        "deploy/test_paper.py",
+    ],
 }
 """Files that one worker runs one after the other, because they share a cluster, an application or a group of training
 workers; the longest groups first. Every other file is a group of its own."""
@@ -85,6 +115,33 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """A head node with token authentication and a job server, as processes of its own."""
+    from tests.ray_head import ray_head
+
+    with ray_head() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket on a local S3 server. Start Ray after it, so that workers know the server too."""
+    from tests.object_storage import s3_server
+
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ScriptedEndpoint]:
+    """An OpenAI-compatible endpoint that plays the oddities of real ones."""
+    from tests.scripted_endpoint import scripted_endpoint
+
+    with scripted_endpoint() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from aft_ray.config import (
 from aft_ray.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-RUN = {"run": {"dir": "runs/x"}, "engine": {"type": "vllm", "model": "m/m"}}
+VLLM = {"type": "vllm", "model": "m/m"}
+RUN = {"run": {"dir": "runs/x"}, "engine": VLLM}
 
 
 def write(folder: Path, content: object, name: str = "run.yaml") -> Path:
@@ -52,16 +55,53 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
             ["worse_than_best", "likelihood cannot be compared", "reward model"],
         ),
         (
-            {"targets": {"engine": {"type": "vllm", "model": "m/m", "tensor_parallel_size": 4}}},
+            {
+                "targets": {
+                    "engine": {"type": "vllm", "model": "m/m", "tensor_parallel_size": 4},
+                    "placement": {"num_gpus": 0},
+                }
+            },
             ["targets.placement.num_gpus 0", "tensor_parallel_size 4", "Set them equal"],
         ),
+        ({"proposals": {"placement": {"num_gpus": 0.5}}}, ["num_gpus 0.5", "gpu_memory_utilization 0.9", "Lower"]),
+        ({"serving": {"aggregator": {"num_gpus": 2}}}, ["serving.aggregator.num_gpus 2", "tensor_parallel_size 1"]),
+        (
+            {
+                "serving": {
+                    "topology": "split",
+                    "proposers": [
+                        {
+                            "name": "a",
+                            "engine": {"type": "vllm", "model": "m/m", "pipeline_parallel_size": 2},
+                            "replicas": {"num_gpus": 1},
+                        }
+                    ],
+                }
+            },
+            ["serving.proposers.a.replicas.num_gpus 1", "pipeline_parallel_size 2"],
+        ),
+        (
+            {"proposals": {"engine": {"type": "openai", "model": "m", "base_url": "u"}, "placement": {"num_gpus": 1}}},
+            ["proposals.placement.num_gpus 1", "endpoint"],
+        ),
+        ({"engine": {**VLLM, "max_lora_rank": 24}}, ["engine.max_lora_rank", "24"]),
+        ({"engine": {**VLLM, "args": {"quantisation": "fp8"}}}, ["args.quantisation", "did you mean 'quantization'"]),
+        ({"engine": {**VLLM, "args": {"max_num_seqs": 4}}}, ["args.max_num_seqs", "engine's setting max_num_seqs"]),
+        ({"engine": {**VLLM, "args": {"max_loras": 4}}}, ["args.max_loras", "engine's setting max_adapters"]),
+        (
+            {"engine": {**VLLM, "speculation": "ngram", "args": {"speculative_config": {"method": "suffix"}}}},
+            ["args.speculative_config", "engine's setting speculation"],
+        ),
         ({"proposals": {"placement": {"num_gpus": 2}}}, ["proposals.placement.num_gpus 2", "tensor_parallel_size 1"]),
-        ({"training": {"quantization": "nf4"}}, ["training", "nf4 needs a GPU"]),
+        ({"training": {"quantization": "nf4", "gpus_per_worker": 0}}, ["training", "nf4 needs a GPU"]),
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "deepspeed": "zero3"}}, ["ZeRO-3", "use zero2"]),
         ({"training": {"quantization": "nf4", "gpus_per_worker": 1, "method": "full"}}, ["method: lora"]),
         ({"training": {"lora": {"target_modules": ["q_proj", "lm_head"]}}}, ["lm_head", "never be trained"]),
         ({"training": {"method": "full", "init_adapter": "a"}}, ["init_adapter", "export --merged"]),
-        ({"training": {"attention": "flash_attention_2"}}, ["flash_attention_2 needs a GPU and bf16"]),
+        (
+            {"training": {"attention": "flash_attention_2", "gpus_per_worker": 0}},
+            ["flash_attention_2 needs a GPU and bf16"],
+        ),
         ({"training": {"pack_length": 64}}, ["pack_length 64 < training_set.max_length", "Raise pack_length"]),
         ({"engine": {"type": "openai", "model": "m", "base_url": "u"}}, ["cannot be trained", "targets.engine"]),
     ],
@@ -73,6 +113,26 @@ def test_a_wrong_setting_is_refused_by_name(tmp_path: Path, change: dict[str, ob
         load_config(path)
     for word in [str(path), *words]:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"proposals": {"placement": {"num_gpus": 1}}},
+        {"engine": {**VLLM, "gpu_memory_utilization": 0.45}, "proposals": {"placement": {"num_gpus": 0.5}}},
+        {
+            "engine": {**VLLM, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+            "serving": {"aggregator": {"num_gpus": 4}},
+        },
+        {"engine": {**VLLM, "tensor_parallel_size": 4}},
+        {"training": {"lora": {"rank": 24}}},
+        {"training": {"lora": {"dora": True}}, "serving": {"engine": {"type": "transformers", "model": "m/m"}}},
+        {"engine": {**VLLM, "args": {"speculative_config": {"method": "suffix"}, "load_format": "dummy", "seed": 3}}},
+    ],
+    ids="-".join,
+)
+def test_gpus_adapters_and_arguments_that_fit_are_accepted(tmp_path: Path, change: dict[str, object]) -> None:
+    assert load_config(write(tmp_path, {**RUN, **change})).run.dir == "runs/x"
 
 
 @pytest.mark.parametrize(
@@ -131,3 +191,12 @@ def test_what_only_costs_time_or_money_may_change_when_a_run_is_resumed() -> Non
     one, other = (OpenAIEngineConfig.model_validate(raw) for raw in (slow, patient))
     assert one.identity() == other.identity()
     assert one.identity() != other.model_copy(update={"model": "n"}).identity()
+
+
+def test_the_reference_of_all_settings_is_what_the_models_give() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "configuration.py"))["page"]()
+    assert (ROOT / "docs" / "configuration.md").read_text() == made, "run: python docs/configuration.py"
+    assert not re.findall(r"^\|.*\| +\|$", made, re.MULTILINE), "settings without a docstring"
+    headings = re.findall(r"^## (.*)$", made, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert len(anchors) == len(headings) and set(re.findall(r"\(#(.*?)\)", made)) <= anchors

@@ -6,14 +6,17 @@ Unknown keys are refused, with the most similar known key. A file that begins wi
 differs from that file. Every stage receives its own section and nothing else.
 
     strict.py      the base class of every model      engines.py    engines and their placement
+    endpoints.py   remote endpoints, and presets
     data.py        prompts to training set            training.py   fine-tuning
     serving.py     the endpoint                       evaluation.py the systems to evaluate
     run.py         `Config`, the whole run            templates.py  the templates around prompts and proposals
+    estimate.py    what `plan` assumes
+    conditions.py  what must hold between sections
     loading.py     YAML and --set -> `Config`
 """
 
 from aft_ray.config.data import (
-    ULTRAFEEDBACK,
+    LAYOUTS,
     JudgeConfig,
     LikelihoodConfig,
     PromptsConfig,
@@ -27,15 +30,18 @@ from aft_ray.config.data import (
     TrainingSetConfig,
     Variant,
 )
+from aft_ray.config.endpoints import OpenAIEngineConfig, PricesConfig
 from aft_ray.config.engines import (
     EngineConfig,
-    OpenAIEngineConfig,
     PlacementConfig,
-    PricesConfig,
     ScriptedEngineConfig,
     TransformersEngineConfig,
     VllmEngineConfig,
+    gpus_of,
+    samples_at_once,
+    why_not_on_gpus,
 )
+from aft_ray.config.estimate import EstimateConfig
 from aft_ray.config.evaluation import EvaluationConfig, SystemConfig
 from aft_ray.config.loading import load_config, merge, validate
 from aft_ray.config.run import Config, RunSection
@@ -46,16 +52,18 @@ from aft_ray.config.serving import (
     ProposerPoolConfig,
     ReplicaConfig,
     ServingConfig,
+    TracesConfig,
 )
 from aft_ray.config.templates import TemplatesConfig
 from aft_ray.config.training import DeepSpeedPreset, LoraSettings, TrainingConfig
 
 __all__ = [
-    "ULTRAFEEDBACK",
+    "LAYOUTS",
     "AdmissionConfig",
     "Config",
     "DeepSpeedPreset",
     "EngineConfig",
+    "EstimateConfig",
     "EvaluationConfig",
     "JudgeConfig",
     "KeyConfig",
@@ -80,12 +88,16 @@ __all__ = [
     "TargetFilters",
     "TargetsConfig",
     "TemplatesConfig",
+    "TracesConfig",
     "TrainingConfig",
     "TrainingSetConfig",
     "TransformersEngineConfig",
     "Variant",
     "VllmEngineConfig",
+    "gpus_of",
     "load_config",
     "merge",
+    "samples_at_once",
     "validate",
+    "why_not_on_gpus",
 ]

@@ -2,63 +2,122 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from aft_ray.config.engines import EngineConfig, PlacementConfig
 from aft_ray.config.strict import SamplingField, Strict
 from aft_ray.engines.base import Sampling
+from aft_ray.errors import nearest
+
+VerifierName = Literal["constraints", "numeric", "math", "choice", "exact", "reasoning_gym", "ifeval", "ifbench"]
+VERIFIERS: frozenset[str] = frozenset(get_args(VerifierName))
+"""Scorers, and tasks, whose score of 1.0 means correct."""
+ScorerName = Literal[
+    "auto",
+    "constraints",
+    "numeric",
+    "math",
+    "choice",
+    "exact",
+    "reasoning_gym",
+    "ifeval",
+    "ifbench",
+    "agreement",
+    "source",
+    "length",
+    "reward_model",
+    "judge",
+    "likelihood",
+    "none",
+]
+
+
+def is_verifier(name: str | None) -> bool:
+    """Whether a score of 1.0 by this scorer means correct: a known verifier, or a function by its import path."""
+    return name is not None and (name in VERIFIERS or ":" in name)
+
+
+def _known_scorer(value: Any) -> Any:
+    names = get_args(ScorerName)
+    if value not in names:
+        raise ValueError(f"unknown scorer {value!r}; {nearest(value, names, kind='scorers')}")
+    return value
 
 
 class ResponsesConfig(Strict):
-    """Describes where each row of a source keeps several answers to its prompt. They become off-policy proposals."""
+    """Describes where each row of a source keeps answers to its prompt. They become off-policy proposals."""
 
     column: str | None = None
     """Name of a column that holds a list of answers. Each item is a text, or an object with the fields below."""
     columns: tuple[str, ...] = ()
     """Names of columns that hold one answer each, for example `[chosen, rejected]`. Set this or `column`. The value is
     a text, or a conversation that ends with the answer."""
+    models: tuple[str, ...] = ()
+    """With `columns`: for each of them, the column that names the model. Such a column may be missing."""
+    scores: tuple[str, ...] = ()
+    """With `columns`: for each of them, the column that holds the source's score. Such a column may be missing."""
     text: str = "text"
     """Field of an item that holds the answer."""
     model: str | None = "model"
     """Field of an item that names the model which wrote the answer. The field may be missing."""
     score: str | None = None
-    """Field of an item that holds the source's score. It is kept on the row, but never used as this run's score."""
+    """Field of an item that holds the source's score. Scorer `source` uses it (`scores.scorer`)."""
+    rank: str | None = None
+    """Field of an item that holds its rank, 1 for the best answer. Its negative is the score."""
 
     @model_validator(mode="after")
     def _one_place(self) -> ResponsesConfig:
         if (self.column is None) == (not self.columns):
             raise ValueError("set either 'column' (a list column) or 'columns' (one column per answer)")
+        for name, beside in (("models", self.models), ("scores", self.scores)):
+            if beside and len(beside) != len(self.columns):
+                raise ValueError(
+                    f"{name}: {len(beside)} columns beside {len(self.columns)} of answers; name one for each"
+                )
         return self
 
 
-ULTRAFEEDBACK = ResponsesConfig(column="completions", text="response", model="model", score="overall_score")
-"""The layout of openbmb/UltraFeedback, which has four completions per instruction."""
+LAYOUTS = {
+    "ultrafeedback": ResponsesConfig(column="completions", text="response", score="overall_score"),
+    "preference": ResponsesConfig(columns=("chosen", "rejected"), scores=("score_chosen", "score_rejected")),
+    "helpsteer": ResponsesConfig(columns=("response",), scores=("helpfulness",)),
+    "nectar": ResponsesConfig(column="answers", text="answer", rank="rank"),
+}
+"""Known layouts of answers: openbmb/UltraFeedback, preference pairs, nvidia/HelpSteer, berkeley-nest/Nectar."""
 
 
 class PromptsConfig(Strict):
     """Configures where prompts come from and which of them are removed."""
 
     source: str = "packaged:constraints"
-    """One of `packaged:constraints`, a `.jsonl` or `.parquet` file, `hub:DATASET[@CONFIG][:SPLIT]`,
-    `reasoning_gym:TASK[,TASK...]`, or `arithmetic:PARTITION`."""
+    """One of `packaged:constraints`; a file, a folder or a glob (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, all but
+    the last with `.gz`, `.zst` or `.bz2` as well); `hub:DATASET[@CONFIG][:SPLIT][#REVISION]`;
+    `reasoning_gym:TASK[,TASK...]`; `arithmetic:PARTITION`."""
     column: str | None = None
-    """Column that holds the prompt, as text or as messages. None: the first of `messages`, `prompt`, `query`,
-    `instruction`, `question` that the row has."""
+    """Column that holds the prompt, as text or as messages. None: the first of `messages`, `conversations`,
+    `conversation`, `prompt`, `query`, `instruction`, `question` that the row has."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are no part of the question although they have the name of one, such as `input`, `system` or
+    `tools`. They are kept as metadata."""
     reference_column: str | None = None
-    """Column that holds the reference answer. None: `reference`, if the row has it."""
-    responses: Literal["ultrafeedback"] | ResponsesConfig | None = None
+    """Column that holds the reference answer. None: `reference`, if the row has it, else the answer at the end of the
+    row's conversation, if there is one."""
+    responses: Literal["ultrafeedback", "preference", "helpsteer", "nectar"] | ResponsesConfig | None = None
     """Where the source keeps answers to each prompt, for off-policy proposals: a known layout or a description of one.
     None: the source has no answers, or they are not needed."""
     task: str | None = None
     """Task name written on every row; it chooses the verifier. None: the row's own `task`, if it has one."""
     license: str | None = None
     """Licence of the source. It is printed on the data card."""
+    description: str | None = None
+    """What the prompts are, in a sentence or two. It is printed on the data card."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to read from the start of the source. None: all of them (500 from a procedural source)."""
     held_out: int = Field(default=32, ge=0)
-    """Number of prompts kept out of training, for evaluation. A seeded hash of the prompt id chooses them."""
+    """Number of conversations kept out of training, for evaluation. A seeded hash of their text chooses them, and
+    prompts that differ from one of them only in case, spacing or system message are held out too."""
     on_bad_row: Literal["record", "stop"] = "record"
     """What happens to a row that cannot be used. `record`: the row fails, prompts/failed/ lists its place and error,
     and the run goes on (up to `run.max_failure_rate`). `stop`: the run ends with an error at the first such row."""
@@ -66,9 +125,10 @@ class PromptsConfig(Strict):
     """What happens to a prompt with NUL, lone surrogates, control tokens of a chat format, or more than 500,000
     characters. `reject`: it is a bad row (see `on_bad_row`). `keep`: it is accepted; lone surrogates become U+FFFD, and
     control tokens are broken up when the text is tokenized."""
-    duplicates: Literal["reject", "drop"] = "reject"
-    """What happens to a row that repeats an earlier conversation. `reject`: it is a bad row (see `on_bad_row`). `drop`:
-    it is removed and listed in prompts/removed.jsonl."""
+    duplicates: Literal["reject", "drop", "group", "keep"] = "reject"
+    """What happens to a row that repeats an earlier conversation, whatever its id. `reject`: it is a bad row (see
+    `on_bad_row`). `drop`: it is removed and listed in prompts/removed.jsonl. `group`: its answers (`responses`) join
+    those of the earlier row. `keep`: it is a prompt of its own if the source gives it an id of its own."""
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Remove a prompt if its similarity to an earlier one reaches this threshold. The similarity is the Jaccard index
     of character 5-grams, estimated with MinHash. None: near duplicates are kept."""
@@ -80,6 +140,12 @@ class PromptsConfig(Strict):
     rows_per_shard: int | None = Field(default=None, ge=1)
     """Number of rows per output file. A file is the unit of resume. None: files grow from 8 rows to 512, so that small
     runs have several files and large runs have few."""
+
+    @model_validator(mode="after")
+    def _groups_answers(self) -> PromptsConfig:
+        if self.duplicates == "group" and self.responses is None:
+            raise ValueError("duplicates 'group' joins the answers of rows: set `responses` to where a row has them")
+        return self
 
 
 class ProposerConfig(Strict):
@@ -182,31 +248,37 @@ class LikelihoodConfig(Strict):
 class ScoresConfig(Strict):
     """Configures how proposals are scored."""
 
-    scorer: Literal[
-        "auto",
-        "constraints",
-        "numeric",
-        "reasoning_gym",
-        "ifeval",
-        "agreement",
-        "length",
-        "reward_model",
-        "judge",
-        "likelihood",
-        "none",
-    ] = "auto"
-    """`constraints`, `numeric`, `reasoning_gym`, `ifeval`: the verifier of that task. `auto`: the verifier of the row's
-    own task, or no score if it has none. `agreement`: the share of the other proposals with the same short answer.
-    `length`: the number of characters, as a control. `reward_model`, `judge`, `likelihood`: see the settings below.
-    `none`: no proposal gets a score."""
+    scorer: Annotated[ScorerName, BeforeValidator(_known_scorer)] = "auto"
+    """`constraints`, `numeric`, `math`, `choice`, `exact`, `reasoning_gym`, `ifeval`, `ifbench`: that verifier. `auto`:
+    `verifier`, else the verifier of the row's own task, or no score if it has none. `agreement`: the share of the other
+    proposals with the same short answer. `source`: the score that came with the answer (`prompts.responses`). `length`:
+    the number of characters, as a control. `reward_model`, `judge`, `likelihood`: see the settings below. `none`: no
+    proposal gets a score."""
+    verifier: str | None = None
+    """What checks answers to every prompt, targets included: the name of a verifier, or a function of your own by its
+    import path, `mypackage.mymodule:function`. None: the verifier of each row's task."""
     reward_model: str | None = None
     """Hub id or folder of a sequence-classification reward model. Scorer `reward_model` needs it."""
+    reward_engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes the reward model. `vllm` is its pooling runner, for large models and for several GPUs."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens, padding included, that the reward model reads in one forward pass of transformers."""
     judge: JudgeConfig | None = None
     """The judge. Scorer `judge` needs it."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
     """The model of scorer `likelihood`."""
     placement: PlacementConfig = PlacementConfig()
     """Number of actors, and the resources of each."""
+
+    @field_validator("verifier")
+    @classmethod
+    def _known_verifier(cls, value: str | None) -> str | None:
+        module, _, function = (value or "").partition(":")
+        is_path = function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+        if value is not None and value not in VERIFIERS and not is_path:
+            hint = nearest(value, sorted(VERIFIERS), kind="verifiers")
+            raise ValueError(f"unknown verifier {value!r} (a function of your own: package.module:function); {hint}")
+        return value
 
     @model_validator(mode="after")
     def _is_complete(self) -> ScoresConfig:
@@ -245,10 +317,13 @@ class SelectionConfig(Strict):
 class TargetFilters(Strict):
     """Configures which targets are left out of the training set. An empty target always is."""
 
-    truncated: bool = True
-    """Leave out targets that were cut off at `max_tokens`."""
-    refused: bool = True
-    """Leave out targets that decline to answer. The check knows English only."""
+    finish_reasons: tuple[str, ...] = ("stop",)
+    """Leave out targets that ended for any other reason: `length` (cut off at `max_tokens`), `content_filter`,
+    `tool_calls`, `refusal` (an endpoint's own field), ..."""
+    rejected: bool = True
+    """Leave out targets that the verifier of the prompt's task rejected."""
+    refused: bool = False
+    """Leave out targets whose text declines to answer. The check knows English only."""
     max_similarity: float | None = Field(default=None, gt=0, le=1)
     """Leave out targets whose similarity to one of their proposals reaches this threshold (Jaccard index of word
     3-grams; 1.0 is a copy that differs in letter case and white space at most). None: copies are kept."""
@@ -265,8 +340,9 @@ class TargetsConfig(Strict):
     num_candidates: int = Field(default=1, ge=1)
     """M, the number of aggregations that the teacher writes per prompt."""
     keep: Literal["best", "first", "shortest", "all"] = "best"
-    """Which of the M candidates become targets. `best`: the one that the verifier and the score prefer, whether or not
-    the verifier accepts it. `first`, `shortest`, `all`: only candidates that the verifier accepts."""
+    """Which of the M candidates become targets. `best`: the one that the verifier and the score prefer (one that the
+    verifier rejects is left out of training, unless `filters.rejected` is false). `first`, `shortest`, `all`: only
+    candidates that the verifier accepts."""
     pseudo: bool = False
     """True: the teacher also writes an answer without seeing the proposals, for variant `pseudo` (paper, Table 4)."""
     filters: TargetFilters = TargetFilters()
@@ -287,11 +363,21 @@ Variant = Literal["sft", "aft", "joint", "sft_reference", "no_proposals", "pseud
 class TrainingSetConfig(Strict):
     """Configures how targets become token ids and labels."""
 
+    source: Literal["targets", "prompts"] = "targets"
+    """What the examples teach. `targets`: what the stages before made. `prompts`: the answers that came with the
+    prompts (`prompts.reference_column`, or the end of a conversation). Then no proposals, scores, selection or targets
+    are made, and the one variant is `sft_reference`."""
+    answers: Literal["last", "all"] = "last"
+    """With source `prompts`, which answers of a conversation are in the loss: the last, or every turn of the assistant,
+    each after the ids that it would be served after."""
     variants: tuple[Variant, ...] = ("sft", "aft")
     """The training sets to build, each by what its examples show and teach. `sft`: prompt -> target. `aft`: prompt and
     proposals -> target. `joint`: both kinds of example in one set. `sft_reference`: prompt -> reference answer.
     `no_proposals`: the aggregation prompt with empty slots -> target. `pseudo`: prompt and proposals -> an answer
     written without them (paper, Table 4)."""
+    thinking: Literal["remove", "keep"] = "remove"
+    """What becomes of the thinking of a teacher's targets. `remove`: the student learns the answer. `keep`: it learns
+    the thinking too, as `<think>` ... `</think>` before the answer."""
     vary_num_proposals: tuple[int, int] | None = None
     """Smallest and largest number of proposals in an example; each prompt draws its own number. None: every example
     shows all selected proposals."""

@@ -2,112 +2,239 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import ast
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from aft_ray.config.strict import Strict
+from aft_ray.config.endpoints import OpenAIEngineConfig
+from aft_ray.config.strict import EngineSettings, Strict
+from aft_ray.errors import nearest
+from aft_ray.templates.families import read_template, template_hash
 
 
-class _Engine(Strict):
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
-    """Settings that change the speed, the retries or the price of answers, but not the answers. They may change on
-    resume."""
+class _LocalEngine(EngineSettings):
+    """An engine whose tokenizer is known, so that its prompts are token ids."""
+
+    chat_template: Annotated[str, AfterValidator(read_template)] | None = None
+    """Chat template for a base model that comes without one, or in place of the model's own: `chatml`, `llama3`, or the
+    path of a Jinja file. It is what is trained, scored and served with; proposals of a model that was never taught it
+    are sampled with the in-context prompt (`proposals.style`)."""
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the answers: the engine's part of the fingerprint of a stage."""
-        return self.model_dump(mode="json", exclude=set(self.OPERATIONAL))
+        found = super().identity()
+        template = found.pop("chat_template")
+        return found if template is None else {**found, "chat_template": template_hash(template)}
 
 
-class VllmEngineConfig(_Engine):
+LoraRank = Literal[0, 1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""The ranks that vLLM allocates for (vllm/config/lora.py, 0.29), and 0 for no adapters."""
+
+LARGEST_LORA_RANK: int = max(get_args(LoraRank))
+
+OWN_SETTINGS = {
+    "model": "model",
+    "tokenizer": "model",
+    "revision": "model (OWNER/NAME#REVISION)",
+    "tokenizer_revision": "model (OWNER/NAME#REVISION)",
+    "max_model_len": "max_model_len",
+    "dtype": "dtype",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "distributed_executor_backend": "tensor_parallel_size",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "max_num_seqs": "max_num_seqs",
+    "enable_lora": "max_lora_rank",
+    "max_lora_rank": "max_lora_rank",
+    "max_loras": "max_adapters",
+    "trust_remote_code": "trust_remote_code",
+    "reasoning_parser": "reasoning_parser",
+}
+"""vLLM's arguments that follow from a setting of ours, and that setting."""
+
+
+def known_parser(folder: str) -> Callable[[str], str]:
+    """Return a check that vLLM has a parser of a name, which reads vLLM's own list without importing vLLM."""
+
+    def check(name: str) -> str:
+        package = importlib.util.find_spec("vllm")
+        if package is None or package.origin is None:
+            return name  # the machine that reads a config may be another one than that of its engines
+        source = (Path(package.origin).parent / folder / "__init__.py").read_text()
+        tables = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+        keys = [key for table in tables if isinstance(table, ast.Dict) for key in table.keys]
+        known = sorted(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+        if name not in known:
+            raise ValueError(f"vLLM has no such parser; {nearest(name, known)}")
+        return name
+
+    return check
+
+
+class VllmEngineConfig(_LocalEngine):
     """vLLM. The same code runs on GPUs and CPUs."""
 
     OPERATIONAL = frozenset(
-        {"tensor_parallel_size", "gpu_memory_utilization", "cpu_kv_cache_gib", "max_num_seqs", "max_adapters"}
+        {
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "gpu_memory_utilization",
+            "cpu_kv_cache_gib",
+            "max_num_seqs",
+            "max_lora_rank",
+            "max_adapters",
+            "tool_parser",
+        }
     )
+    OPERATIONAL_ARGS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "async_scheduling",
+            "block_size",
+            "compilation_config",
+            "disable_custom_all_reduce",
+            "disable_log_stats",
+            "download_dir",
+            "enable_chunked_prefill",
+            "enable_prefix_caching",
+            "enforce_eager",
+            "ignore_patterns",
+            "kv_cache_memory_bytes",
+            "load_format",
+            "max_cpu_loras",
+            "max_num_batched_tokens",
+            "max_num_partial_prefills",
+            "max_parallel_loading_workers",
+            "model_loader_extra_config",
+            "safetensors_load_strategy",
+            "scheduling_policy",
+        }
+    )
+    """`args` that change speed and memory only, as `OPERATIONAL` does for the settings."""
 
     type: Literal["vllm"] = "vllm"
+    """vLLM."""
     model: str
-    """Hub id, local folder, or the name of a packaged model (`smollm2-135m-instruct`)."""
+    """Hub id (`OWNER/NAME`, or `OWNER/NAME#REVISION` for a commit, tag or branch), folder, URL of a folder, or the name
+    of a packaged model (`smollm2-135m-instruct`)."""
     max_model_len: int | None = Field(default=None, ge=16)
     """Window in tokens, for prompt and answer together. None takes the window of the model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Number of GPUs per engine."""
+    """Number of GPUs that share each layer."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Number of groups of GPUs that share the layers among them. All GPUs of an engine are on one node."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of each GPU's memory that the engine takes."""
     cpu_kv_cache_gib: float = Field(default=1, gt=0)
     """Size of the KV cache on a machine without a GPU."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Most samples that are decoded together."""
-    max_lora_rank: int = Field(default=16, ge=0)
-    """Largest rank of an adapter. 0 switches adapters off."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Most samples that are decoded together. None: vLLM's choice for the GPU, and 256 on a CPU."""
+    max_lora_rank: LoraRank | None = None
+    """Largest rank of an adapter. None: that of the adapters which are known when the engine starts (16 with
+    `serving.adapters_dir`), and no adapters where there are none. 0 switches adapters off."""
     max_adapters: int = Field(default=4, ge=1)
     """Most adapters that share one batch."""
-    seeds: bool = True
-    """Whether each sample has its own seed, derived from the run's. On a CPU, seeds need prefill in one piece and cost
-    about a third of the decoding speed."""
+    seeds: bool | None = None
+    """Whether each sample has its own seed, derived from the run's. None: on CPUs only. Seeds cost speed: on a GPU one
+    seeded sample takes the fast sampler from the whole batch, and on a CPU prompts are prefilled in one piece. Rows and
+    answers whose seed was not used say `seed: null`."""
+    speculation: Literal["ngram", "suffix"] | None = None
+    """Speculative decoding without a second model, for aggregations, whose words are often those of a draft. `ngram`
+    proposes what followed the last words earlier in the prompt; `suffix` also learns from earlier answers and needs the
+    package arctic-inference."""
+    reasoning_parser: Annotated[str, AfterValidator(known_parser("reasoning"))] | None = None
+    """vLLM's parser, by name, that tells what the model thinks from what it answers (`qwen3`, `deepseek_r1`, ...).
+    Aggregators are then shown answers without thinking, votes count them, and clients get the thinking as
+    `reasoning_content`. None: all is the answer."""
+    tool_parser: Annotated[str, AfterValidator(known_parser("tool_parsers"))] | None = None
+    """vLLM's parser, by name, that reads tool calls as this model writes them (`hermes`, `llama3_json`, ...). None:
+    requests with tools are refused."""
+    args: dict[str, Any] = Field(default={})
+    """Any other argument of vLLM's `AsyncEngineArgs`, by vLLM's own name: quantization, kv_cache_dtype,
+    max_num_batched_tokens, speculative_config, enforce_eager, load_format, ..."""
     trust_remote_code: bool = False
+    """Whether code in the model's repository may run. Only for repositories that you trust."""
+
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        args = {name: value for name, value in found.pop("args").items() if name not in self.OPERATIONAL_ARGS}
+        parser = found.pop("reasoning_parser")
+        return {**found, "args": args, **({} if parser is None else {"reasoning_parser": parser})}
+
+    @model_validator(mode="after")
+    def _args_are_vllms(self) -> VllmEngineConfig:
+        own = OWN_SETTINGS | ({"speculative_config": "speculation"} if self.speculation else {})
+        known = vllm_arguments() if self.args else frozenset()
+        for name in self.args:
+            if name in own:
+                raise ValueError(f"args.{name}: this follows from the engine's setting {own[name]}; set that instead")
+            if known and name not in known:
+                raise ValueError(f"args.{name}: vLLM has no such engine argument; {nearest(name, sorted(known))}")
+        return self
 
 
-class TransformersEngineConfig(_Engine):
+@cache
+def vllm_arguments() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, from its source and without its import; none where it is absent."""
+    package = importlib.util.find_spec("vllm")
+    if package is None or package.origin is None:
+        return frozenset()
+    source = Path(package.origin).parent / "engine" / "arg_utils.py"
+    classes = {node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)}
+    return frozenset(
+        line.target.id
+        for name in ("EngineArgs", "AsyncEngineArgs")
+        for line in classes[name].body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    )
+
+
+class TransformersEngineConfig(_LocalEngine):
     """Plain `transformers.generate`. It starts in a second, runs anywhere and batches concurrent requests."""
 
     OPERATIONAL = frozenset({"max_batch_size"})
 
     type: Literal["transformers"] = "transformers"
+    """transformers."""
     model: str
+    """Hub id (`OWNER/NAME`, or `OWNER/NAME#REVISION` for a commit, tag or branch), folder, URL of a folder, or the name
+    of a packaged model (`smollm2-135m-instruct`)."""
     max_model_len: int | None = Field(default=None, ge=16)
+    """Window in tokens, for prompt and answer together. None takes the window of the model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     max_batch_size: int = Field(default=32, ge=1)
     """Most samples that are generated together."""
     trust_remote_code: bool = False
+    """Whether code in the model's repository may run. Only for repositories that you trust."""
 
 
-class PricesConfig(Strict):
-    """Prices in US dollars per million tokens."""
-
-    prompt: float = Field(ge=0)
-    completion: float = Field(ge=0)
-
-
-class OpenAIEngineConfig(_Engine):
-    """Any OpenAI-compatible endpoint: a remote teacher, a judge, another aft_ray."""
-
-    OPERATIONAL = frozenset({"base_url", "api_key_env", "max_concurrency", "timeout_s", "max_retries", "prices"})
-
-    type: Literal["openai"] = "openai"
-    base_url: str
-    model: str
-    api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key. A config never holds the key itself."""
-    max_model_len: int = Field(default=32768, ge=16)
-    max_concurrency: int = Field(default=32, ge=1)
-    """Most concurrent calls. Each 429 halves the limit in force; every round of successes raises it by one again."""
-    timeout_s: float = Field(default=120, gt=0)
-    """Seconds until an answer must begin, and again until it must end."""
-    max_retries: int = Field(default=5, ge=0)
-    """Most retries of 408, 409, 429, 5xx and connection errors, after the server's Retry-After or jittered backoff."""
-    prices: PricesConfig | None = None
-    """Prices of the endpoint, from which `plan` and the manifests compute the cost."""
-
-
-class ScriptedEngineConfig(_Engine):
+class ScriptedEngineConfig(_LocalEngine):
     """A scripted stand-in for a language model, for tests and benchmarks of everything around the model."""
 
-    OPERATIONAL = frozenset({"seconds_per_token", "slow_on", "slow_factor", "fail_requests"})
+    OPERATIONAL = frozenset({"seconds_per_token", "slow_on", "slow_factor", "fail_requests", "dies_after"})
 
     type: Literal["scripted"] = "scripted"
+    """The stand-in."""
     tokenizer: str | None = None
     """Folder of a tokenizer. None: the engine takes messages instead of ids."""
     max_model_len: int = 4096
+    """Window in tokens, for prompt and answer together."""
     num_tokens: int = 8
     """Number of words in an answer."""
     seconds_per_token: float = 0.0
+    """Seconds that each word takes."""
     answers: tuple[str, ...] = ()
     """Sample i answers `answers[i % len(answers)]`. When empty, answers are words from a hash of prompt and seed."""
+    thinking: str = ""
+    """What the model thinks before each answer, which the engine tells from the answer."""
+    calls_tools: bool = False
+    """Whether an answer with tools calls the first of them, or the one that is asked for, with its text as argument."""
     fail_on: tuple[int, ...] = ()
     """Indices of the samples that fail."""
     empty_on: tuple[int, ...] = ()
@@ -115,8 +242,13 @@ class ScriptedEngineConfig(_Engine):
     slow_on: tuple[int, ...] = ()
     """Indices of the samples that take `slow_factor` times as long."""
     slow_factor: float = 10.0
+    """How many times as long the samples of `slow_on` take."""
     fail_requests: bool = False
     """Whether every request raises EngineError."""
+    dies_after: int | None = Field(default=None, ge=1)
+    """Number of requests after which the engine is dead: it breaks off what it writes and answers nothing more."""
+    follows_json_schema: bool = False
+    """Whether it writes what a JSON schema asks for, by the grammars of xgrammar, one character per token."""
 
 
 EngineConfig = Annotated[
@@ -125,14 +257,75 @@ EngineConfig = Annotated[
 ]
 
 
+def gpus_of(engine: EngineConfig) -> int:
+    """Return the number of GPUs that one engine uses where there are GPUs."""
+    match engine.type:
+        case "vllm":
+            return engine.tensor_parallel_size * engine.pipeline_parallel_size
+        case "transformers":
+            return 1
+        case _:
+            return 0
+
+
+USUAL_NUM_SEQS = 256
+"""Samples that vLLM writes at once, where its configuration does not say."""
+
+
+def samples_at_once(engine: EngineConfig) -> int | None:
+    """Return the number of samples that one engine writes at once; None where nothing limits it."""
+    match engine.type:
+        case "vllm":
+            return engine.max_num_seqs or USUAL_NUM_SEQS
+        case "transformers":
+            return engine.max_batch_size
+        case "openai":
+            return engine.max_concurrency
+        case "scripted":
+            return None
+
+
+def why_not_on_gpus(engine: EngineConfig, num_gpus: float | None) -> str | None:
+    """Return why an engine cannot run in a worker that asks for `num_gpus`; None where it can.
+
+    The reason continues a sentence that begins with the name of the setting and its value.
+    """
+    if num_gpus is None or engine.type == "scripted" or (num_gpus == 0 and gpus_of(engine) <= 1):
+        return None
+    if engine.type == "openai":
+        return "but its engine is an endpoint, which uses no GPU here. Leave it out"
+    if engine.type == "transformers":
+        return None if num_gpus <= 1 else "but a transformers engine uses one GPU. Set 1, or use a vllm engine"
+    if 0 < num_gpus < 1 and gpus_of(engine) == 1:
+        if engine.gpu_memory_utilization <= num_gpus:
+            return None
+        return (
+            f"but its engine takes gpu_memory_utilization {engine.gpu_memory_utilization:g} of a whole GPU, so the "
+            "second one on the same GPU could not start. Lower that to the share of the GPU, or leave num_gpus out"
+        )
+    if num_gpus == gpus_of(engine):
+        return None
+    pipeline = engine.pipeline_parallel_size
+    sizes = f"tensor_parallel_size {engine.tensor_parallel_size}" + (
+        f" x pipeline_parallel_size {pipeline}" if pipeline > 1 else ""
+    )
+    return (
+        f"but its engine has {sizes}: each worker holds one engine and needs as many GPUs. Set them equal, or leave "
+        "num_gpus out"
+    )
+
+
 class PlacementConfig(Strict):
     """The resources that one worker of a stage requests from the Ray cluster, and the number of workers."""
 
     min_actors: int = Field(default=1, ge=1)
+    """Number of workers that the stage starts with, and keeps while it has work."""
     max_actors: int = Field(default=1, ge=1)
+    """Most workers that the stage uses. It adds them while shards wait, and a cluster that can adds nodes for them."""
     num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    """Number of GPUs per worker. For vLLM it must equal the tensor parallel size."""
+    """Number of CPUs per worker."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """Number of GPUs per worker. None: as many as its model uses (`gpus_of`) where the cluster has GPUs, else 0."""
     accelerator_type: str | None = None
     """Ray's label of the accelerator, such as `H100`."""
     max_shards_in_flight: int = Field(default=8, ge=1)

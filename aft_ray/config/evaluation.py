@@ -12,8 +12,10 @@ class SystemConfig(Strict):
     """One system to evaluate: a served model with a plan."""
 
     name: str
+    """Name in metrics and report, and of the folder with the answers."""
     model: str
-    """Model name at the endpoint, such as `aft`."""
+    """Model name at the endpoint, such as `aft`. A suffix changes the plan's width and depth: `aft@k3-l2`,
+    `aft@single`."""
     plan: PlanField | None = None
     """Plan of this system. None: the evaluation's plan."""
 
@@ -22,11 +24,16 @@ class EvaluationConfig(Strict):
     """The systems to evaluate, and how."""
 
     base_url: str | None = None
-    """Endpoint to evaluate. None: this run is served while the evaluation lasts."""
+    """Endpoint to evaluate. None: this run is served while the evaluation lasts, for callers in the cluster only."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key of `base_url`. Every node needs it."""
     systems: tuple[SystemConfig, ...] | None = None
     """Systems to compare. None: every model of the run, with `plan`."""
     plan: PlanField = Plan()
     """Plan of systems that set none."""
+    single: bool = False
+    """Whether every model also answers once, without aggregation (L=0), as a system `<model>-single`. It samples as the
+    final layer of `plan` does. Useful where proposals are sampled otherwise."""
     max_concurrency: int = Field(default=8, ge=1)
     """Number of prompts in flight."""
     num_bootstrap: int = Field(default=2000, ge=100)

@@ -13,8 +13,8 @@ from aft_ray.config.run import Config
 from aft_ray.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file of a run, apply the `a.b=value` overrides and validate the result.
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file of a run, a path or a URL; apply the `a.b=value` overrides and validate the result.
 
     Raises ConfigError, which names the file, the key, the value found and the value expected.
     """
@@ -46,10 +46,10 @@ def _message_of(error: Any) -> str:
     return f"{message[0].lower()}{message[1:]}, found {error['input']!r}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path | str) -> dict[str, Any]:
     """Read one YAML mapping. When it names a `base:` file, relative to itself, it is merged over that file."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(_text_of(path))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file. The configurations that come with the project are configs/*.yaml"
@@ -61,8 +61,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
     if "base" in raw:
-        return merge(read_yaml(path.parent / raw.pop("base")), raw)
+        return merge(read_yaml(base_of(path, raw.pop("base"))), raw)
     return raw
+
+
+def base_of(path: Path | str, base: str) -> Path | str:
+    """Return the place of a `base:` file, which is named relative to the file that names it."""
+    if "://" in base:
+        return base
+    folder, _, _ = str(path).rpartition("/")
+    return f"{folder}/{base}" if "://" in str(path) else Path(path).parent / base
+
+
+def _text_of(path: Path | str) -> str:
+    if "://" not in str(path):
+        return Path(path).read_text()
+    from aft_ray.storage import Folder
+
+    folder, _, name = str(path).rpartition("/")
+    return Folder.at(folder).read_bytes(name).decode()
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The base class of every config model: frozen; an unknown key is refused, with the most similar known one."""
+"""The base classes of config models: frozen; an unknown key is refused, with the most similar known one."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -42,3 +42,15 @@ class Strict(BaseModel):
     @classmethod
     def _known_keys(cls, value: Any) -> Any:
         return _refuse_unknown(value, cls.model_fields)
+
+
+class EngineSettings(Strict):
+    """The base class of every engine's settings."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change the speed, the retries or the price of answers, but not the answers. They may change on
+    resume."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the answers: the engine's part of the fingerprint of a stage."""
+        return self.model_dump(mode="json", exclude=set(self.OPERATIONAL))

@@ -14,3 +14,6 @@ class TemplatesConfig(Strict):
     in_context: str = "default"
     """Demonstrations for base models without a chat template: `default`, or a YAML file."""
     length_policy: LengthPolicy = "drop_longest"
+    """What is shortened when prompt, proposals and answer do not fit the window: `drop_longest` drops the longest
+    proposal until the rest fits, `truncate_each` cuts every proposal to the same length, `fewer` drops the last
+    proposal until the rest fits, `error` shortens nothing and fails the row or request."""

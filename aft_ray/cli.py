@@ -7,9 +7,11 @@ Heavy imports come after parsing, so `--help` and a wrong key answer in under a 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,34 +28,53 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file.")]
+ConfigFiles = Annotated[
+    list[str], typer.Option("--config", "-c", help="The run's YAML file, a path or a URL; several are several runs.")
+]
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="The run's YAML file, a path or a URL.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: --set proposals.num_per_prompt=8")]
 ResumeMode = Annotated[
     Literal["auto", "never", "must"],
     typer.Option("--resume", help="auto: continue what is there; never: only a new folder; must: only an old one."),
 ]
 
+LOCAL_JOB_SERVER = "http://127.0.0.1:8265"
+JobServerAddress = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
+]
+JobId = Annotated[str, typer.Argument(help="The job's id, as `aft-ray jobs` lists it.")]
 
-def _steps(names: tuple[str, ...], config: Path, overrides: list[str], resume: Any, retry_failed: bool = False) -> None:
+
+def _steps(names: tuple[str, ...], config: str, overrides: list[str], resume: Any, retry_failed: bool = False) -> None:
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
     from aft_ray.pipeline.steps import run_steps
 
-    try:
+    with _interruptible():
         run = run_steps(loaded, names, resume, retry_failed)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        raise typer.Exit(130) from None
     if "report" in names:
         from aft_ray.pipeline.summary import print_results
 
         print_results(run)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """End the command with one sentence and 130 at Ctrl-C and at SIGTERM."""
+    from aft_ray.pipeline.interruption import stop_on_sigterm
+
+    try:
+        with stop_on_sigterm():
+            yield
+    except KeyboardInterrupt as error:
+        print(f"{str(error) or 'interrupted'}; the same command continues from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def run(
-    config: ConfigFile,
+    config: ConfigFiles,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     resume: ResumeMode = "auto",
     until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(LINE)}.")] = None,
@@ -64,8 +85,16 @@ def run(
     """Run every step from prompts to report. The same command resumes where it stopped."""
     if until is not None and until not in LINE:
         raise typer.BadParameter(f"{until!r} is not a step; the steps are {', '.join(LINE)}", param_hint="--until")
-    last = LINE.index(until) + 1 if until else len(LINE)
-    _steps(LINE[:last], config, overrides, resume, retry_failed)
+    names = LINE[: LINE.index(until) + 1 if until else len(LINE)]
+    if len(config) == 1:
+        return _steps(names, config[0], overrides, resume, retry_failed)
+    from aft_ray.config import load_config
+
+    loaded = [load_config(one, overrides) for one in config]
+    from aft_ray.pipeline.sweep import run_sweep
+
+    with _interruptible():
+        raise typer.Exit(run_sweep(loaded, names, resume, retry_failed))
 
 
 @app.command()
@@ -93,9 +122,32 @@ def evaluate(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode =
 
 
 @app.command()
-def report(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Write the report again from what the run folder holds."""
-    _steps(("report",), config, overrides, "must")
+def report(
+    run: Annotated[str | None, typer.Argument(help="The run's folder or URL, in place of --config.")] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="The run's YAML file, a path or a URL.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write it to; the run's own is then left alone.")
+    ] = None,
+) -> None:
+    """Write the report again from what the run folder holds, also while the run is under way."""
+    if (run is None) == (config is None):
+        raise typer.BadParameter("give the run's folder, or --config", param_hint="RUN")
+    from aft_ray.config import load_config
+    from aft_ray.pipeline import summary
+
+    file, changes = (config, overrides) if config is not None else (summary.settings_of(run or ""), [f"run.dir={run}"])
+    loaded = load_config(file, changes)
+    if output is not None:
+        summary.print_results(*summary.write_report_to(loaded, output))
+    elif (there := summary.finished_report(loaded)) is not None:
+        print(
+            "the run folder cannot be written to: this is its report; --output writes it anew elsewhere",
+            file=sys.stderr,
+        )
+        summary.print_results(there)
+    elif not summary.report_under_way(loaded):
+        _steps(("report",), file, changes, "must")
 
 
 @app.command()
@@ -113,10 +165,52 @@ def export(
     from aft_ray.training.export import export_model, find_trained
 
     settings = [part for override in overrides for part in ("--set", override)]
-    command = shlex.join(["aft-ray", "run", "--config", str(config), *settings, "--until", "train"])
+    command = shlex.join(["aft-ray", "run", "--config", config, *settings, "--until", "train"])
     trained = find_trained(loaded, variant, command)
     is_new = export_model(trained, output, merged)
     print(f"{output}: {trained.variant}{'' if is_new else ' is there already, from this very training'}")
+
+
+@app.command()
+def dataset(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not be there yet.")],
+    overrides: Overrides = [],  # noqa: B006
+    file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Kind of the files.")] = "jsonl",
+) -> None:
+    """Write the training set as conversations (`messages`) for TRL, axolotl or LLaMA-Factory, with its card."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.data.messages import write_dataset
+    from aft_ray.runs import Run
+    from aft_ray.storage import Folder
+
+    counts = write_dataset(Run(loaded, Folder.at(loaded.run.dir)), output, file_format)
+    for name, count in counts.items():
+        print(f"{output}/{name}: {count} examples")
+
+
+@app.command()
+def push(
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; it is made if it is not there.")],
+    config: ConfigFile,
+    what: Annotated[Literal["dataset", "adapter", "merged"], typer.Option(help="What to upload.")],
+    overrides: Overrides = [],  # noqa: B006
+    variant: Annotated[str | None, typer.Option(help="Which adapter, where several are trained.")] = None,
+    file_format: Annotated[
+        Literal["jsonl", "parquet"], typer.Option("--format", help="Kind of the files of a data set.")
+    ] = "jsonl",
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be uploaded.")] = False,
+) -> None:
+    """Upload the training set, an adapter or the merged model to the Hugging Face hub."""
+    from aft_ray.config import load_config
+
+    loaded = load_config(config, overrides)
+    from aft_ray.pipeline.pushing import push as upload
+
+    upload(loaded, repo, what, variant=variant, file_format=file_format, private=private, dry_run=dry_run)
 
 
 @app.command()
@@ -129,23 +223,26 @@ def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     loaded = load_config(config, overrides)
     from aft_ray.pipeline.cluster import RaySession
-    from aft_ray.pipeline.evaluate import serving_of
+    from aft_ray.pipeline.environment import read_environment
+    from aft_ray.pipeline.evaluate import app_name, serving_of
     from aft_ray.runs import Run
     from aft_ray.serving import drain, serve_app, stop
     from aft_ray.storage import Folder
 
-    serving = serving_of(Run(loaded, Folder.at(loaded.run.dir)))
+    read_environment(loaded)
+    run = Run(loaded, Folder.at(loaded.run.dir))
+    serving, name = serving_of(run), app_name(run)
     with RaySession(loaded) as session:
         session.connect()
         print(f"starting: {serving.base_name}, {', '.join(serving.adapters or {}) or 'no adapters yet'}", flush=True)
-        base_url = serve_app(serving)
+        base_url = serve_app(serving, name=name)
         print(f"serving at {base_url}/v1   default model: {serving.default_model}   stop with Ctrl-C", flush=True)
         try:
             _wait_for_interrupt()
             print("stopping when the requests under way have ended; Ctrl-C again stops now", flush=True)
-            drain()
+            drain(name)
         finally:
-            stop()
+            stop(name)
 
 
 def _wait_for_interrupt() -> None:
@@ -173,7 +270,7 @@ def ask(
     """Ask a served model one question and print the answer as it is generated."""
     from aft_ray.pipeline.asking import ask_and_print
 
-    ask_and_print(question, base_url.rstrip("/"), model, api_key, show_proposals)
+    ask_and_print(question, base_url.rstrip("/").removesuffix("/v1"), model, api_key, show_proposals)
 
 
 @app.command()
@@ -184,9 +281,13 @@ def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     loaded = load_config(config, overrides)
     import yaml
 
+    from aft_ray.pipeline.checks import check_before_start
+
+    check_before_start(loaded)
     print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), end="")
-    proposals, candidates = loaded.proposals.num_per_prompt, loaded.targets.num_candidates
-    print(f"# answers sampled per prompt: {proposals} proposals + {candidates} target candidates")
+    if loaded.makes_targets:
+        proposals, candidates = loaded.proposals.num_per_prompt, loaded.targets.num_candidates
+        print(f"# answers sampled per prompt: {proposals} proposals + {candidates} target candidates")
     print(f"# answers sampled per held-out prompt and system: {loaded.evaluation.plan.num_samples}")
     from aft_ray.pipeline.preview import print_plan
 
@@ -211,31 +312,98 @@ def preview(
 
 @app.command()
 def submit(
-    step: Annotated[str, typer.Argument(help="A script of jobs/, without .py: pipeline, proposals, train, ...")],
-    config: ConfigFile,
+    step: Annotated[str, typer.Argument(help="The step to run: pipeline (all of them), proposals, train, ...")],
+    config: ConfigFiles,
     overrides: Overrides = [],  # noqa: B006
     resume: ResumeMode = "auto",
-    address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
-    ] = "http://127.0.0.1:8265",
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is accepted.")] = False,
+    address: JobServerAddress = LOCAL_JOB_SERVER,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job, or return once it is taken.")] = True,
 ) -> None:
-    """Submit a step to a Ray cluster as a job, with this checkout as its working directory."""
+    """Run a step on a Ray cluster as a job, follow it, and end with its exit code.
+
+    The package, jobs/, configs/ and the files that the config names travel with the job; secrets never do.
+    """
     from aft_ray.config import load_config
 
-    loaded = load_config(config, overrides)  # a wrong key is answered here, not on the cluster
-    from aft_ray.pipeline.submitting import check_paths, submit_job
+    loaded = [load_config(one, overrides) for one in config]  # a wrong key is answered here, not on the cluster
+    from aft_ray.pipeline.submitting import submit_job
 
-    check_paths(loaded)
-    raise typer.Exit(submit_job(step, config, overrides, resume, address, wait=not no_wait))
+    raise typer.Exit(submit_job(step, config, loaded, overrides, resume, address, wait=wait))
 
 
 @app.command()
-def doctor() -> None:
-    """Print this machine's versions, cores, memory and GPUs, and what is missing."""
+def jobs(address: JobServerAddress = LOCAL_JOB_SERVER) -> None:
+    """List the jobs of a cluster, the newest first."""
+    from aft_ray.pipeline.jobs import print_jobs
+
+    print_jobs(address)
+
+
+@app.command()
+def logs(
+    job: JobId,
+    address: JobServerAddress = LOCAL_JOB_SERVER,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print the log of a job. With --follow, end with the exit code of the job."""
+    from aft_ray.pipeline.jobs import print_logs
+
+    raise typer.Exit(print_logs(address, job, following=follow))
+
+
+@app.command()
+def status(
+    job_or_run: Annotated[str, typer.Argument(help="A job's id, or a run's folder or URL.", metavar="JOB|RUN")],
+    address: JobServerAddress = LOCAL_JOB_SERVER,
+) -> None:
+    """Print what of a run is done, running or failed, and at what rate."""
+    from aft_ray.pipeline.jobs import print_status
+
+    print_status(address, job_or_run)
+
+
+@app.command()
+def stop(job: JobId, address: JobServerAddress = LOCAL_JOB_SERVER) -> None:
+    """Stop a job. What it has finished is kept, and submitting it again continues."""
+    from aft_ray.pipeline.jobs import stop_job
+
+    stop_job(address, job)
+
+
+@app.command(name="job", hidden=True)
+def run_job(
+    step: Annotated[str, typer.Argument(help="The step, or pipeline for all of them.")],
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    resume: ResumeMode = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed rows again.")] = False,
+) -> None:
+    """Run one step: what `submit` sends to a cluster where there is no jobs/ folder."""
+    if step not in (*LINE, "pipeline"):
+        raise typer.BadParameter(f"{step!r} is not a step; the steps are {', '.join(LINE)}", param_hint="STEP")
+    _steps(LINE if step == "pipeline" else (step,), config, overrides, resume, retry_failed)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Check what this run needs, too.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    address: Annotated[str | None, typer.Option(help="Check the cluster of this job server, by a job on it.")] = None,
+) -> None:
+    """Check this machine, and with --config what a run needs: settings, storage, workers, models, keys.
+
+    Every problem says what to do, and ends the command with exit code 2.
+    """
     from aft_ray.pipeline.checkup import checkup
 
-    raise typer.Exit(checkup())
+    raise typer.Exit(checkup(config, overrides, address))
+
+
+OF_THIS_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
+    errno.ENFILE,
+}  # fmt: skip
+"""Errors of disks and rights, which no code can mend."""
 
 
 def guarded(work: Callable[[], Any]) -> int:
@@ -245,6 +413,11 @@ def guarded(work: Callable[[], Any]) -> int:
     except AftError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in OF_THIS_MACHINE:
+            raise
+        print(f"error: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

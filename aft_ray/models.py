@@ -1,6 +1,7 @@
 """Model references: a hub id, a local folder, or a small model that comes in a package.
 
     resolve_model("meta-llama/Llama-3.1-8B")     -> the same id
+    resolve_model("meta-llama/Llama-3.1-8B#main") -> the folder of that revision in the hub's cache on this node
     resolve_model("/models/llama")               -> the same folder, checked
     resolve_model("smollm2-135m-instruct")       -> a converted folder in the cache
 
@@ -14,11 +15,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aft_ray.errors import ConfigError
+from aft_ray.hub import is_hub_id, snapshot, split
+from aft_ray.storage import cache_dir, content_hash, local_copy, whole_folder
+
+if TYPE_CHECKING:
+    from aft_ray.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +47,71 @@ PACKAGED = {
 }
 
 
-def resolve_model(reference: str) -> str:
-    """Return the local folder or hub id to load. Raises ConfigError for a folder that is missing or holds no model."""
+HUB_TIMEOUT_S = 10.0
+"""Seconds for the hub to say whether it has a model."""
+
+
+def resolve_model(reference: str, weights: bool = True) -> str:
+    """Return the local folder or hub id to load, on the node that calls. A URL is fetched, once per node, and so is a
+    revision of a model of the hub (OWNER/NAME#REVISION): without `weights`, all of it but those.
+
+    Raises ConfigError for a folder that is missing or holds no model.
+    """
     if reference in PACKAGED:
         return str(_converted(reference, PACKAGED[reference]))
-    path = Path(reference).expanduser()
+    path = local_copy(reference) if "://" in reference else Path(reference).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model {reference}: the folder has no config.json; expected a Hugging Face model folder")
         return str(path)
-    if reference.startswith((".", "/", "~")) or path.exists() or reference.count("/") > 1:
+    if reference.startswith((".", "/", "~")) or path.exists() or split(reference)[0].count("/") > 1:
         raise ConfigError(f"model {reference}: no such folder. Give a folder, a hub id, or one of {sorted(PACKAGED)}")
     if "/" not in reference:
         raise ConfigError(
             f"model {reference}: not a folder here and not a hub id (owner/name). Packaged models: {sorted(PACKAGED)}"
         )
+    return str(snapshot(reference, weights)) if split(reference)[1] else reference
+
+
+def resolve_adapter(reference: str) -> Path:
+    """Return the local folder of an adapter, on the node that calls: of a folder, a URL, or an id of the hub.
+
+    Raises ConfigError where there is none.
+    """
+    if is_hub_id(reference):
+        return snapshot(reference)
+    folder = local_copy(reference)
+    if not folder.is_dir():
+        raise ConfigError(f"adapter {reference}: no such folder. Give a folder, a URL or a hub id")
+    return folder
+
+
+def identity(reference: str | None) -> Any:
+    """Return what identifies a model or an adapter in a fingerprint: what its folder holds, wherever it lies.
+
+    Hub ids and packaged models are identified by their name.
+    """
+    if reference is None or reference in PACKAGED:
+        return reference
+    if "://" in reference or Path(reference).expanduser().is_dir():
+        return {"content": content_hash(reference)}
     return reference
+
+
+def engine_identity(engine: EngineConfig) -> dict[str, Any]:
+    """Return everything that decides the answers of an engine, with its model by content: its part of a fingerprint."""
+    settings = engine.identity()
+    is_local = engine.type in {"vllm", "transformers"}
+    return {**settings, "model": identity(settings["model"])} if is_local else settings
+
+
+def resolve_tokenizer(reference: str) -> str:
+    """Return the local folder or hub id of a tokenizer, on the node that calls. A folder needs no model in it."""
+    if reference in PACKAGED:
+        return resolve_model(reference)
+    if is_hub_id(reference) and split(reference)[1]:
+        return str(snapshot(reference, weights=False))
+    return str(local_copy(reference)) if "://" in reference else reference
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -81,15 +136,65 @@ def tokenizer_hash(model: str) -> str:
     return digest.hexdigest()
 
 
-def cache_dir() -> Path:
-    """Return the folder that keeps converted models."""
-    return Path(os.environ.get("AFT_RAY_CACHE", "~/.cache/aft_ray")).expanduser()
+def has_chat_template(reference: str) -> bool | None:
+    """Return whether a model comes with a chat template; None where this machine cannot tell."""
+    if reference in PACKAGED:
+        return True
+    if "://" in reference:
+        return None
+    files = {name: _file_of(reference, name) for name in ("chat_template.jinja", "tokenizer_config.json")}
+    if files["chat_template.jinja"] is not None:
+        return True
+    config = files["tokenizer_config.json"]
+    return None if config is None else bool(json.loads(config.read_text()).get("chat_template"))
+
+
+def _file_of(reference: str, name: str) -> Path | None:
+    """Return one file of a model, from its folder or the hub; None where it has none, or the hub does not answer."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    model, revision = split(reference)
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (HfHubHTTPError, OSError, ValueError):  # no such file, no answer, or no hub id
+        return None
+
+
+def hub_refusal(reference: str) -> str | None:
+    """Return why the hub does not give a model to this machine; None where it does, or does not answer at all."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    model, revision = split(reference)
+    if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
+    except GatedRepoError:
+        return "its licence must be accepted on the hub first, by the owner of the token in HF_TOKEN"
+    except RepositoryNotFoundError:
+        return "the hub has no such model, or none that the token in HF_TOKEN may read"
+    except RevisionNotFoundError:
+        return f"the hub has no revision {revision} of it"
+    except EntryNotFoundError:
+        return "it has no config.json"
+    except (HTTPError, OSError):  # the hub's own client raises its own HTTPError where nobody answers
+        return None
+    return None
 
 
 def _converted(name: str, model: PackagedModel) -> Path:
     from filelock import FileLock
-
-    from aft_ray.storage import whole_folder
 
     folder = cache_dir() / "models" / f"{name}-{model.sha256[:8]}"
     if folder.is_dir():

@@ -12,6 +12,8 @@ import time
 from types import TracebackType
 
 LINE_EVERY_S = 5.0
+SHORTEST_S = 1.0
+"""Seconds of work below which a rate would say nothing."""
 
 
 class Progress:
@@ -19,7 +21,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, unit: str = "rows") -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done = self.failed = self.tokens = 0
+        self.done = self.failed = self.tokens = self.already = 0
         self.note = "starting"
         self.working_since = 0.0
         """When the workers were ready. Rates and the time left are counted from here, so that start-up is left out."""
@@ -28,24 +30,40 @@ class Progress:
         self._on_terminal = sys.stderr.isatty()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
-    def update(self, *, done: int, failed: int = 0, tokens: int = 0, note: str = "") -> None:
-        """Set the counts so far."""
-        if not self.working_since and not note.startswith("starting"):
+    def update(
+        self,
+        *,
+        done: int,
+        failed: int = 0,
+        tokens: int = 0,
+        note: str = "",
+        already: int = 0,
+        working_s: float | None = None,
+    ) -> None:
+        """Set the counts so far.
+
+        `already` of the `done` were there before this attempt, and count in no rate. `working_s` is for how long there
+        have been workers; without it, that is counted from the first note that does not begin with "starting".
+        """
+        if working_s:
+            self.working_since = time.monotonic() - working_s
+        elif not self.working_since and not note.startswith("starting"):
             self.working_since = time.monotonic()
-        self.done, self.failed, self.tokens, self.note = done, failed, tokens, note
+        self.done, self.failed, self.tokens, self.note, self.already = done, failed, tokens, note, already
 
     def line(self) -> str:
         """Return the state as one line of text."""
         now = time.monotonic()
         seconds = now - self.start
-        working = max(now - (self.working_since or now), 1e-9)
+        working = now - (self.working_since or now)
+        new = self.done - self.already
         parts = [f"{self.done}/{self.total} {self.unit}"]
         if self.failed:
             parts.append(f"{self.failed} failed")
-        if self.tokens:
+        if self.tokens and working >= SHORTEST_S:
             parts.append(f"{self.tokens / working:,.0f} tok/s")
-        if 0 < self.done < self.total:
-            parts.append(f"{working / self.done * (self.total - self.done):.0f} s left")
+        if new > 0 and self.done < self.total and working >= SHORTEST_S:
+            parts.append(f"{working / new * (self.total - self.done):.0f} s left")
         if self.note:
             parts.append(self.note)
         return f"{self.name:<13} {seconds:5.0f} s  " + ", ".join(parts)
@@ -59,7 +77,9 @@ class Progress:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.note = "" if kind is None else f"stopped: {kind.__name__}"
+        self.note = ""
+        if kind is not None:
+            self.note = "stopped" if issubclass(kind, KeyboardInterrupt) else f"stopped: {kind.__name__}"
         print(self.line(), file=sys.stderr, flush=True)
 
     def _show(self) -> None:

@@ -4,6 +4,7 @@
     runs/<name>/
       config.resolved.yaml   the settings of the run
       events.jsonl           when each step started, finished or failed
+      owner-<token>.json     the command that is at work on it (run_lock.py)
       <stage>/               shards, failed/, manifest.json
 
 The manifest of a stage carries a fingerprint of everything that decides its content: its settings, the templates, and
@@ -28,6 +29,7 @@ import yaml
 from aft_ray.config import Config
 from aft_ray.errors import ResumeRefused
 from aft_ray.records import fingerprint
+from aft_ray.run_lock import is_claim
 from aft_ray.storage import Folder
 
 Resume = Literal["auto", "never", "must"]
@@ -55,16 +57,30 @@ class Manifest:
     """Number of failed rows by error class."""
     filtered: Mapping[str, int] = field(default_factory=dict)
     """Number of rows left out on purpose, by reason."""
+    unusable: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows that are written and of no use to what follows, by reason."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
-    """Cost of remote endpoints, computed from `engine.prices`."""
+    """Cost of remote endpoints, computed from `engine.prices`, lost answers included."""
+    num_estimated: int = 0
+    """Number of answers whose tokens were estimated, because their endpoint reported none."""
     seconds: float = 0.0
     """Wall-clock seconds over all attempts, including the start-up of workers."""
     busy_seconds: float = 0.0
     """Seconds of these during which a worker was ready: the part that grows with the number of rows."""
+    num_workers: int = 0
+    """Number of worker processes that made shards: the most in one attempt. 0 for a stage without workers."""
+    num_nodes: int = 0
+    """Number of nodes that these ran on: the most in one attempt."""
+    worker_seconds: float = 0.0
+    """Seconds during which a worker was ready, of all workers and all attempts together."""
+    gpus_per_worker: float = 0.0
+    """GPUs that each worker had, in the last attempt that made rows."""
     files: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each shard by file name."""
+    source_content: str | None = None
+    """Hash of what a finished stage was made from: of the shards of its source, or of the source of the prompts."""
 
     @property
     def num_failed(self) -> int:
@@ -88,11 +104,11 @@ class Run:
         folder = Folder.at(config.run.dir)
         exists = folder.exists(RESOLVED)
         if exists and resume == "never":
-            raise ResumeRefused(f"{folder.path} holds a run and --resume is never. Choose another run.dir")
+            raise ResumeRefused(f"{folder.location} holds a run and --resume is never. Choose another run.dir")
         if not exists and resume == "must":
-            raise ResumeRefused(f"{folder.path} holds no run and --resume is must. Check run.dir")
-        if not exists and folder.is_local and any(Path(folder.path).glob("*")):
-            raise ResumeRefused(f"{folder.path} is not empty and holds no run. Choose another run.dir")
+            raise ResumeRefused(f"{folder.location} holds no run and --resume is must. Check run.dir")
+        if not exists and (folder.folder_names() or not all(is_claim(name) for name in folder.files())):
+            raise ResumeRefused(f"{folder.location} is not empty and holds no run. Choose another run.dir")
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
         run = cls(config, folder, retry_failed, folder.read_bytes(RESOLVED) if exists else None)
         folder.write_bytes(RESOLVED, settings)
@@ -134,7 +150,7 @@ def begin(folder: Folder, stage: str, settings: Mapping[str, Any]) -> Manifest:
     found = read_manifest(folder)
     if found is not None and found.fingerprint != fingerprint(settings):
         raise ResumeRefused(
-            f"{folder.path} was made from other settings:\n{difference(found.settings, settings)}\n"
+            f"{folder.location} was made from other settings:\n{difference(found.settings, settings)}\n"
             "Choose another run.dir, or remove this folder and the ones made from it"
         )
     return found or Manifest(
@@ -156,12 +172,18 @@ def difference(old: Any, new: Any, key: str = "") -> str:
     return "" if old == new else f"  {key}: was {old!r}, is {new!r}"
 
 
+COMMIT = "COMMIT"
+"""File in the package of a job: the commit of the checkout that it was submitted from."""
+
+
 def commit() -> str | None:
     """Return the commit of the checkout that this code runs from, with `+changes` when files were edited.
 
-    None outside of a checkout.
+    In a job, that of the checkout it was submitted from. None outside of a checkout.
     """
     here = Path(__file__).parent
+    if (here / COMMIT).is_file():
+        return (here / COMMIT).read_text()
     try:
         git = ["git", "-C", str(here)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], check=False, capture_output=True, text=True, timeout=10)

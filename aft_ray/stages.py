@@ -1,27 +1,53 @@
 """One stage of a run: a pool of Ray Data actors turns the shards of its source into shards of its output.
 
-One actor makes a whole shard (shards.py). It works on the rows of several shards at once, so that the batch of its
-engine stays full and a slow row delays its own shard only. A stage that was killed reads from its output which rows are
-missing, and continues with those.
+One actor makes a whole shard (shards.py, stage_workers.py). It works on the rows of several shards at once, so that the
+batch of its engine stays full and a slow row delays its own shard only. A stage that was killed reads from its output
+which rows are missing, and continues with those.
 
     proposals/shard-00007.parquet -> [actor: worker.process(row) for each row] -> scores/shard-00007.parquet
                                                                  failures -> scores/failed/shard-00007.jsonl
+
+The driver keeps a summary of each shard and no row. A small stage that needs no model is made by the driver itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import threading
+import math
+import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from aft_ray.errors import ERRORS, AftError, ConfigError, InputError, TooManyFailures
+from aft_ray.cluster_fit import check_fits, resources_of_worker
+from aft_ray.config import PlacementConfig
+from aft_ray.errors import AftError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.gpus import num_gpus_of
 from aft_ray.progress import Progress
+from aft_ray.records import fingerprint
 from aft_ray.runs import Manifest, begin, read_manifest, write_manifest
-from aft_ray.shards import RowWorker, Stage, list_failures, make_shard, read_receipt
+from aft_ray.shards import (
+    RowWorker,
+    ShardSummary,
+    Stage,
+    Tally,
+    changed_rows,
+    list_failures,
+    make_shard,
+    read_receipt,
+    summary_of,
+)
+from aft_ray.stage_attempt import Attempt, ProgressThread
+from aft_ray.stage_workers import Outcome, Roster, ShardActor, build, closed, counted
+
+READERS = 16
+"""Threads that read footers, which wait for the storage."""
+ROWS_IN_DRIVER = 512
+"""Rows up to which the driver makes a light stage itself. Actors need 2 to 3 seconds to start, and more on a busy
+machine (benchmarks/stage_start.py)."""
 
 
 def run_stage(
@@ -34,225 +60,192 @@ def run_stage(
     """Make the rows of `stage.source` that `stage.output` lacks, and return the finished manifest.
 
     With `retry_failed`, rows that failed before are tried again. `connect` is called before Ray is used, and not at all
-    when no row is missing. Raises ResumeRefused (the folder was made from other settings), InputError (the source is
-    not finished), TooManyFailures, ConfigError (a worker fits on no node), or the error of a worker that could not be
-    built.
+    when no row is missing. Raises ResumeRefused (the folder was made from other settings or other rows), InputError
+    (the source is not finished), TooManyFailures, ConfigError (a worker fits on no node), EngineError (the engine died
+    again and again), or the error of a worker that could not be built.
     """
     source = read_manifest(stage.source)
     if source is None or source.status != "done":
-        raise InputError(f"{stage.source.path}: this stage is not finished, and '{stage.name}' reads it. Run it first")
+        raise InputError(
+            f"{stage.source.location}: this stage is not finished, and '{stage.name}' reads it. Run it first"
+        )
     manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
     is_complete = manifest.status == "done" and manifest.rows_in == source.rows_out
+    is_complete &= manifest.source_content in {fingerprint(source.files), None}  # None: made by an earlier version
     if is_complete and not (retry_failed and manifest.num_failed):
         return manifest
-    manifest = dataclasses.replace(manifest, status="running")
-    write_manifest(stage.output, manifest)
-    todo, num_rows_done = _todo(stage, retry_failed)
-    started = time.monotonic()
+    todo, there = _todo(stage, source, retry_failed)
+    attempt = Attempt(stage, manifest, there, todo, source.rows_out, retry_failed)
+    attempt.write()
     if todo:
         connect()
-        busy = 0.0
+        is_small = stage.is_light and attempt.num_rows - attempt.already <= ROWS_IN_DRIVER
         try:
-            busy = _make_shards(stage, todo, num_rows_done, source.rows_out, max_failure_rate, retry_failed)
+            if is_small:
+                asyncio.run(_make_in_driver(attempt, todo, max_failure_rate))
+            else:
+                _make_in_actors(attempt, todo, max_failure_rate)
         finally:
-            manifest = dataclasses.replace(
-                manifest,
-                seconds=round(manifest.seconds + time.monotonic() - started, 1),
-                busy_seconds=round(manifest.busy_seconds + busy, 1),
-            )
-            write_manifest(stage.output, manifest)
-    return _finish(stage, manifest, max_failure_rate)
+            attempt.write()
+    return _finish(attempt, max_failure_rate, source)
 
 
-def _todo(stage: Stage, retry_failed: bool) -> tuple[list[str], int]:
-    """Return the shards that lack rows, and the number of rows that are complete."""
-    there = set(stage.output.names(".parquet"))
-    todo, num_rows_done = [], 0
-    for name in stage.source.names(".parquet"):
-        if name not in there:
-            todo.append(name)
-            continue
-        receipt = read_receipt(stage.output, name)
-        num_retried = len(receipt.failed) if retry_failed else 0
-        num_rows_done += receipt.rows_in - num_retried
-        if num_retried or receipt.rows_in < stage.source.num_rows(name):
-            todo.append(name)
-    return todo, num_rows_done
+def _todo(stage: Stage, source: Manifest, retry_failed: bool) -> tuple[list[str], dict[str, ShardSummary]]:
+    """Return the shards that lack rows, and the summaries of all shards that are there.
 
-
-def _make_shards(
-    stage: Stage, shards: list[str], num_rows_done: int, num_rows: int, max_failure_rate: float, retry_failed: bool
-) -> float:
-    """Make the named shards in a pool of actors, which write them; return the seconds that a worker was ready."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    _check_placement(stage)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    on_this_node: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}  # it survives the loss of other nodes
-    counter: Any = ray.remote(**on_this_node)(_Counter).remote()
-    dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    in_flight = stage.placement.max_shards_in_flight
-    receipts = dataset.map(
-        _ShardActor,  # type: ignore[arg-type] # an async callable class is allowed
-        fn_constructor_args=(stage, counter, retry_failed),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=min(stage.placement.min_actors, len(shards)),
-            max_size=min(stage.placement.max_actors, len(shards)),
-            max_tasks_in_flight_per_actor=in_flight,
-            max_concurrent_calls_per_actor=in_flight,
-        ),
-        num_cpus=stage.placement.num_cpus,
-        num_gpus=stage.placement.num_gpus or None,
-        accelerator_type=stage.placement.accelerator_type,
-    )
-    with Progress(stage.name, total=num_rows) as progress, _ProgressThread(counter, progress, num_rows_done) as shown:
-        failed = 0
-        for receipt in receipts.iter_rows():
-            if receipt["error"]:
-                raise ERRORS[receipt["error"]](f"{stage.name}: {receipt['message']}")
-            failed += receipt["num_failed"]
-            if failed > max_failure_rate * num_rows:
-                break  # _finish counts exactly and stops the run
-        return shown.update()
-
-
-class _ProgressThread:
-    """A thread that copies the counts of the actors into the progress line while the driver waits for shards.
-
-    It ends the actor that counts when the stage is over.
+    It also writes the lists of failures once more, in case a kill came between a shard and its list. Raises
+    ResumeRefused where the source no longer holds the rows that a shard was made from.
     """
+    there = set(stage.output.names(".parquet"))
+    listed = set(stage.output.child("failed").names())
 
-    def __init__(self, counter: Any, progress: Progress, already: int) -> None:
-        self.counter, self.progress, self.already = counter, progress, already
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._poll, daemon=True)
+    def read(name: str) -> tuple[ShardSummary, bool]:
+        receipt = read_receipt(stage.output, name)
+        if receipt.failed or name.replace(".parquet", ".jsonl") in listed:
+            list_failures(stage, name, receipt)
+        if name not in names:
+            raise ResumeRefused(_other_rows(stage, name, list(receipt.source_rows)))
+        if receipt.source_sha256 not in {source.files.get(name), None}:
+            changed = changed_rows(stage.source, name, receipt)
+            if changed:
+                raise ResumeRefused(_other_rows(stage, name, changed))
+        lacks_rows = bool(retry_failed and receipt.failed) or receipt.rows_in < stage.source.num_rows(name)
+        return summary_of(name, receipt, None), lacks_rows
 
-    def update(self) -> float:
-        import ray
-
-        counts = ray.get(self.counter.read.remote())
-        note = "" if counts["ready"] else "starting workers"
-        done = counts["rows"] + self.already
-        self.progress.update(done=done, failed=counts["failed"], tokens=counts["tokens"], note=note)
-        return float(counts["busy_seconds"])
-
-    def _poll(self) -> None:
-        while not self.stop.wait(1.0):
-            self.update()
-
-    def __enter__(self) -> _ProgressThread:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        self.stop.set()
-        self.thread.join()
-        ray.kill(self.counter)  # the data set holds it too, and would keep its process to the end of the run
+    names = stage.source.names(".parquet")
+    with ThreadPoolExecutor(READERS) as readers:
+        found = dict(zip(there, readers.map(read, there), strict=True))
+    todo = [name for name in names if name not in found or found[name][1]]
+    return todo, {name: summary for name, (summary, _) in found.items()}
 
 
-def _check_placement(stage: Stage) -> None:
-    """Raise ConfigError for a worker that fits on no node and would wait for ever. An autoscaling cluster may grow."""
+def _other_rows(stage: Stage, name: str, prompt_ids: Sequence[str]) -> str:
+    return (
+        f"{stage.output.location}/{name} was made from rows that {stage.source.location}/{name} does not hold any more "
+        f"({len(prompt_ids)} of them, such as {', '.join(prompt_ids[:3])}). Remove the folder {stage.output.name}/ and "
+        "the ones made from it, to make them again"
+    )
+
+
+async def _make_in_driver(attempt: Attempt, todo: Sequence[str], max_failure_rate: float) -> None:
+    """Make the named shards in this process, one after the other."""
     import ray
 
-    placement = stage.placement
-    wanted = {"CPU": placement.num_cpus, "GPU": placement.num_gpus}
-    if placement.accelerator_type is not None:
-        wanted[f"{ACCELERATOR}{placement.accelerator_type}"] = 0.001  # what Ray asks of the label
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in nodes)
-    if not fits and not any(has.get("aft_autoscaling") for has in nodes):
-        raise ConfigError(
-            f"{stage.name}.placement requests {_shown(wanted)} per worker, and no node has that. "
-            f"The nodes have: {'; '.join(sorted(map(_shown, nodes)))}. Request less or use a larger cluster"
-        )
+    stage, node = attempt.stage, ray.get_runtime_context().get_node_id()
+    worker: RowWorker | None = None
+    try:
+        with Progress(stage.name, total=attempt.num_rows) as progress:
+            worker, ready_at = build(stage), time.monotonic()
+            for name in todo:
+                with counted(stage, tally := Tally()):
+                    made = await make_shard(stage, name, worker, tally=tally, retry_failed=attempt.retry_failed)
+                ready_s = time.monotonic() - ready_at
+                attempt.add(Outcome(made=made, worker="driver", node=node, ready_s=ready_s), made)
+                attempt.show(progress, working_s=ready_s)
+                if attempt.fails_too_often(max_failure_rate):
+                    break
+    except AftError as error:
+        raise _of(stage, error) from error
+    finally:
+        if worker is not None:
+            await closed(worker)
 
 
-ACCELERATOR = "accelerator_type:"
+def _of(stage: Stage, error: AftError) -> AftError:
+    """Return an error of a worker with the name of its stage."""
+    return type(error)(f"{stage.name}: {error}")
 
 
-def _shown(resources: Mapping[str, float]) -> str:
-    """Return resources in words: `4 CPU, 2 GPU, H100`."""
-    amounts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
-    return ", ".join([*amounts, *(name.removeprefix(ACCELERATOR) for name in resources if ACCELERATOR in name)])
+def _make_in_actors(attempt: Attempt, todo: Sequence[str], max_failure_rate: float) -> None:
+    """Make the named shards in a pool of actors, which write them."""
+    import ray
+
+    stage, placement = attempt.stage, attempt.stage.placement
+    attempt.gpus_per_worker = num_gpus = num_gpus_of(placement.num_gpus, stage.gpus)
+    wanted = resources_of_worker(placement.num_cpus, num_gpus, placement.accelerator_type)
+    check_fits(f"{stage.name}.placement", wanted)
+    roster: Any = ray.remote(num_cpus=0, max_restarts=-1)(Roster).remote()
+    with ray.data.DataContext.current(_settings_of_ray_data()):
+        dataset = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
+    outcomes = dataset.map(
+        ShardActor,  # type: ignore[arg-type] # an async callable class is allowed
+        fn_constructor_args=(stage, roster, attempt.retry_failed),
+        compute=_pool(placement, len(todo)),
+        num_cpus=placement.num_cpus,
+        num_gpus=num_gpus or None,
+        accelerator_type=placement.accelerator_type,
+    )
+    with (
+        Progress(stage.name, total=attempt.num_rows) as progress,
+        ProgressThread(attempt, progress, roster),
+    ):
+        for row in outcomes.iter_rows():
+            outcome: Outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome.made, AftError):
+                raise _of(stage, outcome.made)
+            attempt.add(outcome, outcome.made)
+            if attempt.fails_too_often(max_failure_rate):
+                break
 
 
-class _Counter:
-    """An actor that counts the finished rows of a stage, for its progress line only."""
+def _pool(placement: PlacementConfig, num_shards: int) -> Any:
+    """Return a pool of as many actors as have work. It grows with the cluster and gives idle actors back.
 
-    def __init__(self) -> None:
-        self.counts = {"rows": 0, "failed": 0, "tokens": 0, "ready": 0}
-        self.first_ready: float | None = None
+    More tasks than calls at a time would keep an actor's queue filled, but leave shards waiting behind a busy actor
+    that another one could make.
+    """
+    import ray
 
-    def add(self, rows: int, failed: int, tokens: int) -> None:
-        self.counts["rows"] += rows
-        self.counts["failed"] += failed
-        self.counts["tokens"] += tokens
-
-    def ready(self) -> None:
-        self.counts["ready"] += 1
-        self.first_ready = self.first_ready or time.monotonic()
-
-    def read(self) -> dict[str, float]:
-        busy = time.monotonic() - self.first_ready if self.first_ready else 0.0
-        return {**self.counts, "busy_seconds": busy}
+    most = min(placement.max_actors, num_shards)
+    least = min(placement.min_actors, num_shards)
+    return ray.data.ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
+        initial_size=min(max(math.ceil(num_shards / placement.max_shards_in_flight), least), most),
+        max_tasks_in_flight_per_actor=placement.max_shards_in_flight,
+        max_concurrent_calls_per_actor=placement.max_shards_in_flight,
+    )
 
 
-class _ShardActor:
-    """An actor that holds one worker and makes several shards at a time with it, on one event loop."""
+def _settings_of_ray_data() -> Any:
+    """Return a Ray Data context for stages, whose blocks are names of shards and whose work takes minutes to hours."""
+    import ray
 
-    def __init__(self, stage: Stage, counter: Any, retry_failed: bool) -> None:
-        self.stage, self.counter, self.retry_failed = stage, counter, retry_failed
-        self.worker: RowWorker | None = None
-        self.building = asyncio.Lock()
-
-    async def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        try:
-            worker = await self._worker()
-            receipt = await make_shard(self.stage, item["shard"], worker, self._count, self.retry_failed)
-        except AftError as error:  # returned as data: Ray would wrap it in pages of its own traceback
-            return {"num_failed": 0, "error": type(error).__name__, "message": str(error)}
-        return {"num_failed": len(receipt.failed), "error": "", "message": ""}
-
-    async def _worker(self) -> RowWorker:
-        async with self.building:
-            if self.worker is None:
-                self.worker = self.stage.worker()
-                self.counter.ready.remote()
-            return self.worker
-
-    def _count(self, failed: int, tokens: int) -> None:
-        self.counter.add.remote(1, failed, tokens)
+    context = ray.data.DataContext.get_current().copy()
+    # Utilisation is tasks in flight over concurrent calls, so 1 means that every actor is busy (Ray's default is 1.75).
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    # Ray ends an execution without a finished block for 30 minutes. A large model may take longer to load, or a node to
+    # come.
+    context.execution_no_progress_timeout_s = -1
+    return context
 
 
-def _finish(stage: Stage, manifest: Manifest, max_failure_rate: float) -> Manifest:
-    names = stage.output.names(".parquet")
-    failed: Counter[str] = Counter()
-    filtered: Counter[str] = Counter()
-    first_failure = ""
-    totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
-    for name in names:
-        receipt = read_receipt(stage.output, name)
-        list_failures(stage, name, receipt)  # once more, in case a kill came between the shard and its list
-        failed.update(why["error"] for why in receipt.failed.values())
-        first_failure = first_failure or next((why["message"] for why in receipt.failed.values()), "")
-        filtered.update(receipt.filtered.values())
-        totals = {field: total + getattr(receipt, field) for field, total in totals.items()}
-    manifest = dataclasses.replace(manifest, failed=dict(failed), filtered=dict(filtered), **totals)
+def _finish(attempt: Attempt, max_failure_rate: float, source: Manifest) -> Manifest:
+    stage, manifest = attempt.stage, attempt.manifest()
     if manifest.num_failed > max_failure_rate * manifest.rows_in:
-        write_manifest(stage.output, manifest)
-        reasons = ", ".join(f"{count} {error}" for error, count in failed.most_common())
+        reasons = ", ".join(f"{count} {error}" for error, count in Counter(manifest.failed).most_common())
         raise TooManyFailures(
             f"{stage.name}: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
-            f"run.max_failure_rate {max_failure_rate:g} allows. The first: {first_failure}. Reasons by row: "
-            f"{stage.output.path}/failed; to try these rows again: aft-ray run --retry-failed"
+            f"run.max_failure_rate {max_failure_rate:g} allows. The first: {attempt.first_failure}. Reasons by row: "
+            f"{stage.output.location}/failed; to try these rows again: aft-ray run --retry-failed"
         )
-    manifest = dataclasses.replace(manifest, status="done", files={name: stage.output.sha256(name) for name in names})
+    _check_use(attempt, manifest, max_failure_rate)
+    # Workers hash what they write. The files of a driver that was killed before it heard of them are read here.
+    files = {name: manifest.files.get(name) or stage.output.sha256(name) for name in sorted(attempt.shards)}
+    manifest = dataclasses.replace(manifest, status="done", files=files, source_content=fingerprint(source.files))
     write_manifest(stage.output, manifest)
     return manifest
 
 
-TOTALS = ("rows_in", "rows_out", "prompt_tokens", "completion_tokens", "cost_usd")
-"""Fields of the receipts whose sums go into the manifest."""
+def _check_use(attempt: Attempt, manifest: Manifest, max_failure_rate: float) -> None:
+    """Raise TooManyFailures where no row is of use to what follows. A run that allows every failure goes on."""
+    left_out = Counter(manifest.filtered) + Counter(manifest.unusable)
+    is_useful = not left_out or manifest.rows_out > sum(manifest.unusable.values())
+    if is_useful or max_failure_rate >= 1 or not attempt.stage.must_yield:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    first = f" The first: {attempt.first_unusable}." if ": " in attempt.first_unusable else ""
+    raise TooManyFailures(
+        f"{attempt.stage.name}: nothing useful came of {manifest.rows_in} rows ({reasons}).{first} "
+        f"What came is in {attempt.stage.output.location}; with run.max_failure_rate 1 the run goes on all the same"
+    )

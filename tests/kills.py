@@ -1,11 +1,13 @@
-"""Kills processes: at random moments, many times, or a training worker when a condition holds."""
+"""Kills processes: many times at random moments, a training worker when a condition holds, a driver with its Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,3 +59,12 @@ def _is_train_worker(process: psutil.Process) -> bool:
         return "RayTrainWorker" in process.name() + " ".join(process.cmdline())
     except psutil.Error:  # it ended after it was listed
         return False
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill the driver first, so that it cannot notice, then raylet, workers and the rest of its Ray."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for victim in [psutil.Process(process.pid), *below]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    process.wait()

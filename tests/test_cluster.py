@@ -23,11 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 DRIVER = """
 import dataclasses, json, sys, threading, time
+from functools import partial
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from aft_ray.config import PlacementConfig
 from aft_ray.stages import run_stage
+from tests.test_cluster import WhereItRuns
 from tests.test_stages import squares
 
 if __name__ == "__main__":
@@ -38,7 +40,8 @@ if __name__ == "__main__":
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     placement = PlacementConfig(num_cpus=1, num_gpus=1, min_actors=1, max_actors=2, max_shards_in_flight=2)
-    stage = dataclasses.replace(squares(folder, seconds=0.3), placement=placement)
+    worker = partial(WhereItRuns, folder / "workers", 0.3)
+    stage = dataclasses.replace(squares(folder), worker=worker, placement=placement)
 
     def lose() -> None:
         while len(stage.output.names(".parquet")) < 4:
@@ -64,6 +67,7 @@ from functools import partial
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
+import aft_ray.gpus as gpus_module
 from aft_ray.config import PlacementConfig
 from aft_ray.errors import ConfigError
 from aft_ray.stages import run_stage
@@ -85,9 +89,10 @@ if __name__ == "__main__":
     for node in ray.nodes():
         labels = [name for name in node["Resources"] if name.startswith("accelerator_type:")]
         names[node["NodeID"]] = labels[0].partition(":")[2] if labels else "head"
-    tensor_parallel_size = 2
-    placement = PlacementConfig(num_gpus=tensor_parallel_size, accelerator_type="H100", min_actors=2, max_actors=2)
-    stage = dataclasses.replace(squares(folder), worker=partial(WhereItRuns, folder / "workers"), placement=placement)
+    gpus_module.has_gpu_build = lambda: True  # this machine's torch has no CUDA, and these workers do not use it
+    placement = PlacementConfig(accelerator_type="H100", min_actors=2, max_actors=2)  # the engine says how many GPUs
+    worker = partial(WhereItRuns, folder / "workers")
+    stage = dataclasses.replace(squares(folder), worker=worker, placement=placement, gpus=2)
     run_stage(stage, max_failure_rate=0)
     for _ in range(200):
         if gpus()[0] == gpus()[1]:
@@ -111,8 +116,8 @@ if __name__ == "__main__":
 class WhereItRuns(Squarer):
     """A worker that records its node and its GPUs, and takes no row before two workers have done so."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, seconds: float = 0.0) -> None:
+        super().__init__(seconds=seconds)
         self.folder = folder
         import ray
 
@@ -147,6 +152,9 @@ def test_the_loss_of_a_node_in_mid_stage_costs_no_row_and_the_gpus_are_given_bac
     assert manifest is not None
     assert (manifest.status, manifest.rows_out, manifest.completion_tokens) == ("done", 60, 60)
     assert gpus == {"free": 1.0, "all": 1.0}
+    workers = [json.loads(file.read_text()) for file in (tmp_path / "workers").iterdir()]
+    assert len(workers) >= 2, "the lost node had a worker"
+    assert len({one["node"] for one in workers}) == 2
 
 
 def test_workers_get_the_accelerator_and_the_gpus_they_ask_for_and_what_no_node_has_is_refused(tmp_path: Path) -> None:
@@ -157,6 +165,6 @@ def test_workers_get_the_accelerator_and_the_gpus_they_ask_for_and_what_no_node_
     assert len({one["node"] for one in found["workers"]}) == 2, "a node has two GPUs, so each worker has its own node"
     assert [len(one["gpus"]) for one in found["workers"]] == [2, 2], "as many as tensor_parallel_size"
     assert found["gpus"] == [8, 8], "given back when the stage ends"
-    assert "requests 1 CPU, B200 per worker, and no node has that" in found["refused"]["B200"]
+    assert "requests 1 CPU, 2 GPU, B200 per worker, and no node has that" in found["refused"]["B200"]
     assert "2 CPU, 2 GPU, H100" in found["refused"]["B200"]
     assert "requests 1 CPU, 5 GPU per worker" in found["refused"]["5 GPUs"], "8 in all, but no node has 5"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 
 from aft_ray.config import PlacementConfig
-from aft_ray.errors import ConfigError, EngineError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.errors import ConfigError, EngineDead, EngineError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.runs import Manifest, read_manifest, write_manifest
 from aft_ray.shards import Processed, RowWorker, Stage, write_first_shards
 from aft_ray.stages import run_stage
@@ -30,7 +30,7 @@ NUMBERS = pa.schema([("prompt_id", pa.string()), ("number", pa.int64())])
 SQUARES = NUMBERS.append(pa.field("square", pa.int64()))
 
 
-class Squarer:
+class Squarer(RowWorker):
     """Squares `number`; refuses those in `bad`; takes `seconds` per row; dies (its engine did) when `broken`.
 
     `slow_until`: row 0 takes until a folder has so many shards; `pid_file` gets the process it runs in.
@@ -82,7 +82,13 @@ def source(folder: Folder, num_rows: int = 20) -> Folder:
     return folder
 
 
-def squares(tmp_path: Path, settings: dict[str, Any] | None = None, **knobs: Any) -> Stage:
+@pytest.fixture(params=[False, True], ids=["actors", "driver"])
+def is_light(request: pytest.FixtureRequest) -> bool:
+    """Whether a stage is light: a small one is then made by the driver."""
+    return bool(request.param)
+
+
+def squares(tmp_path: Path, settings: dict[str, Any] | None = None, is_light: bool = False, **knobs: Any) -> Stage:
     return Stage(
         name="squares",
         source=Folder.at(tmp_path / "numbers"),
@@ -91,12 +97,15 @@ def squares(tmp_path: Path, settings: dict[str, Any] | None = None, **knobs: Any
         settings=settings or {},
         worker=Build(**knobs),
         placement=PlacementConfig(num_cpus=1, max_shards_in_flight=2),
+        is_light=is_light,
     )
 
 
-def test_every_row_comes_out_exactly_once_and_in_its_own_shard(ray_cluster: None, tmp_path: Path) -> None:
+def test_every_row_comes_out_exactly_once_and_in_its_own_shard(
+    ray_cluster: None, tmp_path: Path, is_light: bool
+) -> None:
     numbers = source(Folder.at(tmp_path / "numbers"))
-    stage = squares(tmp_path)
+    stage = squares(tmp_path, is_light=is_light)
     manifest = run_stage(stage, max_failure_rate=0)
     assert [row["square"] for row in stage.output.rows()] == [n * n for n in range(20)]
     assert stage.output.names(".parquet") == numbers.names(".parquet")
@@ -104,9 +113,11 @@ def test_every_row_comes_out_exactly_once_and_in_its_own_shard(ray_cluster: None
     assert manifest.files == {name: stage.output.sha256(name) for name in stage.output.names(".parquet")}
 
 
-def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(
+    ray_cluster: None, tmp_path: Path, is_light: bool
+) -> None:
     source(Folder.at(tmp_path / "numbers"))
-    stage = squares(tmp_path, bad=(4, 7))
+    stage = squares(tmp_path, is_light=is_light, bad=(4, 7))
     manifest = run_stage(stage, max_failure_rate=0.1)
     assert manifest.failed == {"InputError": 2}
     assert {row["number"] for row in stage.output.rows()} == set(range(20)) - {4, 7}
@@ -119,25 +130,30 @@ def test_a_failed_row_is_kept_with_its_reason_and_the_others_go_on(ray_cluster: 
     assert "4 cannot be squared here" in lines[0]["message"]
 
 
-def cubes(tmp_path: Path) -> Stage:
+def cubes(tmp_path: Path, is_light: bool) -> Stage:
     """Return a stage that reads `squares`."""
     return dataclasses.replace(
-        squares(tmp_path), name="cubes", source=Folder.at(tmp_path / "squares"), output=Folder.at(tmp_path / "cubes")
+        squares(tmp_path, is_light=is_light),
+        name="cubes",
+        source=Folder.at(tmp_path / "squares"),
+        output=Folder.at(tmp_path / "cubes"),
     )
 
 
-def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(ray_cluster: None, tmp_path: Path) -> None:
+def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(
+    ray_cluster: None, tmp_path: Path, is_light: bool
+) -> None:
     source(Folder.at(tmp_path / "numbers"))
-    failing = squares(tmp_path, bad=(4, 7, 19))
+    failing = squares(tmp_path, is_light=is_light, bad=(4, 7, 19))
     run_stage(failing, max_failure_rate=0.5)
-    later = cubes(tmp_path)
+    later = cubes(tmp_path, is_light)
     assert run_stage(later, max_failure_rate=0).rows_in == 17
     untouched = failing.output.sha256("shard-00000.parquet")
 
-    half_mended = run_stage(squares(tmp_path, bad=(7,)), max_failure_rate=0.5, retry_failed=True)
+    half_mended = run_stage(squares(tmp_path, is_light=is_light, bad=(7,)), max_failure_rate=0.5, retry_failed=True)
     assert (half_mended.failed, half_mended.rows_out, half_mended.completion_tokens) == ({"InputError": 1}, 19, 19)
     assert failing.output.child("failed").names() == ["shard-00002.jsonl"]
-    mended = run_stage(squares(tmp_path), max_failure_rate=0, retry_failed=True)
+    mended = run_stage(squares(tmp_path, is_light=is_light), max_failure_rate=0, retry_failed=True)
     assert (mended.failed, mended.rows_in, mended.rows_out, mended.completion_tokens) == ({}, 20, 20, 20)
     assert [row["number"] for row in failing.output.rows()] == list(range(20)), "in the source's order"
     assert failing.output.sha256("shard-00000.parquet") == untouched
@@ -147,27 +163,55 @@ def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(ray_clust
     assert [row["number"] for row in later.output.rows()] == list(range(20))
 
 
+def test_rows_that_are_tried_again_do_not_count_as_failed_before_they_are_made(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    run_stage(squares(tmp_path, bad=tuple(range(20))), max_failure_rate=1)
+    mended = run_stage(squares(tmp_path), max_failure_rate=0, retry_failed=True)
+    assert (mended.failed, mended.rows_out) == ({}, 20)
+
+
 def test_without_the_flag_failed_rows_are_left_alone(ray_cluster: None, tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"))
     first = run_stage(squares(tmp_path, bad=(4,)), max_failure_rate=0.5)
     assert run_stage(squares(tmp_path), max_failure_rate=0.5) == first
 
 
-def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(ray_cluster: None, tmp_path: Path) -> None:
+def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(
+    ray_cluster: None, tmp_path: Path, is_light: bool
+) -> None:
     source(Folder.at(tmp_path / "numbers"))
     with pytest.raises(TooManyFailures, match=r"InputError.*max_failure_rate 0\.1"):
-        run_stage(squares(tmp_path, bad=tuple(range(10))), max_failure_rate=0.1)
+        run_stage(squares(tmp_path, is_light=is_light, bad=tuple(range(10))), max_failure_rate=0.1)
     manifest = read_manifest(Folder.at(tmp_path / "squares"))
     assert manifest is not None
     assert manifest.status == "running"
 
 
-def test_a_broken_worker_stops_the_stage_instead_of_blaming_its_rows(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_broken_worker_stops_the_stage_instead_of_blaming_its_rows(
+    ray_cluster: None, tmp_path: Path, is_light: bool
+) -> None:
     source(Folder.at(tmp_path / "numbers"))
-    stage = squares(tmp_path, broken=True)
+    stage = squares(tmp_path, is_light=is_light, broken=True)
     with pytest.raises(EngineError, match="the worker is broken"):
         run_stage(stage, max_failure_rate=1)
     assert stage.output.names(".parquet") == []
+
+
+def test_the_driver_makes_a_light_stage_itself_while_it_is_small(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    pids = {}
+    for rows_in_driver in (19, 20):
+        monkeypatch.setattr("aft_ray.stages.ROWS_IN_DRIVER", rows_in_driver)
+        stage = squares(tmp_path, is_light=True, pid_file=tmp_path / "pid")
+        stage = dataclasses.replace(stage, output=Folder.at(tmp_path / f"squares-{rows_in_driver}"))
+        assert run_stage(stage, max_failure_rate=0).num_workers == 1
+        pids[rows_in_driver] = int((tmp_path / "pid").read_text())
+    assert pids[20] == os.getpid()
+    assert pids[19] != os.getpid()
 
 
 def test_other_settings_are_refused_with_the_difference(ray_cluster: None, tmp_path: Path) -> None:
@@ -182,6 +226,32 @@ def test_a_finished_stage_is_not_run_again(ray_cluster: None, tmp_path: Path) ->
     first = run_stage(squares(tmp_path), max_failure_rate=0)
     again = run_stage(squares(tmp_path, broken=True), max_failure_rate=0)
     assert again == first
+
+
+def test_rows_that_changed_in_the_source_are_refused_and_new_ones_are_made_alone(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    numbers = source(Folder.at(tmp_path / "numbers"))
+    before = run_stage(squares(tmp_path), max_failure_rate=0)
+    last = numbers.names(".parquet")[-1]
+
+    def rewrite(rows: list[dict[str, Any]]) -> None:
+        """Write other rows into the last shard, under the same settings, as a stage does that was made again."""
+        manifest = read_manifest(numbers)
+        assert manifest is not None
+        num_rows = manifest.rows_out + len(rows) - numbers.num_rows(last)
+        files = {**manifest.files, last: numbers.write_table(last, pa.Table.from_pylist(rows, schema=NUMBERS))}
+        write_manifest(numbers, dataclasses.replace(manifest, rows_in=num_rows, rows_out=num_rows, files=files))
+
+    rows = numbers.read_table(last).to_pylist()
+    rewrite([*rows, {"prompt_id": "p-new", "number": 100}])
+    after = run_stage(squares(tmp_path), max_failure_rate=0)
+    assert (before.completion_tokens, after.completion_tokens, after.rows_out) == (20, 21, 21), "one row was made"
+    rewrite([{**rows[0], "number": 7}, *rows[1:], {"prompt_id": "p-new", "number": 100}])
+    with pytest.raises(
+        ResumeRefused, match=rf"squares/{last} was made from rows that .*numbers/{last} .*\(1 of them, such as p-18\)"
+    ):
+        run_stage(squares(tmp_path), max_failure_rate=0)
 
 
 def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None, tmp_path: Path) -> None:
@@ -281,6 +351,113 @@ def test_the_place_of_a_finished_shard_is_taken_while_all_others_are_still_at_wo
     stage = dataclasses.replace(squares(tmp_path), worker=partial(KeepsFull, 20), placement=placement)
     manifest = run_stage(stage, max_failure_rate=0)
     assert (manifest.rows_out, manifest.failed) == (60, {}), "with a pause between shards the rows would time out"
+
+
+class WaitsForOthers(RowWorker):
+    """A worker that makes no row before `num_workers` processes have a worker."""
+
+    def __init__(self, folder: Path, num_workers: int) -> None:
+        self.folder, self.num_workers = folder, num_workers
+        folder.mkdir(exist_ok=True)
+        (folder / str(os.getpid())).touch()
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        async with asyncio.timeout(120):
+            while len(list(self.folder.iterdir())) < self.num_workers:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        return Processed(rows=[{**row, "square": row["number"] ** 2}])
+
+
+@pytest.mark.parametrize(
+    "num_shards, num_workers", [(20, 3), (3, 2)], ids=["work for more than there may be", "work for two"]
+)
+def test_between_min_and_max_a_stage_uses_as_many_workers_as_have_work(
+    ray_cluster: None, tmp_path: Path, num_shards: int, num_workers: int
+) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=3 * num_shards)
+    placement = PlacementConfig(num_cpus=1, min_actors=1, max_actors=3, max_shards_in_flight=2)
+    worker = partial(WaitsForOthers, tmp_path / "pids", num_workers)
+    stage = dataclasses.replace(squares(tmp_path), worker=worker, placement=placement)
+    manifest = run_stage(stage, max_failure_rate=0)
+    assert (manifest.rows_out, manifest.failed) == (3 * num_shards, {}), "with fewer workers the rows would time out"
+    assert len(list((tmp_path / "pids").iterdir())) == num_workers
+
+
+class Mortal(RowWorker):
+    """A worker whose engine dies after `num_rows` rows. Every build and every close leaves a file in `folder`."""
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        self.folder, self.num_rows, self.num_asked = folder, num_rows, 0
+        self.name = f"{os.getpid()}-{time.monotonic_ns()}"
+        (folder / f"{self.name}.built").touch()
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        self.num_asked += 1
+        await asyncio.sleep(0.05)
+        await self.check()
+        return Processed(rows=[{**row, "square": row["number"] ** 2}], completion_tokens=1)
+
+    async def check(self) -> None:
+        if self.num_asked > self.num_rows:
+            raise EngineDead("its last words")
+
+    async def close(self) -> None:
+        (self.folder / f"{self.name}.closed").touch()
+
+
+def mortal(tmp_path: Path, num_rows: int) -> Stage:
+    (tmp_path / "lives").mkdir()
+    source(Folder.at(tmp_path / "numbers"), num_rows=45)
+    return dataclasses.replace(squares(tmp_path), worker=partial(Mortal, tmp_path / "lives", num_rows))
+
+
+def lives(tmp_path: Path, end: str) -> set[str]:
+    return {file.stem for file in (tmp_path / "lives").glob(f"*.{end}")}
+
+
+def test_an_engine_that_dies_is_built_again_and_costs_only_the_rows_in_flight(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    stage = mortal(tmp_path, num_rows=12)
+    manifest = run_stage(stage, max_failure_rate=0)
+    assert [row["square"] for row in stage.output.rows()] == [n * n for n in range(45)]
+    assert (manifest.status, manifest.failed, manifest.completion_tokens) == ("done", {}, 45)
+    built = lives(tmp_path, "built")
+    assert len(built) >= 4, "a life is at most 12 rows of 45"
+    assert len({name.split("-")[0] for name in built}) == manifest.num_workers == 1, "in one process"
+    end = time.monotonic() + 30
+    while lives(tmp_path, "closed") != built and time.monotonic() < end:
+        time.sleep(0.1)
+    assert lives(tmp_path, "closed") == built, "each is closed, also the last one when the stage is over"
+
+
+def test_an_engine_that_dies_again_and_again_stops_the_stage_with_its_last_words(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    stage = mortal(tmp_path, num_rows=0)
+    with pytest.raises(EngineError, match=r"squares: the engine died 3 times .* at last: its last words"):
+        run_stage(stage, max_failure_rate=1)
+    assert len(lives(tmp_path, "built")) == 3
+    assert stage.output.names(".parquet") == [], "no row is blamed"
+
+
+def test_a_resumed_stage_counts_only_its_own_work_in_rates_and_all_rows_at_the_end(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source(Folder.at(tmp_path / "numbers"))
+    stage = squares(tmp_path)
+    whole = run_stage(stage, max_failure_rate=0)
+    killed = dataclasses.replace(whole, status="running", files={})
+    write_manifest(stage.output, killed)
+    stage.output.remove("shard-00003.parquet")
+    capsys.readouterr()
+    resumed = run_stage(stage, max_failure_rate=0)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "20/20 rows" in line
+    assert "tok/s" not in line, "three tokens in no time give no rate"
+    assert (resumed.rows_out, resumed.completion_tokens, resumed.files) == (20, 20, whole.files)
+    assert (resumed.num_workers, resumed.num_nodes) == (1, 1)
+    assert resumed.worker_seconds >= whole.worker_seconds
 
 
 DRIVER = """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from aft_ray.errors import StorageError
 from aft_ray.storage import PARTIAL, Folder, whole_folder, write_text
 
 
@@ -24,6 +25,20 @@ def test_what_a_kill_left_half_written_is_never_listed(tmp_path: Path) -> None:
     folder.write_bytes("whole.parquet", b"x")
     (tmp_path / f"half.parquet.123{PARTIAL}").write_bytes(b"y")
     assert folder.names() == ["whole.parquet"]
+
+
+def test_a_write_that_fails_leaves_nothing_and_what_a_kill_left_can_be_removed(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(StorageError, match="taken: cannot be written"):
+        folder.write_bytes("taken", b"x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
+    (tmp_path / "taken" / f"half.parquet.1-a{PARTIAL}").touch()
+    (tmp_path / f"adapter{PARTIAL}" / "below").mkdir(parents=True)
+    assert folder.folder_names() == ["taken"]
+    folder.remove_partial()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
 
 
 def test_a_folder_uri_is_the_same_folder(tmp_path: Path) -> None:

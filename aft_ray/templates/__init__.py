@@ -6,7 +6,7 @@
     in_context   `InContextPrompt`: the prompt for base models (URIAL format)
     aggregator   `AggregatorTemplate`: how proposals are shown to the model that aggregates them
     budget       `fit_prompt`, `fit_aggregation`: what is shortened when a prompt does not fit the window
-    mask         `build_example`, `check_mask`: the loss is on the answer and its end-of-turn token only
+    mask         `build_example`, `build_conversation`, `check_mask`: the loss is on answers and what ends them
     loading      `load_format`: the format that an engine needs
 
 Importing this loads neither torch nor transformers; `ChatFormat.load` does.
@@ -17,7 +17,7 @@ from aft_ray.templates.budget import Fitted, LengthPolicy, fit_aggregation, fit_
 from aft_ray.templates.chat import ChatFormat, Style
 from aft_ray.templates.format import MessagesFormat, PromptFormat
 from aft_ray.templates.in_context import InContextPrompt
-from aft_ray.templates.mask import IGNORE, build_example, check_mask
+from aft_ray.templates.mask import IGNORE, answer_spans, build_conversation, build_example, check_mask
 
 __all__ = [
     "IGNORE",
@@ -29,6 +29,8 @@ __all__ = [
     "MessagesFormat",
     "PromptFormat",
     "Style",
+    "answer_spans",
+    "build_conversation",
     "build_example",
     "check_mask",
     "fit_aggregation",

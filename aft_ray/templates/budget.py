@@ -76,6 +76,17 @@ def fit_prompt(format: PromptFormat, messages: Sequence[Message], max_prompt_tok
     return ids
 
 
+def fit_text(format: PromptFormat, text: str | tuple[int, ...], max_prompt_tokens: int) -> tuple[int, ...]:
+    """Return the ids of a text that no chat template shapes. Raises PromptTooLong when they do not fit."""
+    ids = format.text_ids(text) if isinstance(text, str) else text
+    if len(ids) > max_prompt_tokens:
+        raise PromptTooLong(
+            f"the prompt has {len(ids)} tokens, {max_prompt_tokens} are allowed (window minus answer): shorten it, or "
+            "lower max_tokens"
+        )
+    return ids
+
+
 def fit_aggregation(
     format: PromptFormat,
     template: AggregatorTemplate,

@@ -16,19 +16,31 @@ tokenizer without a chat template uses the in-context prompt.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from aft_ray.errors import ConfigError, InputError
-from aft_ray.records import Message
+from aft_ray.records import Message, ToolCall
 from aft_ray.templates.control import ControlTokens
+from aft_ray.templates.families import FAMILIES, arguments_of, template_text
 from aft_ray.templates.format import checked
 from aft_ray.templates.in_context import InContextPrompt
+from aft_ray.templates.thinking import closing_of
+from aft_ray.templates.turns import (
+    in_parts,
+    name_as_text,
+    neutralised,
+    neutralised_value,
+    tools_as_text,
+    with_arguments_as,
+)
 
 Style = Literal["auto", "chat", "in_context"]
-"""`auto` uses the chat template where the tokenizer has one, else the in-context prompt."""
+"""`auto` uses the chat template where the tokenizer has one of its own, else the in-context prompt."""
 
 _PROBE = "Zebra"
 _PROBES = (_PROBE, "7", "e.", "z\n")  # different endings, so what all prompts end with comes from the template
@@ -52,15 +64,25 @@ class ChatFormat:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         if style == "chat" and template is None:
             raise ConfigError(
-                "style chat: the tokenizer has no chat template; set style auto or in_context, or use an instruct model"
+                f"the tokenizer {getattr(tokenizer, 'name_or_path', '')} has no chat template: set its engine's "
+                f"chat_template ({', '.join(FAMILIES)}, or the path of a Jinja file), or use an instruct model. The "
+                "in-context prompt samples proposals only, and is never what is trained or served"
             )
         self.tokenizer = tokenizer
         self.has_template = template is not None and style != "in_context"
         self._template = template if self.has_template else None
         self._in_context = None if self.has_template else in_context or InContextPrompt.load()
         self._controls = ControlTokens.of(tokenizer, self._template)
+        self._in_parts = False
         self._adds_bos = _adds_bos(tokenizer)
+        self.template_arguments = frozenset() if template is None else arguments_of(template, tokenizer)
+        self._tools: tuple[Any, ...] = ()
+        self._arguments: Mapping[str, Any] = {}
+        self._in_parts = self._takes_parts()
         self._merges_system = self.has_template and not self._keeps_system()
+        self._keeps_names = self._writes_names()
+        self._arguments_type = self._type_of_arguments()
+        self.takes_tools = self._writes_tools()
         self._turn = self._probe_turn()
         self.bos_id, self.prompt_tail = self._probe_prompt()
 
@@ -71,14 +93,21 @@ class ChatFormat:
         in_context: InContextPrompt | None = None,
         style: Style = "auto",
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
     ) -> ChatFormat:
-        """Load a tokenizer from a folder or a hub id. Raises ConfigError where there is none."""
+        """Load a tokenizer from a folder or a hub id. Raises ConfigError where there is none.
+
+        `chat_template` replaces the tokenizer's own. Where it has none, only style `chat` uses it: `auto` prompts the
+        model in context, as one that has not been taught the template.
+        """
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(f"tokenizer {tokenizer_source}: cannot be loaded ({error})") from error
+        if chat_template is not None and (style == "chat" or tokenizer.chat_template):
+            tokenizer.chat_template = template_text(chat_template)
         return cls(tokenizer, in_context, style)
 
     @property
@@ -102,8 +131,20 @@ class ChatFormat:
     def stop_strings(self) -> tuple[str, ...]:
         return self._in_context.stop_strings if self._in_context is not None else ()
 
+    def rendering(self, tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> ChatFormat:
+        if not tools and not arguments:
+            return self
+        chat = copy.copy(self)
+        chat._tools = tuple(neutralised_value(tool, self.neutralise) for tool in tools)
+        known = {name: value for name, value in arguments.items() if name in self.template_arguments}
+        chat._arguments = neutralised_value(known, self.neutralise)
+        return chat
+
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._ids(self._prompt_text(messages))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        return self._ids(text)
 
     def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
         """Return what an answer adds to the prompt's ids; it is tokenized alone where the two would share a token."""
@@ -153,7 +194,8 @@ class ChatFormat:
 
         The whole conversation is rendered first, because a template may write something before the answer or trim it.
         Where the result does not begin with the prompt (Mistral v0.3 moves the system text, some reasoning templates
-        drop what the prompt opened), the answer is put between what the template writes around answers elsewhere.
+        drop the thought that the prompt opened), the answer is put between what the template writes around answers
+        elsewhere, after the end of such a thought.
         """
         if self._in_context is not None:
             return self.neutralise(target) + self._in_context.closing
@@ -170,23 +212,40 @@ class ChatFormat:
         return added[: end + len(turn.end)] if end >= 0 else added + turn.end
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages neutralised, and merge the system text into the first user message if necessary."""
+        """Return the messages neutralised, and say as text what the template has no place for."""
         checked(messages)
-        clean = [Message(role=m["role"], content=self.neutralise(m["content"])) for m in messages]
+        clean = [neutralised(message, self.neutralise) for message in messages]
+        if any("tool_calls" in message for message in clean) and self._arguments_type is None:
+            clean = tools_as_text(clean)
+        if any("name" in message for message in clean) and not self._keeps_names:
+            clean = [name_as_text(message) for message in clean]
         return _system_in_user(clean) if self._merges_system else clean
 
     def _rendered(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        kind = self._arguments_type if any("tool_calls" in message for message in messages) else None
+        return self._filled([with_arguments_as(kind or str, message) for message in messages], generation_prompt)
+
+    def _filled(self, turns: list[dict[str, Any]], generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+            text: str = self.tokenizer.apply_chat_template(
+                [in_parts(turn) for turn in turns] if self._in_parts else turns,
+                tools=list(self._tools) or None,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._arguments,
             )
         except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            roles = ", ".join(turn["role"] for turn in turns)
             raise InputError(
                 f"the model's chat template refuses a conversation with the roles {roles}: {error}"
             ) from error
+        for turn in turns:
+            if turn["role"] in ("developer", "tool") and not _holds(text, turn["content"]):
+                raise InputError(f"the model's chat template leaves out a message with the role {turn['role']}")
+        return text
 
     # ── ids ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,12 +259,60 @@ class ChatFormat:
 
     # ── what the template does, asked once ───────────────────────────────────────────────────────────────────────────
 
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a message's text as a list of parts, as those of multimodal models do.
+
+        Raises ConfigError for one that shows a text in neither form.
+        """
+        if self._in_context is not None:
+            return False
+        for self._in_parts in (False, True):
+            if self._shows([{"role": "user", "content": _PROBE}], [_PROBE]):
+                return self._in_parts
+        raise ConfigError(
+            f"the chat template of the tokenizer {getattr(self.tokenizer, 'name_or_path', '')} leaves out the text of "
+            f"messages: set its engine's chat_template ({', '.join(FAMILIES)}, or the path of a Jinja file)"
+        )
+
     def _keeps_system(self) -> bool:
         conversation = [Message(role="system", content=_PROBE), Message(role="user", content="7")]
         try:
             return _PROBE in self._rendered(conversation, generation_prompt=True)
         except InputError:
             return False
+
+    def _writes_names(self) -> bool:
+        """Whether the template writes the name of whoever speaks."""
+        return self._shows([{"role": "user", "name": _PROBE, "content": "7"}], [_PROBE])
+
+    def _writes_tools(self) -> bool:
+        """Whether the template describes the tools that an answer may call."""
+        function = {"name": _PROBE, "description": "17", "parameters": {"type": "object", "properties": {}}}
+        chat = self.rendering([{"type": "function", "function": function}], {})
+        return chat._shows([{"role": "user", "content": "7"}], [_PROBE, "17"])
+
+    def _type_of_arguments(self) -> type[dict[str, Any]] | type[str] | None:
+        """Return how the template takes the arguments of tool calls; None where it does not write calls and results."""
+        call: ToolCall = {"id": "zebracall", "type": "function", "function": {"name": _PROBE, "arguments": '{"a": 17}'}}
+        conversation = [
+            Message(role="user", content="7"),
+            Message(role="assistant", content="", tool_calls=[call]),
+            Message(role="tool", content="striped", name=_PROBE, tool_call_id="zebracall"),
+        ]
+        kinds: tuple[type[dict[str, Any]] | type[str], ...] = (dict, str)
+        for kind in kinds:
+            if self._shows([with_arguments_as(kind, message) for message in conversation], [_PROBE, "17", "striped"]):
+                return kind
+        return None
+
+    def _shows(self, turns: list[dict[str, Any]], probes: Sequence[str]) -> bool:
+        if self._in_context is not None:
+            return False
+        try:
+            text = self._filled(turns, generation_prompt=True)
+        except (InputError, TypeError):  # a template that joins a dict to text raises the latter
+            return False
+        return all(probe in text for probe in probes)
 
     def _probe_turn(self) -> _Turn:
         if self._in_context is not None:
@@ -214,7 +321,7 @@ class ChatFormat:
         full = self._rendered([query, answer], generation_prompt=False)
         head, _, after = full.rpartition(_PROBE)
         prompt = self._rendered([query], generation_prompt=True)
-        before = head[len(prompt) :] if head.startswith(prompt) else ""
+        before = head[len(prompt) :] if head.startswith(prompt) else closing_of(prompt)
         end = self._controls.first_in(after)
         return _Turn(before=before, after=after if end is None else after[: after.index(end) + len(end)], end=end)
 
@@ -226,6 +333,12 @@ class ChatFormat:
             tail = _common_suffix(tail, prompt)
         bos = self.tokenizer.bos_token_id
         return (bos if all(prompt[:1] == (bos,) and prompt.count(bos) == 1 for prompt in prompts) else None), tail
+
+
+def _holds(text: str, content: str) -> bool:
+    """Return whether a rendered conversation holds the text of a message, as it is or as JSON."""
+    content = content.strip()
+    return content in text or json.dumps(content)[1:-1] in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -240,7 +353,9 @@ def _system_in_user(messages: list[Message]) -> list[Message]:
     text, rest = messages[0]["content"], messages[1:]
     if not rest or rest[0]["role"] != "user":
         return [Message(role="user", content=text), *rest]
-    return [Message(role="user", content=f"{text}\n\n{rest[0]['content']}"), *rest[1:]]
+    first = rest[0].copy()
+    first["content"] = f"{text}\n\n{first['content']}"
+    return [first, *rest[1:]]
 
 
 def _common_suffix(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,12 +8,14 @@ above.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from aft_ray.errors import InputError
-from aft_ray.records import Message, fingerprint
+from aft_ray.records import Message, all_text, fingerprint
 from aft_ray.templates.control import without_surrogates
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class PromptFormat(Protocol):
@@ -39,8 +41,27 @@ class PromptFormat(Protocol):
         """Strings that end an answer and are not part of it."""
         ...
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the prompt has a place for tools that the model may call."""
+        ...
+
+    @property
+    def template_arguments(self) -> frozenset[str]:
+        """Names of what the chat template can be told besides messages and tools, such as `enable_thinking`."""
+        ...
+
+    def rendering(self, tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> PromptFormat:
+        """Return this format with prompts that describe the tools, and those of the arguments that it knows."""
+        ...
+
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return everything before the answer, generation prompt included; () for an engine that takes messages."""
+        ...
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text as it is, with the BOS that begins every text of this model. Control tokens in it
+        act as such: nothing is neutralised. () for an engine that takes messages."""
         ...
 
     def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
@@ -73,10 +94,8 @@ def checked(messages: Sequence[Message]) -> None:
     if not messages:
         raise InputError("a conversation needs at least one message, found none")
     for number, message in enumerate(messages, start=1):
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise InputError(
-                f"message {number} has role {message.get('role')!r}, expected system, user, assistant or tool"
-            )
+        if message.get("role") not in ROLES:
+            raise InputError(f"message {number} has role {message.get('role')!r}, expected {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise InputError(f"message {number} has content {message.get('content')!r}, expected text")
 
@@ -90,12 +109,21 @@ class MessagesFormat:
     """Number of control tokens around a turn."""
 
     has_template = False
+    takes_tools = True
+    """The endpoint has templates of its own: tools and arguments go there with the request."""
+    template_arguments: frozenset[str] = frozenset()
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     template_hash = fingerprint(["messages"])
 
+    def rendering(self, tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> MessagesFormat:
+        return self
+
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         checked(messages)
+        return ()
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
         return ()
 
     def target_ids(self, messages: Sequence[Message], target: str) -> tuple[int, ...]:
@@ -103,7 +131,7 @@ class MessagesFormat:
 
     def count(self, messages: Sequence[Message]) -> int:
         checked(messages)
-        return sum(self.TOKENS_PER_MESSAGE + self.num_tokens(message["content"]) for message in messages)
+        return sum(self.TOKENS_PER_MESSAGE + self.num_tokens(all_text(message)) for message in messages)
 
     def num_tokens(self, text: str) -> int:
         return math.ceil(len(self.neutralise(text).encode()) / self.BYTES_PER_TOKEN)

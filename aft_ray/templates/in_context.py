@@ -5,27 +5,29 @@
     <what the blocks are>
 
     # Query:
-    ```
+    `````
     <demonstration>
-    ```
+    `````
 
     # Answer:
-    ```
+    `````
     <its answer>
-    ```
+    `````
 
     # Query:
-    ```
+    `````
     <the user's message>
-    ```
+    `````
 
     # Answer:
-    ```
+    `````
                              <- the model continues here; its closing fence is the stop string
 
 Earlier turns of the conversation are further blocks. A system message, such as the aggregator's, is a second
 instruction in a fence directly before the conversation, so that all prompts share the tokens of the demonstrations.
-U+200B breaks fences and headings inside a message, so that no text can close its block.
+U+200B breaks fences and headings inside a message, so that no text can close its block. The fences have five backticks,
+where URIAL's have three, so that an answer may hold a block of code: a fence ends a block only if it is as long as the
+one that opened it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from aft_ray.records import Message, fingerprint
 from aft_ray.templates.assets import read_fields
 from aft_ray.templates.control import break_strings, broken, without_surrogates
 
-_FENCE = "```"
+_FENCE = "`````"
 _FENCES = break_strings([_FENCE])
 _HEADINGS = re.compile(r"^#(?= (?:Instruction|Query:|Answer:))", re.MULTILINE)
 _HEADING_OF = {"system": "# Instruction", "user": "# Query:", "assistant": "# Answer:"}
@@ -69,7 +71,7 @@ class InContextPrompt:
     @property
     def hash(self) -> str:
         """sha256 of everything that shapes the prompt, which excludes the name."""
-        return fingerprint(["in_context", self.instruction, self.demonstrations])
+        return fingerprint(["in_context", _FENCE, self.instruction, self.demonstrations])
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

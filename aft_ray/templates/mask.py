@@ -2,13 +2,20 @@
 
 input_ids   [ prompt ......................... | target ......... end-of-turn ]
 labels      [ IGNORE IGNORE IGNORE ... IGNORE  | target ......... end-of-turn ]
+
+Of a conversation, every answer may be a target (`build_conversation`). Each then follows exactly the ids after which it
+is served, so a turn joins the example of the turn before it only where its prompt continues that one's ids:
+
+input_ids   [ prompt 1 ...... | answer 1 | prompt 2, from where answer 1 ends | answer 2 ]
+labels      [ IGNORE ........ | answer 1 | IGNORE ........................... | answer 2 ]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from aft_ray.errors import InputError
+from aft_ray.records import Message
 from aft_ray.templates.chat import ChatFormat
 
 IGNORE = -100
@@ -24,8 +31,59 @@ def build_example(prompt_ids: Sequence[int], target_ids: Sequence[int]) -> tuple
     return [*prompt_ids, *target_ids], [IGNORE] * len(prompt_ids) + list(target_ids)
 
 
-def check_mask(input_ids: Sequence[int], labels: Sequence[int], format: ChatFormat) -> None:
-    """Raise InputError, naming the invariant, if an example of `format` breaks one."""
+def build_conversation(messages: Sequence[Message], format: ChatFormat) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the examples (input_ids, labels) that have every answer of a conversation in the loss, each answer once.
+
+    One example, unless the template writes an earlier answer in another way than the last one, as those do that drop
+    its thinking: then the turn after it begins an example of its own.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant" or not message["content"].strip() or not place:
+            continue
+        prompt = list(format.prompt_ids(messages[:place]))
+        target = list(format.target_ids(messages[:place], message["content"]))
+        if input_ids and prompt[: len(input_ids)] != input_ids:
+            yield input_ids, labels
+            labels = []
+        labels = [*labels, *[IGNORE] * (len(prompt) - len(labels)), *target]
+        input_ids = [*prompt, *target]
+    if not input_ids:
+        raise InputError("the conversation has no answer to learn")
+    yield input_ids, labels
+
+
+def answer_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where each target begins and ends.
+
+    >>> answer_spans([-100, -100, 7, 8, -100, 9])
+    [(2, 4), (5, 6)]
+    """
+    spans: list[tuple[int, int]] = []
+    for place, label in enumerate(labels):
+        if label == IGNORE:
+            continue
+        if spans and spans[-1][1] == place:
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+    return spans
+
+
+def check_mask(
+    input_ids: Sequence[int], labels: Sequence[int], format: ChatFormat, several_answers: bool = False
+) -> None:
+    """Raise InputError, naming the invariant, if an example of `format` breaks one.
+
+    With `several_answers`, all that is in the loss before the last target must be whole answers, too.
+    """
+    if several_answers:
+        for start, end in answer_spans(labels)[:-1]:
+            _check_boundary(input_ids[:end], start, format)
+            _check_end(input_ids[:end], labels[:end], start, format)
+        last = answer_spans(labels)[-1:]
+        labels = [IGNORE] * last[0][0] + list(labels[last[0][0] :]) if last else labels
     start = _target_start(input_ids, labels)
     _check_boundary(input_ids, start, format)
     _check_end(input_ids, labels, start, format)

@@ -56,6 +56,15 @@ THINKING = (  # Qwen3: the last answer begins with an empty thought, which the g
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+OPEN_THOUGHT = (  # R1: the generation prompt opens a thought, and earlier answers are shown without theirs
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+PARTS = (  # SmolVLM: content is a list of parts; a text that is no list would be left out
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 PLAIN = (  # no control tokens at all
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -89,6 +98,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         extra=["<|im_start|>"],
         ordinary=["<think>", "</think>"],
     ),
+    "open_thought": dict(
+        template=OPEN_THOUGHT,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra=["<|im_start|>"],
+        ordinary=["<think>", "</think>"],
+    ),
+    "parts": dict(template=PARTS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra=["<|im_start|>"]),
     "plain": dict(template=PLAIN, **S_PAIR, adds_bos=True),
     "base": dict(template=None, bos_token="<|endoftext|>", eos_token="<|endoftext|>"),
     "base_with_bos": dict(template=None, **S_PAIR, adds_bos=True),

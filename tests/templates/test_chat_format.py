@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_ordinary_text_gets_the_ids_of_apply_chat_template(family: str, format: 
     assert list(format.prompt_ids(CONVERSATION)) == expected
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("chatml", "thinking", "base")])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if make_tokenizer(name).bos_token and name != "base"])
 def test_a_prompt_begins_with_exactly_one_bos(family: str) -> None:
     format, bos = format_of(family), make_tokenizer(family).bos_token_id
     ids = format.prompt_ids(CONVERSATION)
@@ -170,6 +171,25 @@ def test_a_conversation_the_template_refuses_is_an_input_error_with_the_template
         format_of("mistral").prompt_ids([user("Hello"), user("there")])
 
 
+def test_a_message_of_a_tool_or_developer_is_rendered_or_the_conversation_is_refused() -> None:
+    messages = [user("2+2?"), assistant("I ask."), Message(role="tool", content='{"sum": 4}')]
+    messages = [Message(role="developer", content="Be brief."), *messages]
+    chatml = format_of("chatml")
+    text = chatml.decode(chatml.prompt_ids(messages))
+    assert "<|im_start|>developer\nBe brief." in text and '<|im_start|>tool\n{"sum": 4}' in text
+    for family in ("mistral", "gemma", "zephyr", "llama3"):
+        try:
+            shown = format_of(family).decode(format_of(family).prompt_ids(messages))
+        except InputError as error:
+            assert "chat template" in str(error)
+        else:
+            assert "Be brief." in shown and '{"sum": 4}' in shown
+    left_out = ChatFormat(make_tokenizer("chatml"))
+    left_out._template = "{% for m in messages if m.role != 'tool' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(InputError, match="leaves out a message with the role tool"):
+        left_out.prompt_ids(messages)
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -255,3 +275,24 @@ def test_messages_format_has_no_ids_and_counts_from_above() -> None:
 def test_importing_the_room_loads_neither_torch_nor_transformers_nor_ray() -> None:
     code = "import sys, aft_ray.templates; sys.exit(bool({'torch', 'transformers', 'ray', 'vllm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_before_the_answer() -> None:
+    format = format_of("open_thought")
+    assert format.decode(format.prompt_ids(CONVERSATION)).endswith("<|im_start|>assistant\n<think>\n")
+    target = format.target_ids(CONVERSATION, "Good day")
+    assert format.decode(target) == "\n</think>\n\nGood day<|im_end|>"
+    assert format.tokenizer.convert_tokens_to_ids("</think>") in target
+
+
+def test_a_template_that_wants_lists_of_parts_gets_them() -> None:
+    parts, chatml = format_of("parts"), format_of("chatml")
+    assert parts.decode(parts.prompt_ids(CONVERSATION)) == chatml.decode(chatml.prompt_ids(CONVERSATION))
+    assert parts.decode(parts.target_ids(CONVERSATION, "Good day")) == "Good day<|im_end|>"
+
+
+def test_a_template_that_leaves_out_what_is_said_is_refused() -> None:
+    tokenizer = copy.deepcopy(make_tokenizer("chatml"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(ConfigError, match="leaves out the text of messages: set its engine's chat_template"):
+        ChatFormat(tokenizer)

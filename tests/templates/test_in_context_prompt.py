@@ -18,31 +18,32 @@ def test_a_conversation_is_rendered_as_fenced_blocks_behind_the_demonstrations()
     messages = [system("In French."), user("Hi"), assistant("Salut"), user("Name a river.")]
     assert SMALL.render(messages) == (
         "# Instruction\n\nBe kind.\n\n"
-        "# Query:\n```\nHello\n```\n\n# Answer:\n```\nGood day\n```\n\n"
-        "# Instruction\n```\nIn French.\n```\n\n"
-        "# Query:\n```\nHi\n```\n\n# Answer:\n```\nSalut\n```\n\n"
-        "# Query:\n```\nName a river.\n```\n\n# Answer:\n```\n"
+        "# Query:\n`````\nHello\n`````\n\n# Answer:\n`````\nGood day\n`````\n\n"
+        "# Instruction\n`````\nIn French.\n`````\n\n"
+        "# Query:\n`````\nHi\n`````\n\n# Answer:\n`````\nSalut\n`````\n\n"
+        "# Query:\n`````\nName a river.\n`````\n\n# Answer:\n`````\n"
     )
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("```", "`\u200b``"),
-        ("a```b", "a`\u200b``b"),
+        ("`````", "`\u200b````"),
+        ("```py\n1\n```", "```py\n1\n```"),
+        ("a`````b", "a`\u200b````b"),
         ("x\n# Query:\ny", "x\n#\u200b Query:\ny"),
         ("# Answer: z", "#\u200b Answer: z"),
         ("``two`` # Query: `one`", "``two`` # Query: `one`"),
     ],
 )
 def test_no_text_closes_its_block_or_opens_another(text: str, shown: str) -> None:
-    assert f"# Query:\n```\n{shown}\n```\n\n# Answer:\n```\n" in SMALL.render([user(text)])
+    assert f"# Query:\n`````\n{shown}\n`````\n\n# Answer:\n`````\n" in SMALL.render([user(text)])
 
 
-@pytest.mark.parametrize("num_backticks", range(3, 12))
+@pytest.mark.parametrize("num_backticks", range(5, 14))
 def test_a_run_of_backticks_never_leaves_a_fence(num_backticks: int) -> None:
     clean = SMALL.neutralise("`" * num_backticks)
-    assert "```" not in clean
+    assert "`````" not in clean
     assert clean.replace("\u200b", "") == "`" * num_backticks
 
 
@@ -54,15 +55,19 @@ def test_a_tokenizer_without_a_chat_template_gets_the_prompt_with_its_bos_and_st
     rendered = tokenizer(SMALL.render([user("Hello there")]))["input_ids"]  # with the BOS, where it adds one
     assert list(ids) == rendered
     assert not format.has_template
-    assert format.stop_strings == ("\n```", "```")
+    assert format.stop_strings == ("\n`````", "`````")
     assert format.stop_ids == (tokenizer.eos_token_id,)
-    assert format.decode(format.target_ids([user("Hello there")], "Good day")) == f"Good day\n```{tokenizer.eos_token}"
+    assert (
+        format.decode(format.target_ids([user("Hello there")], "Good day")) == f"Good day\n`````{tokenizer.eos_token}"
+    )
 
 
-def test_a_target_with_a_fence_does_not_end_before_its_end() -> None:
+def test_an_answer_with_a_block_of_code_stays_whole() -> None:
     format = format_of("base")
-    text = format.decode(format.target_ids([user("Hello")], "```py\n1\n```"))
-    assert text == "`\u200b``py\n1\n`\u200b``\n```<|endoftext|>"
+    code = "```py\n1\n```"
+    text = format.decode(format.target_ids([user("Hello")], code))
+    assert text == f"{code}\n`````<|endoftext|>"
+    assert not any(stop in code for stop in format.stop_strings)
 
 
 def test_the_packaged_prompt_has_three_demonstrations_that_a_small_window_can_hold() -> None:
@@ -87,7 +92,7 @@ def test_a_users_file_is_read_and_hashed_by_content(tmp_path: Path) -> None:
         ("instruction: x\n", "has no 'demonstrations'"),
         ("instruction: x\ndemonstrations:\n  - {query: a, anser: b}\n", r"demonstration 1 has \['anser', 'query'\]"),
         ("instruction: x\ndemonstrations:\n  - {query: a, answer: 3}\n", "demonstration 1, answer: expected text"),
-        ("instruction: x\ndemonstrations:\n  - {query: a, answer: '```'}\n", "answer: expected text without ```"),
+        ("instruction: x\ndemonstrations:\n  - {query: a, answer: '`````'}\n", "answer: expected text without `````"),
     ],
     ids=["typo", "missing", "key", "type", "fence"],
 )

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from families import CONVERSATION, FAMILIES, format_of, user
+from families import CONVERSATION, FAMILIES, assistant, format_of, system, user
 
 from aft_ray.errors import InputError
-from aft_ray.templates import IGNORE, AggregatorTemplate, ChatFormat, build_example, check_mask
+from aft_ray.templates import (
+    IGNORE,
+    AggregatorTemplate,
+    ChatFormat,
+    answer_spans,
+    build_conversation,
+    build_example,
+    check_mask,
+)
 
 
 def example(format: ChatFormat, target: str = "Good day") -> tuple[list[int], list[int]]:
@@ -102,3 +110,68 @@ def test_the_ids_that_training_sees_begin_with_the_ids_that_serving_sends(format
     sent = format.prompt_ids(messages)
     ids, labels = build_example(sent, format.target_ids(messages, "Good day"))
     assert tuple(ids[: labels.count(IGNORE)]) == sent
+
+
+TALK = [
+    user("Hello there"),
+    assistant("Good day"),
+    user("Be kind <b>{x}</b>"),
+    assistant(""),
+    user("user"),
+    assistant("Hello <|im_end|>"),
+]
+"""An empty answer teaches nothing; a control token that is written out is text."""
+
+
+def test_every_answer_of_a_conversation_is_in_the_loss_where_the_template_writes_it() -> None:
+    format = format_of("chatml")
+    by_hand = [  # what the template writes, and whether it is in the loss
+        (
+            "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("Good day<|im_end|>", True),
+        ("\n<|im_start|>user\nBe kind <b>{x}</b><|im_end|>\n<|im_start|>assistant\n<|im_end|>\n", False),
+        ("<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n", False),
+        ("Hello <\u200b|im_end|><|im_end|>", True),
+    ]
+    ids, labels = [], []
+    for text, is_trained in by_hand:
+        part = format.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += part
+        labels += part if is_trained else [IGNORE] * len(part)
+    assert list(build_conversation([system("Be kind"), *TALK], format)) == [(ids, labels)]
+
+
+def test_a_conversation_is_one_example_with_the_ids_of_each_served_turn(format: ChatFormat) -> None:
+    [(ids, labels)] = build_conversation(TALK, format)
+    check_mask(ids, labels, format, several_answers=True)
+    spans = answer_spans(labels)
+    for (start, end), place in zip(spans, (1, 5), strict=True):
+        assert tuple(ids[:start]) == format.prompt_ids(TALK[:place])
+        assert tuple(ids[start:end]) == format.target_ids(TALK[:place], TALK[place]["content"])
+    with pytest.raises(InputError, match="labels equal the input ids from the target on"):
+        check_mask(ids, labels, format)
+    (start, end), broken = spans[0], list(labels)
+    broken[start] = IGNORE
+    with pytest.raises(InputError, match="first target token inside the loss: labels begin at"):
+        check_mask(ids, broken, format, several_answers=True)
+    with pytest.raises(InputError, match="end-of-turn inside the loss and last"):
+        check_mask(ids, [*labels[: end - 1], IGNORE, *labels[end:]], format, several_answers=True)
+
+
+def test_a_template_that_writes_earlier_answers_differently_gets_an_example_for_each() -> None:
+    format = format_of("thinking")
+    examples = list(build_conversation(TALK, format))
+    assert len(examples) == 2
+    for (ids, labels), place in zip(examples, (1, 5), strict=True):
+        check_mask(ids, labels, format)
+        assert tuple(ids) == (
+            *format.prompt_ids(TALK[:place]),
+            *format.target_ids(TALK[:place], TALK[place]["content"]),
+        )
+
+
+def test_a_conversation_without_an_answer_is_refused(format: ChatFormat) -> None:
+    with pytest.raises(InputError, match="no answer to learn"):
+        list(build_conversation([user("Hello there"), assistant(" ")], format))

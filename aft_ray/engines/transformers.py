@@ -12,14 +12,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aft_ray.config import TransformersEngineConfig
 from aft_ray.cpu import dtype_to_load
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
+from aft_ray.engines.base import EXTRAS, EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
 from aft_ray.errors import EngineError
 from aft_ray.models import resolve_model
+from aft_ray.storage import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class _Job:
     cancelled: bool = False
 
     @property
-    def kind(self) -> tuple[Sampling, str | None]:
-        return self.request.sampling, self.request.adapter
+    def kind(self) -> tuple[Sampling, tuple[int, ...], str | None]:
+        return self.request.sampling, self.request.stop_ids, self.request.adapter
 
 
 class TransformersEngine:
@@ -46,7 +46,7 @@ class TransformersEngine:
 
     def __init__(self, config: TransformersEngineConfig) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         self.config = config
         self.model_path = resolve_model(config.model)
@@ -60,6 +60,9 @@ class TransformersEngine:
             attn_implementation="eager" if self.device == "cpu" else None,
         )
         self.model.eval()
+        self.eos_ids = _as_ids(self.model.generation_config.eos_token_id)
+        # `generate` takes what a request leaves open from here, such as a model's own repetition_penalty or num_beams
+        self.model.generation_config = GenerationConfig()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=config.trust_remote_code)
         self._adapters: dict[str, str] = {}
         self._waiting: list[_Job] = []
@@ -70,7 +73,14 @@ class TransformersEngine:
     def info(self) -> EngineInfo:
         own = int(getattr(self.model.config, "max_position_embeddings", 4096))
         max_model_len = min(own, self.config.max_model_len or own)
-        return EngineInfo(model=self.config.model, tokenizer=self.model_path, max_model_len=max_model_len)
+        return EngineInfo(
+            model=self.config.model,
+            tokenizer=self.config.model,
+            max_model_len=max_model_len,
+            chat_template=self.config.chat_template,
+            trust_remote_code=self.config.trust_remote_code,
+            honours=EXTRAS,
+        )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         loop = asyncio.get_running_loop()
@@ -95,6 +105,8 @@ class TransformersEngine:
             batch = self._next_batch()
             if not batch:
                 continue
+            for job in batch:
+                job.request.count(job.index, 0)
             try:
                 async with self._model_lock:
                     samples = await asyncio.to_thread(self._generate_batch, batch)
@@ -123,7 +135,7 @@ class TransformersEngine:
     def _generate_batch(self, batch: Sequence[_Job]) -> list[Sample]:
         import torch
 
-        sampling, adapter = batch[0].kind
+        sampling, stop_ids, adapter = batch[0].kind
         self._use_adapter(adapter)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         prompts = list(dict.fromkeys(job.request.prompt_ids for job in batch))
@@ -133,13 +145,19 @@ class TransformersEngine:
         output = self.model.generate(
             input_ids=ids[prompt_of],
             attention_mask=mask[prompt_of],
-            past_key_values=self._prefill(ids, mask, prompt_of),
+            past_key_values=self._prefill(ids, mask, prompt_of, sampling.max_tokens),
             max_new_tokens=sampling.max_tokens,
             do_sample=False,  # the processor below leaves one candidate: the one its seed drew
-            logits_processor=[_SeededSampler(sampling, [job.request.seeds[job.index] for job in batch], self.device)],
+            repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+            sequence_bias={(token,): bias for token, bias in sampling.logit_bias} or None,
+            logits_processor=[
+                Penalties(sampling, width),
+                _SeededSampler(sampling, [job.request.seeds[job.index] for job in batch], self.device),
+            ],
             stopping_criteria=[_AllCancelled(batch)],
             stop_strings=list(sampling.stop) or None,
             tokenizer=self.tokenizer if sampling.stop else None,
+            eos_token_id=None if sampling.ignore_eos else [*self.eos_ids, *stop_ids] or None,
             pad_token_id=pad,
         )
         first_of = {job.request.prompt_ids: row for row, job in reversed(list(enumerate(batch)))}
@@ -148,8 +166,11 @@ class TransformersEngine:
             for row, job in enumerate(batch)
         ]
 
-    def _prefill(self, ids: Any, mask: Any, prompt_of: Any) -> Any:
-        """Return the key-value cache of each sample's prompt. Every distinct prompt is computed once."""
+    def _prefill(self, ids: Any, mask: Any, prompt_of: Any, max_tokens: int) -> Any:
+        """Return the key-value cache of each sample's prompt, with room for its answer.
+
+        Every distinct prompt is computed once.
+        """
         import torch
 
         if ids.shape[1] < 2:
@@ -164,16 +185,17 @@ class TransformersEngine:
                 logits_to_keep=1,
             ).past_key_values
             cache.reorder_cache(prompt_of)
+        cache.layers = [layer_with_room(layer, max_tokens) for layer in cache.layers]
         return cache
 
     def _sample(self, job: _Job, ids: list[int], pad: int, *, shared: bool) -> Sample:
         """Return the sample of one row. `generate` pads the rows that end before the longest one."""
         sampling = job.request.sampling
-        ends = _eos_ids(self.model)
+        ends = set[int]() if sampling.ignore_eos else {*self.eos_ids, *job.request.stop_ids}
         end = next((position for position, token in enumerate(ids) if token in ends), None)
         finish_reason = "length" if end is None else "stop"
         kept = ids if end is None else ids[: end + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         found = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
         if found:  # the row ended here, so that what follows is padding, also where the pad token is an eos token
             text, finish_reason = text[: min(found)], "stop"
@@ -226,13 +248,14 @@ class TransformersEngine:
         """Load an adapter beside those that are loaded. One that cannot be loaded leaves the model as it was."""
         from peft import PeftConfig, get_peft_model
 
-        if not Path(adapter, "adapter_config.json").is_file():
+        folder = local_copy(adapter)
+        if not (folder / "adapter_config.json").is_file():
             raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
         if not self._adapters:
-            self.model = get_peft_model(self.model, PeftConfig.from_pretrained(adapter), adapter_name=name)
+            self.model = get_peft_model(self.model, PeftConfig.from_pretrained(str(folder)), adapter_name=name)
         try:
-            self.model.load_adapter(adapter, adapter_name=name)
-        except Exception:
+            self.model.load_adapter(str(folder), adapter_name=name)
+        except Exception:  # raised again, whatever it is: the model must be as it was
             if self._adapters:
                 self.model.delete_adapter(name)
             else:
@@ -263,13 +286,53 @@ def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int, device: str) -> t
     return ids.to(device), mask.to(device)
 
 
-def _eos_ids(model: Any) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    return set(eos) if isinstance(eos, list) else {eos}
+def layer_with_room(layer: Any, num_tokens: int) -> Any:
+    """Return a layer of a key-value cache that takes that many more tokens without copying those it has.
+
+    transformers' own layer copies all of them for every token that comes: more than half of the decoding time of a
+    model of a million parameters. Layers of other kinds, such as sliding windows, are returned as they are.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class LayerWithRoom(DynamicLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy_initialization(layer.keys, layer.values)
+            self.buffers = [_lengthened(layer.keys, num_tokens + 1), _lengthened(layer.values, num_tokens + 1)]
+            self._show(layer.keys.shape[-2])
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            begin = self.get_seq_length()
+            end = begin + key_states.shape[-2]
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[:, :, begin:end] = states
+            self._show(end)
+            return self.keys, self.values
+
+        def _show(self, length: int) -> None:
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    return LayerWithRoom() if type(layer) is DynamicLayer else layer
+
+
+def _lengthened(states: Any, num_tokens: int) -> Any:
+    """Return states [rows, heads, tokens, width] with room for more tokens behind."""
+    batch, heads, length, width = states.shape
+    longer = states.new_empty((batch, heads, length + num_tokens, width))
+    longer[:, :, :length] = states
+    return longer
+
+
+def _as_ids(setting: int | list[int] | None) -> list[int]:
+    return setting if isinstance(setting, list) else [] if setting is None else [setting]
 
 
 class _AllCancelled:
-    """A stopping criterion that ends a batch when nobody waits for any of its samples."""
+    """A stopping criterion that counts tokens, and ends a batch when nobody waits for any of its samples.
+
+    A sample that ended before the others of its batch goes on being counted until it is reported, because its row goes
+    on being computed.
+    """
 
     def __init__(self, batch: Sequence[_Job]) -> None:
         self.batch = batch
@@ -278,20 +341,46 @@ class _AllCancelled:
         import torch
 
         gone = [job.cancelled for job in self.batch]
+        for job in self.batch:
+            if not job.cancelled:
+                job.request.count(job.index, 1)
         return torch.full((len(gone),), all(gone), dtype=torch.bool, device=input_ids.device)
 
 
-class _SeededSampler:
-    """A logits processor that draws the next token of each row from a generator of its own.
+class Penalties:
+    """A logits processor of the penalties for tokens that an answer has already, as the OpenAI API defines them."""
 
-    `generate` itself samples all rows from one global generator, so a sample would depend on the rest of its batch.
+    def __init__(self, sampling: Sampling, width: int) -> None:
+        self.sampling = sampling
+        self.width = width
+        """Number of tokens before the answer."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        frequency, presence = self.sampling.frequency_penalty, self.sampling.presence_penalty
+        if frequency == presence == 0:
+            return scores
+        written = input_ids[:, self.width :]
+        counts = torch.zeros_like(scores).scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+        return scores - frequency * counts - presence * (counts > 0)
+
+
+class _SeededSampler:
+    """A logits processor that draws the tokens of each row from numbers that only its own seed decides.
+
+    `generate` itself samples all rows from one global generator, so a sample would depend on the rest of its batch. All
+    numbers of a row are drawn at the start: a generator that is asked at every token costs a small model half its time.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], device: str) -> None:
         import torch
 
         self.sampling = sampling
-        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self.position = 0
+        draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.draws = torch.stack(draws).to(device)
+        """Shape [rows, max_tokens], from 0 to 1."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
@@ -308,8 +397,9 @@ class _SeededSampler:
         if self.sampling.min_p > 0:
             floor = self.sampling.min_p * probabilities[:, :1]
             probabilities = probabilities.masked_fill(probabilities < floor, 0)
-        chosen = torch.full_like(scores, float("-inf"))
-        for row, generator in enumerate(self.generators):
-            pick = torch.multinomial(probabilities[row], 1, generator=generator)
-            chosen[row, tokens[row, pick]] = 0
-        return chosen
+        sums = probabilities.cumsum(dim=-1)
+        drawn = self.draws[:, self.position, None] * sums[:, -1:]
+        self.position += 1
+        last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # the likelier tokens come first
+        pick = torch.minimum((sums <= drawn).sum(dim=-1, keepdim=True), last)
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens.gather(1, pick), 0)

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import pytest
 
 from aft_ray.config import TransformersEngineConfig, VllmEngineConfig
 from aft_ray.engines import Engine, GenerateRequest, Sample, Sampling, TokenDelta, build_engine
-from aft_ray.errors import EngineError, InputError
-from aft_ray.templates import ChatFormat
+from aft_ray.engines.base import ToolUse, whole_calls
+from aft_ray.errors import EngineDead, EngineError, InvalidSchema
+from aft_ray.templates.loading import load_format
 
 pytestmark = pytest.mark.model
 
@@ -38,12 +41,19 @@ class Bench:
         self.runner = asyncio.Runner()
         config = (
             # float32: in bfloat16 a batch of another size may round to other tokens, on some processors
-            VllmEngineConfig(model=MODEL, max_model_len=512, dtype="float32", max_num_seqs=16, max_lora_rank=8)
+            VllmEngineConfig(
+                model=MODEL,
+                max_model_len=512,
+                dtype="float32",
+                max_num_seqs=16,
+                max_lora_rank=8,
+                tool_parser="hermes",
+            )
             if kind == "vllm"
             else TransformersEngineConfig(model=MODEL, max_model_len=512)
         )
         self.engine: Engine = self.run(self._build(config))
-        self.format = ChatFormat.load(str(self.engine.info.tokenizer))
+        self.format = load_format(self.engine.info)
         self.ids = tuple(self.format.prompt_ids(QUESTION))
 
     async def _build(self, config: Any) -> Engine:
@@ -149,6 +159,46 @@ def test_a_samples_log_probabilities_are_its_scores(bench: Bench) -> None:
         assert "".join(token.token for token in sample.logprobs).startswith(sample.text[:20])
 
 
+def test_the_log_probabilities_of_a_prompt_are_its_scores(bench: Bench) -> None:
+    if not bench.engine.info.gives_prompt_logprobs:
+        pytest.skip("the engine gives none")
+    request = dataclasses.replace(bench.request((1,), max_tokens=1), prompt_logprobs=1)
+    [sample] = bench.run(bench.samples(request))
+    first, *rest = sample.prompt_logprobs
+    scores = bench.run(bench.engine.score(bench.ids[:1], bench.ids[1:]))
+    assert math.isnan(first.logprob)
+    assert [token.logprob for token in rest] == pytest.approx(scores, abs=1e-4)
+    assert all(len(token.top) == 1 and token.top[0][1] >= token.logprob - 1e-6 for token in rest)
+    assert "".join(token.token for token in rest).startswith("system")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_a_tool_that_must_be_called_is_called(bench: Bench, stream: bool) -> None:
+    if not bench.engine.info.calls_tools:
+        pytest.skip("the engine has no parser of tool calls")
+    parameters = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+    tool = {
+        "type": "function",
+        "function": {"name": "water", "description": "Waters plants.", "parameters": parameters},
+    }
+    request = dataclasses.replace(
+        bench.request((1,), stream=stream, temperature=0, max_tokens=64),
+        tool_use=ToolUse(tools=(tool,), choice="required", is_parallel=False),
+    )
+
+    async def events() -> list[TokenDelta | Sample]:
+        return [event async for event in bench.engine.generate(request)]
+
+    found = bench.run(events())
+    [call] = found[-1].tool_calls
+    assert call.name == "water" and call.id
+    assert isinstance(json.loads(call.arguments)["count"], int)
+    assert "<tool_call>" not in found[-1].text
+    if stream:
+        pieces = [piece for event in found[:-1] for piece in event.tool_calls]
+        assert whole_calls(pieces) == (call,)
+
+
 def test_an_answer_holds_to_its_json_schema(bench: Bench) -> None:
     if not bench.engine.info.follows_json_schema:
         pytest.skip("this engine holds to no schema; the endpoint refuses to be asked for one")
@@ -166,7 +216,7 @@ def test_an_invalid_schema_is_the_callers_error_and_the_engine_answers_on(bench:
         pytest.skip("this engine holds to no schema; the endpoint refuses to be asked for one")
     request = bench.request((1,))
     for schema in ('{"type": "no such type"}', '{"type": "object", "properties": 7}'):
-        with pytest.raises(InputError, match="does not accept this request"):
+        with pytest.raises(InvalidSchema, match="no engine can follow this schema"):
             bench.run(bench.samples(dataclasses.replace(request, json_schema=schema)))
     assert bench.run(bench.samples(request))[0].text
 
@@ -232,6 +282,66 @@ def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
     assert sample.text != plain.text
 
 
+def rank_sixteen(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
+
+
+def dora(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def of_another_model(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.zeros(3, 5) for name in tensors}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("damage", [rank_sixteen, dora, cut_off, of_another_model])
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_caller_only(
+    bench: Bench, adapters: tuple[str, str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    if isinstance(bench.engine.config, TransformersEngineConfig):  # type: ignore[attr-defined]
+        pytest.skip("tests/engines/test_transformers.py has its own list of what breaks an adapter")
+    bad = tmp_path / "bad"
+    shutil.copytree(adapters[0], bad)
+    damage(bad)
+
+    async def beside_each_other() -> list[Any]:
+        request = bench.request((1, 2), max_tokens=16)
+        refused = dataclasses.replace(request, request_id="bad", adapter=str(bad))
+        return await asyncio.gather(*map(bench.samples, (request, refused, request)), return_exceptions=True)
+
+    for _ in range(2):
+        first, refused, last = bench.run(beside_each_other())
+        assert isinstance(refused, EngineError) and not isinstance(refused, EngineDead), refused
+        assert str(bad) in str(refused)
+        assert all(sample.error is None and sample.text for sample in [*first, *last])
+    bench.run(bench.engine.check())
+    shutil.rmtree(bad)
+    shutil.copytree(adapters[0], bad)
+    good = dataclasses.replace(bench.request((1,)), adapter=str(bad))
+    assert bench.run(bench.samples(good))[0].text, "a folder that was mended is tried again"
+
+
+def test_an_answer_ends_at_a_stop_id_that_is_not_in_its_text(bench: Bench) -> None:
+    (whole,) = bench.run(bench.samples(bench.request((7,), temperature=0.0)))
+    stop_id = whole.token_ids[3]
+    request = dataclasses.replace(bench.request((7,), temperature=0.0), stop_ids=(stop_id,))
+    (cut,) = bench.run(bench.samples(request))
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop_id) + 1]
+    assert cut.finish_reason == "stop"
+    assert cut.text == bench.format.decode(cut.token_ids[:-1])
+
+
 def plain_score(model: Path, adapter: str, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]) -> float:
     """Return the log-probability of an answer by peft alone, in float32."""
     import torch
@@ -262,7 +372,7 @@ def test_a_padded_batch_answers_as_each_prompt_alone(smollm2: Path) -> None:
 
     async def work() -> None:
         engine = build_engine(TransformersEngineConfig(model=MODEL, dtype="float32"))
-        prompt_format = ChatFormat.load(str(engine.info.tokenizer))
+        prompt_format = load_format(engine.info)
         texts = ("Name three rivers.", "What is the capital of France, and why is it famous around the world?")
         requests = [
             GenerateRequest(
@@ -330,3 +440,108 @@ def _session_of(leader: int) -> set[int]:
                 if int(session) == leader and state != "Z":
                     found.add(int(entry.name))
     return found
+
+
+@pytest.mark.soak
+def test_every_request_to_an_engine_whose_core_was_killed_ends_as_dead(adapters: tuple[str, str]) -> None:
+    """Running requests, an adapter that is just being loaded, and everything that comes later."""
+    import psutil
+
+    async def work() -> None:
+        before = set(psutil.Process().children(recursive=True))
+        engine = build_engine(VllmEngineConfig(model=MODEL, max_model_len=512, max_num_seqs=8, max_lora_rank=8))
+        cores = [p for p in psutil.Process().children(recursive=True) if p not in before and "EngineCore" in p.name()]
+        assert len(cores) == 1
+        request = GenerateRequest(
+            request_id="long", prompt_ids=(1, 2, 3), messages=(), sampling=Sampling(max_tokens=400), seeds=(1, 2)
+        )
+
+        async def all_events() -> list[Any]:
+            return [event async for event in engine.generate(request)]
+
+        running = asyncio.create_task(all_events())
+        await asyncio.sleep(2)
+        assert not running.done()
+        cores[0].suspend()
+        loading = asyncio.create_task(engine.score((1, 2), (3,), adapter=adapters[0]))
+        await asyncio.sleep(0.5)
+        cores[0].kill()
+        for task in (running, loading):
+            with pytest.raises(EngineDead):
+                await asyncio.wait_for(task, 60)
+        with pytest.raises(EngineDead):
+            await all_events()
+        with pytest.raises(EngineDead):
+            await engine.check()
+        await engine.close()
+
+    asyncio.run(work())
+
+
+def write_phi3(folder: Path) -> tuple[Path, Path]:
+    """Write a small Phi-3, whose projections are fused, and an adapter on all of its linear layers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    from tests.training.tiny import write_model
+
+    model_folder = write_model(folder / "model", hidden_size=128)
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=26,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=128,
+        pad_token_id=2,
+        bos_token_id=None,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    model = Phi3ForCausalLM(config)
+    model.save_pretrained(model_folder)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return model_folder, folder / "adapter"
+
+
+@pytest.mark.soak
+def test_an_adapter_on_fused_layers_scores_as_under_peft_and_speculation_changes_no_greedy_token(
+    tmp_path: Path,
+) -> None:
+    model, adapter = write_phi3(tmp_path)
+    prompt, answer = (8, 9, 10, 11, 8, 9, 10), (11, 12, 13, 9)
+
+    async def work() -> None:
+        config = VllmEngineConfig(
+            model=str(model), max_model_len=128, dtype="float32", max_num_seqs=8, speculation="ngram"
+        )
+        engine = build_engine(config, adapters=[str(adapter)])
+        base = sum(await engine.score(prompt, answer))
+        adapted = sum(await engine.score(prompt, answer, str(adapter)))
+        assert adapted == pytest.approx(plain_score(model, str(adapter), prompt, answer), rel=0.01)
+        assert abs(base - adapted) > 0.5
+        greedy = Sampling(temperature=0, max_tokens=16)
+        request = GenerateRequest(request_id="copy", prompt_ids=prompt, messages=(), sampling=greedy, seeds=(0,))
+        (sample,) = [event async for event in engine.generate(request) if isinstance(event, Sample)]
+        assert list(sample.token_ids) == plain_answer(model, prompt, 16)
+        await engine.close()
+
+    asyncio.run(work())
+
+
+def plain_answer(model: Path, prompt_ids: tuple[int, ...], max_tokens: int) -> list[int]:
+    """Return the greedy answer of transformers alone, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([prompt_ids])
+    made = plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+    )
+    return made[0, len(prompt_ids) :].tolist()

@@ -1,9 +1,10 @@
-"""The transformers engine on a tiny model: what it does when a batch fails, and how it counts tokens."""
+"""The transformers engine on a tiny model: where answers end, whose settings decide, failing batches, counts."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray.config import TransformersEngineConfig
 from aft_ray.engines import GenerateRequest, Sample, Sampling
-from aft_ray.engines.transformers import TransformersEngine
+from aft_ray.engines.transformers import Penalties, TransformersEngine
 from aft_ray.errors import EngineError
+from aft_ray.templates import ChatFormat
 from tests.training.tiny import WORDS, write_model
 
 TIMEOUT_S = 60
@@ -48,12 +50,20 @@ def answer(runner: asyncio.Runner, engine: TransformersEngine, request: Generate
     return runner.run(asyncio.wait_for(samples(), TIMEOUT_S))
 
 
-def a_request(seeds: tuple[int, ...], *, adapter: Path | None = None, stop: tuple[str, ...] = ()) -> GenerateRequest:
+def a_request(
+    seeds: tuple[int, ...],
+    *,
+    adapter: Path | None = None,
+    stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
+    temperature: float = 1.0,
+) -> GenerateRequest:
     return GenerateRequest(
+        stop_ids=stop_ids,
         request_id="test",
         prompt_ids=(8, 9, 10),
         messages=(),
-        sampling=Sampling(max_tokens=48, stop=stop),
+        sampling=Sampling(max_tokens=48, stop=stop, temperature=temperature),
         seeds=seeds,
         adapter=None if adapter is None else str(adapter),
     )
@@ -115,3 +125,97 @@ def test_padding_behind_a_stop_string_does_not_count(engine: TransformersEngine,
         assert sample.token_ids == before.token_ids[: before.token_ids.index(stop_id) + 1]
         assert sample.num_tokens == len(sample.token_ids)
         assert sample.finish_reason == "stop"
+
+
+def test_an_answer_ends_where_its_format_ends_turns_though_the_model_would_go_on(
+    tmp_path: Path, runner: asyncio.Runner
+) -> None:
+    """A base model with a chat template: its own eos is <|endoftext|>, what it was trained on ends in <|im_end|>."""
+    folder = write_model(tmp_path, eos="<|endoftext|>")
+    prompts = ChatFormat.load(str(folder))
+    end = prompts.end_of_turn_id
+    assert end is not None and end != prompts.tokenizer.eos_token_id
+    engine = TransformersEngine(TransformersEngineConfig(model=str(folder)))
+    seeds = tuple(range(8))
+    freely = answer(runner, engine, a_request(seeds))
+    ended = answer(runner, engine, a_request(seeds, stop_ids=prompts.stop_ids))
+    passing = [sample for sample in freely if end in sample.token_ids[:-1]]
+    assert passing, "no answer of this model passes the end of its turn, so this shows nothing"
+    for before in passing:
+        sample = ended[before.index]
+        assert sample.token_ids == before.token_ids[: before.token_ids.index(end) + 1]
+        assert (sample.finish_reason, sample.num_tokens) == ("stop", len(sample.token_ids))
+        assert sample.text == prompts.tokenizer.decode(sample.token_ids[:-1], skip_special_tokens=True)
+
+
+def test_a_stop_id_that_is_an_ordinary_word_is_not_in_the_text(
+    engine: TransformersEngine, runner: asyncio.Runner
+) -> None:
+    stop_id = 8 + WORDS.index("bridge")
+    samples = answer(runner, engine, a_request(tuple(range(8)), stop_ids=(stop_id,)))
+    stopped = [sample for sample in samples if sample.token_ids[-1] == stop_id]
+    assert stopped
+    assert not any("bridge" in sample.text for sample in stopped)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 1.8}, {"num_beams": 3}, {"no_repeat_ngram_size": 2}],
+    ids=lambda one: next(iter(one)),
+)
+def test_settings_of_the_models_own_generation_config_do_not_change_an_answer(
+    settings: dict[str, float], model: Path, engine: TransformersEngine, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    own = AutoModelForCausalLM.from_pretrained(model)
+    own.generation_config.update(**settings)
+    own.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    assert next(iter(settings)) in (tmp_path / "generation_config.json").read_text()
+    greedy = a_request((1,), temperature=0.0)
+    found = answer(runner, TransformersEngine(TransformersEngineConfig(model=str(tmp_path))), greedy)
+    assert found == answer(runner, engine, greedy)
+
+
+def sampled(runner: asyncio.Runner, engine: TransformersEngine, **settings: object) -> Sample:
+    request = a_request((1,), temperature=0)
+    [sample] = answer(runner, engine, replace(request, sampling=replace(request.sampling, max_tokens=12, **settings)))
+    return sample
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(runner: asyncio.Runner, engine: TransformersEngine) -> None:
+    forced = sampled(runner, engine, logit_bias=((5, 100.0),))
+    assert set(forced.token_ids) == {5}
+    first = sampled(runner, engine).token_ids[0]
+    assert first not in sampled(runner, engine, logit_bias=((first, -100.0),)).token_ids
+
+
+def test_penalties_are_those_of_the_openai_api_and_count_the_answer_alone() -> None:
+    import torch
+
+    prompt, written = [1, 1], [3, 3, 4]
+    processor = Penalties(Sampling(frequency_penalty=0.5, presence_penalty=0.25), width=len(prompt))
+    changed = processor(torch.tensor([prompt + written]), torch.zeros(1, 6))
+    assert changed.tolist() == [[0, 0, 0, -1.25, -0.75, 0]]
+
+
+def test_a_frequency_penalty_changes_what_is_written(runner: asyncio.Runner, engine: TransformersEngine) -> None:
+    bias = ((5, 31.0), (6, 30.0))
+    plain, punished = (sampled(runner, engine, logit_bias=bias, frequency_penalty=p).token_ids for p in (0.0, 2.0))
+    assert punished.count(5) < plain.count(5)
+
+
+def test_a_repetition_penalty_divides_the_logits_of_what_is_there_already(
+    runner: asyncio.Runner, engine: TransformersEngine
+) -> None:
+    plain = sampled(runner, engine, ignore_eos=True).token_ids
+    punished = sampled(runner, engine, ignore_eos=True, repetition_penalty=10.0).token_ids
+    assert len(set(punished)) > len(set(plain))
+
+
+def test_an_answer_that_ignores_its_end_is_as_long_as_it_may_be(
+    runner: asyncio.Runner, engine: TransformersEngine
+) -> None:
+    bias = ((engine.eos_ids[0], 100.0),)
+    assert len(sampled(runner, engine, logit_bias=bias).token_ids) == 1
+    ignoring = sampled(runner, engine, logit_bias=bias, ignore_eos=True)
+    assert (len(ignoring.token_ids), ignoring.finish_reason) == (12, "length")

@@ -1,4 +1,5 @@
 """Builds a training set from prompts on Ray Data, with one module or package per stage."""
 
-DATA_STAGES = ("prompts", "proposals", "scores", "selection", "targets", "training_set")
-"""The stages in order. `proposals.data_stages` also names the folders of several proposers."""
+DATA_STAGES = ("prompts", "proposals", "scores", "selection", "targets", "target_scores", "training_set")
+"""The stages in order. `proposals.data_stages` names the folders of one run: several proposers have several, and
+`target_scores` is there only where targets are scored."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aft_ray.data.proposals import data_stages
+from aft_ray.data.targets import last_stage
 from aft_ray.runs import Run
 from aft_ray.storage import Folder
 
@@ -20,16 +21,24 @@ CARD = "card.md"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
+def card_is_current(run: Run) -> bool:
+    """Whether there is a card that says of the run's origin what is right now: a licence may be corrected later."""
+    folder = run.folder.child("training_set")
+    return folder.exists(CARD) and _origin(run) in folder.read_bytes(CARD).decode()
+
+
 def write_card(run: Run) -> None:
     """Write `training_set/card.md` of a run whose training set is finished."""
+    targets = run.folder.child(last_stage(run.config))
     sections = [
         f"# Training set of {run.config.run.dir.rstrip('/').rpartition('/')[2]}",
         _origin(run),
         "## Stages\n\n" + _stages(run),
         "## Examples\n\n" + _examples(run.folder.child("training_set")),
-        "## Proposals and scores\n\n" + _proposals(run.folder.child("targets")),
-        "## Targets\n\n" + _targets(run.folder.child("targets")),
     ]
+    if run.config.makes_targets:
+        sections.append("## Proposals and scores\n\n" + _proposals(targets))
+        sections.append("## Targets\n\n" + _targets(targets))
     run.folder.child("training_set").write_bytes(CARD, ("\n\n".join(sections) + "\n").encode())
 
 
@@ -37,14 +46,18 @@ def _origin(run: Run) -> str:
     config = run.config
     facts = {
         "prompts": config.prompts.source,
+        **({"description": config.prompts.description} if config.prompts.description else {}),
         "licence of the prompts": config.prompts.license or "not stated (prompts.license)",
         "model to be trained": getattr(config.engine, "model", "scripted"),
-        "teacher": "reference answers"
-        if config.targets.source == "reference"
-        else getattr(config.targets.engine or config.engine, "model", "scripted"),
-        "scorer": config.scores.scorer,
-        "selection": f"{config.selection.strategy}, K = {config.selection.num_proposals}",
     }
+    if config.makes_targets:
+        teacher = config.targets.engine or config.engine
+        is_reference = config.targets.source == "reference"
+        facts["teacher"] = "reference answers" if is_reference else getattr(teacher, "model", "scripted")
+        facts["scorer"] = config.scores.scorer
+        facts["selection"] = f"{config.selection.strategy}, K = {config.selection.num_proposals}"
+    else:
+        facts["answers"] = f"those of the prompts, {config.training_set.answers} in the loss"
     manifest = run.manifest("training_set")
     if manifest is not None:
         facts["fingerprint"] = manifest.fingerprint
@@ -60,8 +73,10 @@ def _stages(run: Run) -> str:
             continue
         left_out = {**manifest.filtered, **{f"failed: {error}": n for error, n in manifest.failed.items()}}
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "-"
-        rows.append([stage, manifest.rows_in, manifest.rows_out, reasons, manifest.completion_tokens])
-    return _table(["stage", "rows in", "rows out", "left out", "tokens generated"], rows)
+        workers = f"{manifest.num_workers} on {manifest.num_nodes}" if manifest.num_workers else "-"
+        tokens = f"about {manifest.completion_tokens}" if manifest.num_estimated else manifest.completion_tokens
+        rows.append([stage, manifest.rows_in, manifest.rows_out, reasons, tokens, workers])
+    return _table(["stage", "rows in", "rows out", "left out", "tokens generated", "workers on nodes"], rows)
 
 
 def _examples(folder: Folder) -> str:
@@ -118,12 +133,13 @@ def _proposals(folder: Folder) -> str:
 
 def _targets(folder: Folder) -> str:
     kept: Counter[str] = Counter()
-    candidates = accepted = verified = with_verifier = 0
+    candidates = accepted = verified = with_verifier = reasoning = 0
     lengths = _numbers()
     for row in _rows(folder, ["target", "target_filter"]):
         target = row["target"]
         kept[row["target_filter"] or "kept"] += 1
         lengths.append(target["num_tokens"])
+        reasoning += target["num_reasoning_tokens"] or 0
         if target["verified"] is not None:
             with_verifier += 1
             verified += target["verified"]
@@ -132,7 +148,7 @@ def _targets(folder: Folder) -> str:
             accepted += target["num_accepted"]
     lines = [
         _table(["targets", "number"], kept.most_common()),
-        f"Tokens per target: {_spread(lengths)}.",
+        f"Tokens per target: {_spread(lengths)}." + (f" Reasoning: {reasoning} tokens in all." if reasoning else ""),
         f"Candidates the verifier accepts: {_share(accepted, candidates)}; targets it accepts: "
         f"{_share(verified, with_verifier)}.",
     ]

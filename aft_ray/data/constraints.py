@@ -6,14 +6,16 @@ The metadata of a prompt lists its constraints as mappings with a `type` and the
     share_met([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red and green and blue")       -> 0.5
     share_met([{"type": "no_commas"}, {"type": "max_words", "count": 3}], "red, green and blue")          -> 0.0
 
-An answer without a visible character meets no constraint. Only types that are about letter case distinguish it; words
-and phrases are compared case-insensitively, with typographic quotes read as plain ones.
+An answer without a visible character meets no constraint. Texts are compared in Unicode's NFC form. Only types that are
+about letter case distinguish it; words and phrases are compared case-insensitively, with typographic quotes read as
+plain ones.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,15 +23,76 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aft_ray.errors import InputError, nearest
+from aft_ray.inference.answers import UNSPACED, num_words
 
 BULLET = re.compile(r"^\s*[-*•–]\s+\S")
-NUMBERED = re.compile(r"^\s*(\d+)[.)]\s+\S")
-WORD = re.compile(r"\w+(?:['’\-]\w+)*")
-LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s+", re.MULTILINE)
-ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|mr|mrs|ms|dr|st|vs|a\.m|p\.m)\.(?=\s+\S)", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)*_]*(?=\s|$)|\n+")
-CODE_FENCE = re.compile(r"^```\w*\n(.*)\n```$", re.DOTALL)
-CLOSING = " \t\n.!?*_\"'”’)"
+NUMBERED = re.compile(r"^\s*(\d+)(?:[.)]\s+|[、．]\s*)\S")
+LIST_MARK = re.compile(r"^[^\S\n]*(?:[-*•–]|\d+[.)])[^\S\n]+", re.MULTILINE)
+NEVER_LAST = re.compile(
+    r"\b(?:e\.g|i\.e|cf|vs|approx|mr|mrs|ms|dr|st|prof|gen|rev|fig|no(?=\.\s+\d)|vol(?=\.\s+\d))\.(?=\s+\S)",
+    re.IGNORECASE,
+)
+"""Abbreviations that end no sentence."""
+SELDOM_LAST = re.compile(
+    r"\b(?:(?:[A-Za-z]\.){1,8}[A-Za-z]|[A-Z]|etc|inc|ltd|co|corp|jr|sr|al)\.(?=\s+(?P<next>\S{1,20}))", re.IGNORECASE
+)
+"""Abbreviations, `U.S.` and initials, which end a sentence only where a new one visibly begins."""
+FIRST_WORDS = frozenset(
+    [
+        "A",
+        "An",
+        "And",
+        "As",
+        "At",
+        "But",
+        "For",
+        "He",
+        "Here",
+        "How",
+        "However",
+        "I",
+        "If",
+        "In",
+        "It",
+        "Its",
+        "No",
+        "Now",
+        "Our",
+        "She",
+        "So",
+        "That",
+        "The",
+        "Their",
+        "Then",
+        "There",
+        "These",
+        "They",
+        "This",
+        "Those",
+        "Thus",
+        "We",
+        "What",
+        "When",
+        "Where",
+        "While",
+        "Who",
+        "Why",
+        "Yes",
+        "You",
+        "Your",
+    ]
+)
+SENTENCE_END = re.compile(
+    r"(?<![.!?…])(?:\.\.|…)[.…]*+(?![!?])[\"'”’)*_]*+(?=\s+[^a-z\s]|\s*\Z)"  # an ellipsis, unless it goes on
+    r"|(?<![.!?…])(?:\.(?![.…])|[.…]*+[!?।؟۔])[.!?…]*+[\"'”’)*_]*+(?=\s|\Z)"
+    r"|[。！？｡]++[\"”’」』）)]*+|\n+"
+)
+CODE_FENCE = re.compile(r"^```\w*[^\S\n]*\n(.*)\n```$", re.DOTALL)
+CLOSING = " \t\n.!?*_\"'”’)。！？」』）"
+COMMAS = frozenset(",，、،﹐､")
+QUESTION_MARKS = frozenset("?？؟\u037e⁇⁈⁉‽")
+WITHOUT_WORDS = re.compile("[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]")
+"""Thai, Lao, Tibetan, Burmese and Khmer, whose words only a dictionary tells apart."""
 
 
 class Constraint(BaseModel, ABC):
@@ -84,19 +147,22 @@ class MaxSentences(_Counted):
 
 
 class MaxWords(_Counted):
-    """The answer has at most `count` words; a word with a hyphen or an apostrophe counts once."""
+    """The answer has at most `count` words. A word with a hyphen or an apostrophe counts once, as does each character
+    of Chinese and Japanese."""
 
     type: Literal["max_words"]
 
     def met_by(self, text: str) -> bool:
-        return len(WORD.findall(text)) <= self.count
+        if WITHOUT_WORDS.search(text):
+            raise InputError("max_words: the words of a script without spaces cannot be counted")
+        return num_words(text) <= self.count
 
 
 class _Worded(Constraint):
     word: str = Field(min_length=1)
 
     def _occurs(self, text: str) -> bool:
-        return re.search(rf"(?<!\w){re.escape(_plain(self.word))}(?!\w)", _plain(text)) is not None
+        return re.search(_bounded(_plain(self.word)), _plain(text)) is not None
 
 
 class ContainsWord(_Worded):
@@ -146,7 +212,7 @@ class StartsWith(_Phrased):
 
     def met_by(self, text: str) -> bool:
         phrase = _plain(self.phrase).strip(CLOSING)
-        return re.match(rf"{re.escape(phrase)}(?!\w)", _plain(text).lstrip(" \n*_\"'")) is not None
+        return re.match(_bounded(phrase, before=False), _plain(text).lstrip(" \n*_\"'「『")) is not None
 
 
 class EndsWith(_Phrased):
@@ -156,7 +222,7 @@ class EndsWith(_Phrased):
 
     def met_by(self, text: str) -> bool:
         phrase = _plain(self.phrase).strip(CLOSING)
-        return re.search(rf"(?<!\w){re.escape(phrase)}$", _plain(text).rstrip(CLOSING)) is not None
+        return re.search(_bounded(phrase) + r"\Z", _plain(text).rstrip(CLOSING)) is not None
 
 
 class JsonKeys(Constraint):
@@ -168,7 +234,7 @@ class JsonKeys(Constraint):
     def met_by(self, text: str) -> bool:
         fenced = CODE_FENCE.match(text)
         try:
-            value = json.loads(fenced.group(1) if fenced else text)
+            value = json.loads(fenced.group(1) if fenced else text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return False
         return isinstance(value, dict) and set(value) == set(self.keys)
@@ -180,7 +246,7 @@ class NoCommas(Constraint):
     type: Literal["no_commas"]
 
     def met_by(self, text: str) -> bool:
-        return "," not in text
+        return not COMMAS & set(text)
 
 
 class DoubleQuoted(Constraint):
@@ -189,7 +255,7 @@ class DoubleQuoted(Constraint):
     type: Literal["double_quoted"]
 
     def met_by(self, text: str) -> bool:
-        return len(text) > 2 and text[0] in '"“' and text[-1] in '"”'
+        return len(text) > 2 and text[0] in '"“„＂' and text[-1] in '"”“＂'
 
 
 class QuestionMark(Constraint):
@@ -198,7 +264,7 @@ class QuestionMark(Constraint):
     type: Literal["question_mark"]
 
     def met_by(self, text: str) -> bool:
-        return "?" in text
+        return bool(QUESTION_MARKS & set(text))
 
 
 CONSTRAINTS: dict[str, type[Constraint]] = {
@@ -246,20 +312,38 @@ def parse_all(constraints: Any) -> list[Constraint]:
 
 
 def share_met(constraints: Sequence[Mapping[str, Any]], text: str) -> float:
-    """Return the share of the constraints that `text` meets, 0 to 1. Raises InputError for an invalid constraint."""
-    records, answer = parse_all(constraints), text.strip()
+    """Return the share of the constraints that `text` meets, 0 to 1.
+
+    Raises InputError for an invalid constraint, and for one that cannot be checked in the text's script.
+    """
+    records = parse_all(constraints)
+    answer = unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
     return sum(record.met_by(answer) for record in records) / len(records) if answer else 0.0
 
 
 def num_sentences(text: str) -> int:
     """Return the number of sentences in `text`.
 
-    A sentence contains a word and ends with . ! ? or … before a space, or with a line break. List marks (`1.`, `-`) and
-    common abbreviations (`e.g.`, `Dr.`) do not end a sentence.
+    A sentence contains a word and ends with . ! ? or … before a space, with 。！？ or with a line break. List marks
+    (`1.`, `-`) and abbreviations (`e.g.`, `Dr.`, `No. 5`) do not end a sentence. Initials, `U.S.` and `Inc.` do before
+    a word that often begins one (`He`, `The`), and an ellipsis does not before a small letter.
     """
-    plain = ABBREVIATION.sub("abbreviation", LIST_MARK.sub("", text))
-    return sum(bool(WORD.search(piece)) for piece in SENTENCE_END.split(plain))
+    plain = NEVER_LAST.sub("abbreviation", LIST_MARK.sub("", text))
+    plain = SELDOM_LAST.sub(lambda found: found.group() if found["next"] in FIRST_WORDS else "abbreviation", plain)
+    return sum(bool(re.search(r"\w", piece)) for piece in SENTENCE_END.split(plain))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _bounded(words: str, before: bool = True) -> str:
+    """Return a pattern for whole words; in scripts without spaces any place is a boundary."""
+    start = rf"(?<![^\W{UNSPACED}])" if before and not re.match(f"[{UNSPACED}]", words) else ""
+    end = rf"(?![^\W{UNSPACED}])" if not re.search(rf"[{UNSPACED}]\Z", words) else ""
+    return start + re.escape(words) + end
 
 
 def _plain(text: str) -> str:
-    return text.casefold().replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
+    text = unicodedata.normalize("NFC", text).casefold()
+    return text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')

@@ -18,15 +18,15 @@ import asyncio
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from aft_ray.config import JudgeConfig
-from aft_ray.data.proposals import processed, sample_all
+from aft_ray.data.proposals import bill, sample_all
 from aft_ray.data.scoring import Row, Score, Scored, Scorer
 from aft_ray.engines import GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, PromptTooLong
-from aft_ray.records import Message, derive_seed, fingerprint
+from aft_ray.records import Message, Spent, derive_seed, fingerprint
 from aft_ray.templates import fit_prompt
 from aft_ray.templates.control import LITERAL_MARKUP, break_strings, broken
 from aft_ray.templates.loading import load_format
@@ -112,7 +112,8 @@ class _Order:
     reason: str | None = None
     """The reason why there is no verdict."""
     engine_failed: bool = False
-    samples: tuple[Sample, ...] = ()
+    was_answered: bool = False
+    spent: Spent = field(default_factory=Spent)
 
 
 class Judge(Scorer):
@@ -121,7 +122,7 @@ class Judge(Scorer):
     def __init__(self, config: JudgeConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.engine = build_engine(config.engine)
-        self.format = load_format(self.engine.info.tokenizer, style="chat")
+        self.format = load_format(self.engine.info)
         self.room = self.engine.info.max_model_len - config.sampling.max_tokens
 
     def name_of(self, row: Row) -> str:
@@ -135,16 +136,13 @@ class Judge(Scorer):
         both = [order for i, j in asked for order in ((i, j), (j, i))]
         orders = await asyncio.gather(*(self._ask(row, texts, order) for order in both))
         failure = next((order.reason for order in orders if order.engine_failed), None)
-        if failure and not any(order.samples for order in orders):
-            raise EngineError(f"the judge answered none of {len(orders)} comparisons: {failure}")
+        spent = sum((order.spent for order in orders), start=Spent())
+        if failure and not any(order.was_answered for order in orders):
+            error = EngineError(f"the judge answered none of {len(orders)} comparisons: {failure}")
+            error.spent = spent
+            raise error
         found = dict(zip(both, orders, strict=True))
-        bill = processed({}, [sample for order in orders for sample in order.samples], self.config.engine)
-        return Scored(
-            scores=[self._score(i, texts, pairs, found) for i in range(len(texts))],
-            prompt_tokens=bill.prompt_tokens,
-            completion_tokens=bill.completion_tokens,
-            cost_usd=bill.cost_usd,
-        )
+        return Scored(scores=[self._score(i, texts, pairs, found) for i in range(len(texts))], **spent.counts)
 
     def _score(
         self,
@@ -183,18 +181,32 @@ class Judge(Scorer):
                 messages=messages,
                 sampling=self.config.sampling.also_stopping_at(self.format.stop_strings),
                 seeds=(derive_seed(self.seed, row["prompt_id"], JUDGE_LAYER, a * len(texts) + b),),
+                stop_ids=self.format.stop_ids,
             )
             (sample,) = await sample_all(self.engine, request)
         except PromptTooLong as error:
             return _Order(verdict=None, reason=f"PromptTooLong: {error}")
         except EngineError as error:
-            return _Order(verdict=None, reason=f"EngineError: {error}", engine_failed=True)
+            return _Order(
+                verdict=None, reason=f"EngineError: {error}", engine_failed=True, spent=error.spent or Spent()
+            )
         verdict = read_verdict(sample.text, truncated=sample.finish_reason == "length")
-        reason = None if verdict else f"no verdict in {sample.text[-80:]!r}"
-        return _Order(verdict=verdict, reason=reason, samples=(sample,))
+        reason = None if verdict else self._why_no_verdict(sample)
+        return _Order(verdict=verdict, reason=reason, was_answered=True, spent=bill([sample]))
+
+    def _why_no_verdict(self, sample: Sample) -> str:
+        if sample.reasoning and not sample.text:
+            return (
+                f"only reasoning ({sample.finish_reason}), no verdict: raise scores.judge.sampling.max_tokens "
+                f"{self.config.sampling.max_tokens}"
+            )
+        return f"no verdict in {sample.text[-80:]!r}"
 
     async def check(self) -> None:
         await self.engine.check()
+
+    async def close(self) -> None:
+        await self.engine.close()
 
 
 def outcome(shown_first: Verdict, shown_second: Verdict) -> float:

@@ -14,6 +14,7 @@ from aft_ray.config import EngineConfig, LikelihoodConfig
 from aft_ray.data.scoring import Row, Score, Scored, Scorer
 from aft_ray.engines import build_engine
 from aft_ray.errors import ConfigError, InputError
+from aft_ray.templates.chat import Style
 from aft_ray.templates.loading import load_format
 
 
@@ -24,10 +25,12 @@ class Likelihood(Scorer):
         if engine.type == "openai":
             raise _takes_messages(engine.model)
         self.config = config
-        self.engine = build_engine(engine)
+        self.engine = build_engine(engine, adapters=[config.adapter] if config.adapter else [])
         if self.engine.info.takes_messages:
             raise _takes_messages(self.engine.info.model)
-        self.format = load_format(self.engine.info.tokenizer, in_context)
+        # with a template of its own, a model is asked about what it is trained to write
+        style: Style = "auto" if self.engine.info.chat_template is None else "chat"
+        self.format = load_format(self.engine.info, style, in_context)
 
     def name_of(self, row: Row) -> str:
         return "likelihood"
@@ -59,6 +62,9 @@ class Likelihood(Scorer):
 
     async def check(self) -> None:
         await self.engine.check()
+
+    async def close(self) -> None:
+        await self.engine.close()
 
 
 def _takes_messages(model: str) -> ConfigError:

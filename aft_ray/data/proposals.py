@@ -22,33 +22,57 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aft_ray.config import Config, EngineConfig, ProposalsConfig, ProposerConfig, TemplatesConfig
+from aft_ray.config import Config, EngineConfig, ProposalsConfig, ProposerConfig, TemplatesConfig, gpus_of
 from aft_ray.data import DATA_STAGES
 from aft_ray.engines import Engine, GenerateRequest, Sample, build_engine
 from aft_ray.errors import EngineError, InputError
 from aft_ray.inference.shares import apportion
-from aft_ray.records import PROPOSALS, Message, Proposal, derive_seed, to_row
+from aft_ray.models import engine_identity, identity
+from aft_ray.records import PROPOSALS, Message, Proposal, Spent, derive_seed, to_row
 from aft_ray.runs import Run
 from aft_ray.shards import Processed, RowWorker, Stage
 from aft_ray.templates import AggregatorTemplate, InContextPrompt, fit_prompt
+from aft_ray.templates.chat import Style
 from aft_ray.templates.loading import load_format
+from aft_ray.templates.thinking import split_thinking
 
 
 async def sample_all(engine: Engine, request: GenerateRequest) -> list[Sample]:
-    """Return all samples of a request, sorted by index. Raises EngineError if none of them succeeded."""
-    samples = [event async for event in engine.generate(request) if isinstance(event, Sample)]
+    """Return all samples of a request, sorted by index, each with its thinking apart from its answer.
+
+    Raises EngineError, with what was spent, if none of them succeeded.
+    """
+    samples = [thinking_apart(event) async for event in engine.generate(request) if isinstance(event, Sample)]
     if all(sample.error for sample in samples):
-        raise EngineError(f"none of {len(samples)} samples succeeded; the first: {samples[0].error}")
+        error = EngineError(f"none of {len(samples)} samples succeeded; the first: {samples[0].error}")
+        error.spent = bill(samples)
+        raise error
     return sorted(samples, key=lambda sample: sample.index)
 
 
-def processed(row: dict[str, Any], samples: Sequence[Sample], engine: EngineConfig) -> Processed:
-    """Return the row with the tokens and the price of the samples it was made from."""
-    num_prompt = sum(sample.num_prompt_tokens for sample in samples)
-    num_completion = sum(sample.num_tokens for sample in samples)
-    prices = engine.prices if engine.type == "openai" else None
-    cost = (num_prompt * prices.prompt + num_completion * prices.completion) / 1e6 if prices else 0.0
-    return Processed(rows=[row], prompt_tokens=num_prompt, completion_tokens=num_completion, cost_usd=cost)
+def thinking_apart(sample: Sample) -> Sample:
+    """Return the sample with what its text holds of thinking moved to `reasoning`, and its share of the tokens."""
+    thinking, answer = split_thinking(sample.text)
+    if answer == sample.text:
+        return sample
+    written = sample.num_tokens - sample.num_reasoning_tokens
+    return dataclasses.replace(
+        sample,
+        text=answer,
+        reasoning="\n\n".join(filter(None, (sample.reasoning, thinking))),
+        num_reasoning_tokens=sample.num_reasoning_tokens + round(written * len(thinking) / len(sample.text)),
+    )
+
+
+def bill(samples: Sequence[Sample]) -> Spent:
+    """Return what the samples cost together, lost tries included."""
+    own = (Spent(prompt_tokens=s.num_prompt_tokens, completion_tokens=s.num_tokens) for s in samples)
+    return sum((s.spent or tokens for s, tokens in zip(samples, own, strict=True)), start=Spent())
+
+
+def processed(row: dict[str, Any], samples: Sequence[Sample]) -> Processed:
+    """Return the row with what the samples it was made from cost."""
+    return Processed(rows=[row], **bill(samples).counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +109,16 @@ def parts(config: ProposalsConfig) -> list[Part]:
 
 
 def data_stages(config: Config) -> list[str]:
-    """Return the folder names of all data stages of a run, in order. Each proposer has a folder of its own."""
+    """Return the folder names of all data stages of a run, in order. Each proposer has a folder of its own, and
+    `target_scores` is among them only where targets are scored. Where the prompts' own answers are trained on, there
+    are no stages between `prompts` and `training_set`.
+    """
+    if not config.makes_targets:
+        return [DATA_STAGES[0], DATA_STAGES[-1]]
     names = [part.stage_name for part in parts(config.proposals)]
-    place = DATA_STAGES.index("proposals")
-    return [*DATA_STAGES[:place], *names, *DATA_STAGES[place + 1 :]]
+    stages = [stage for stage in DATA_STAGES if stage != "target_scores" or config.scores_targets]
+    place = stages.index("proposals")
+    return [*stages[:place], *names, *stages[place + 1 :]]
 
 
 def num_usable(proposals: Sequence[Mapping[str, Any]]) -> int:
@@ -116,13 +146,18 @@ class ProposalWorker(RowWorker):
         if too_few and self.config.too_few == "drop":
             return dataclasses.replace(done, rows=[], filtered="too few proposals")
         if too_few and (self.config.too_few == "fail" or not num_usable(row["proposals"])):
-            raise InputError(
+            error = InputError(
                 f"{num_usable(row['proposals'])} usable proposals, but selection.num_proposals is {self.needed}"
             )
+            error.spent = done
+            raise error
         return dataclasses.replace(done, rows=[row])
 
     async def check(self) -> None:
         await self.writer.check()
+
+    async def close(self) -> None:
+        await self.writer.close()
 
 
 class Sampler:
@@ -137,14 +172,14 @@ class Sampler:
         """Samples are numbered across proposers, so that two proposers with one model never share a seed."""
         self.engine_config = proposer.engine or config.engine
         self.source = "on-policy" if model_name(self.engine_config) == model_name(config.engine) else "off-policy"
-        self.engine = build_engine(self.engine_config)
-        self.format = load_format(self.engine.info.tokenizer, config.templates.in_context, proposer.style)
+        self.engine = build_engine(self.engine_config, adapters=[proposer.adapter] if proposer.adapter else [])
+        self.format = load_format(self.engine.info, style_of(proposer), config.templates.in_context)
         self.model = proposer.name or proposer.adapter or self.engine.info.model
 
     async def write(self, row: dict[str, Any], num: int) -> Processed:
         samples = await sample_all(self.engine, self._request(row["prompt_id"], row["messages"], num))
         proposals = [to_row(self._proposal(sample)) for sample in samples]
-        return processed({**row, "proposals": proposals}, samples, self.engine_config)
+        return processed({**row, "proposals": proposals}, samples)
 
     def _proposal(self, sample: Sample) -> Proposal:
         return Proposal(
@@ -155,6 +190,9 @@ class Sampler:
             finish_reason=sample.finish_reason,
             num_prompt_tokens=sample.num_prompt_tokens,
             num_tokens=sample.num_tokens,
+            reasoning=sample.reasoning or None,
+            num_reasoning_tokens=sample.num_reasoning_tokens,
+            usage_estimated=sample.usage_estimated,
             error=sample.error,
             round=self.round,
         )
@@ -167,11 +205,15 @@ class Sampler:
             messages=tuple(messages),
             sampling=self.sampling.also_stopping_at(self.format.stop_strings),
             seeds=tuple(derive_seed(self.seed, prompt_id, 0, self.first_index + i) for i in range(num)),
+            stop_ids=self.format.stop_ids,
             adapter=self.proposer.adapter,
         )
 
     async def check(self) -> None:
         await self.engine.check()
+
+    async def close(self) -> None:
+        await self.engine.close()
 
 
 class Collector:
@@ -202,6 +244,14 @@ class Collector:
     async def check(self) -> None:
         return None
 
+    async def close(self) -> None:
+        return None
+
+
+def style_of(proposer: ProposerConfig) -> Style:
+    """Return the style of a proposer's prompts: an adapter was taught the chat template, a base model was not."""
+    return "chat" if proposer.style == "auto" and proposer.adapter is not None else proposer.style
+
 
 def model_name(engine: EngineConfig) -> str | None:
     """Return the name of an engine's model, or None for a scripted engine."""
@@ -226,19 +276,23 @@ def stages(run: Run) -> list[Stage]:
                     "proposals": {
                         "too_few": config.proposals.too_few,
                         "round": config.proposals.round,
-                        "proposer": part.proposer.model_dump(mode="json", exclude={"placement", "engine", "sampling"}),
+                        "proposer": part.proposer.model_dump(mode="json", exclude={"placement", "engine", "sampling"})
+                        | {"adapter": identity(part.proposer.adapter)},
                         "sampling": to_row(part.proposer.sampling or config.proposals.sampling),
                         "num_proposals": part.num_proposals,
                     },
-                    "engine": engine.identity() if part.proposer.source == "on_policy" else None,
+                    "engine": engine_identity(engine) if part.proposer.source == "on_policy" else None,
                     "selection.num_proposals": config.selection.num_proposals
                     if config.proposals.too_few in {"drop", "fail"}
                     else None,
+                    "thinking": "apart",  # proposals are answers without it
                     "seed": config.run.seed,
                     "in_context": InContextPrompt.load(config.templates.in_context).hash,
                 },
                 worker=partial(ProposalWorker, config, part),
                 placement=part.proposer.placement,
+                must_yield=True,
+                gpus=gpus_of(engine) if part.proposer.source == "on_policy" else 0,
             )
         )
         source = made[-1].output

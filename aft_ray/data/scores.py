@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from aft_ray.config import Config
-from aft_ray.data.scorers import build_scorer, scorer_settings
-from aft_ray.data.scoring import Score
+from aft_ray.data.scorers import build_scorer, gpus_of_scorer, is_light, scorer_settings
+from aft_ray.data.scoring import Score, Scored, Scorer
 from aft_ray.records import SCORES
 from aft_ray.runs import Run
 from aft_ray.shards import Processed, RowWorker, Stage
@@ -29,28 +29,39 @@ def with_scores(proposals: Sequence[dict[str, Any]], scores: Sequence[Score]) ->
     return scored
 
 
-class ScoreWorker(RowWorker):
+class ScoringWorker(RowWorker):
+    """A worker that holds a scorer."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def processed(self, row: dict[str, Any], scored: Scored, unusable: str | None = None) -> Processed:
+        """Return a row with what its scores cost. It is of no use where a scorer was asked and gave none."""
+        reasons = [score.reason for score in scored.scores]
+        if all(score.value is None for score in scored.scores) and self.scorer.name_of(row) != "none":
+            unusable = unusable or f"no score: {next(filter(None, reasons), 'there was nothing to score')}"
+        return Processed(rows=[row], unusable=unusable, **scored.counts)
+
+    async def check(self) -> None:
+        await self.scorer.check()
+
+    async def close(self) -> None:
+        await self.scorer.close()
+
+
+class ScoreWorker(ScoringWorker):
     """Scores the proposals of a row."""
 
     def __init__(self, config: Config) -> None:
-        self.scorer = build_scorer(
-            config.scores, config.engine, seed=config.run.seed, in_context=config.templates.in_context
-        )
+        in_context = config.templates.in_context
+        super().__init__(build_scorer(config.scores, config.engine, seed=config.run.seed, in_context=in_context))
 
     async def process(self, row: dict[str, Any]) -> Processed:
         # The scorer sees an empty text in place of a failed proposal, and gives it no score.
         texts = ["" if proposal["error"] else proposal["text"] for proposal in row["proposals"]]
         scored = await self.scorer.score(row, texts)
         proposals = with_scores(row["proposals"], scored.scores)
-        return Processed(
-            rows=[{**row, "proposals": proposals, "scorer": self.scorer.name_of(row)}],
-            prompt_tokens=scored.prompt_tokens,
-            completion_tokens=scored.completion_tokens,
-            cost_usd=scored.cost_usd,
-        )
-
-    async def check(self) -> None:
-        await self.scorer.check()
+        return self.processed({**row, "proposals": proposals, "scorer": self.scorer.name_of(row)}, scored)
 
 
 def stage(run: Run) -> Stage:
@@ -63,4 +74,7 @@ def stage(run: Run) -> Stage:
         settings=scorer_settings(run.config),
         worker=partial(ScoreWorker, run.config),
         placement=run.config.scores.placement,
+        must_yield=True,
+        gpus=gpus_of_scorer(run.config),
+        is_light=is_light(run.config.scores),
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aft_ray.records import Spent
+
 Row = Mapping[str, Any]
 """One row of the proposals stage: a prompt with its proposals."""
 
@@ -20,15 +22,11 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class Scored(Spent):
     """The scores of one prompt's texts, and the tokens that a model read and wrote to make them."""
 
     scores: Sequence[Score]
     """One score per text, in the order of the texts."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost_usd: float = 0.0
-    """Price that a remote endpoint charges for these tokens."""
 
 
 class Scorer(ABC):
@@ -48,3 +46,6 @@ class Scorer(ABC):
 
     async def check(self) -> None:  # noqa: B027 (most scorers have no engine that could die)
         """Raise if the scorer itself is broken, for example because its engine died."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Free the model behind the scorer."""

@@ -223,4 +223,6 @@ def stage(run: Run) -> Stage:
         settings={"selection": config.model_dump(mode="json", exclude={"placement"}), "seed": run.config.run.seed},
         worker=_worker(run),
         placement=config.placement,
+        must_yield=True,
+        is_light=True,
     )

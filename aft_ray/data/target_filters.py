@@ -2,7 +2,10 @@
 
 reason                          setting (targets.filters)
 empty target                    always
-truncated target                truncated
+reasoning without an answer     always
+truncated target                finish_reasons
+finish reason <reason>          finish_reasons
+rejected by the verifier        rejected
 refused target                  refused
 copies a proposal               max_similarity
 worse than the best proposal    worse_than_best
@@ -17,22 +20,50 @@ from aft_ray.config import TargetFilters
 from aft_ray.data.similarity import similarity
 from aft_ray.records import Target
 
-REFUSAL = re.compile(
-    r"^\W*(?:i(?:'|’)?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but )?(?:as an ai[^.]*?,? ?)?"
-    r"i(?:'m| am|’m)? (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not|(?:am )?(?:not able|unable) to|must decline)\b"
-    r"[^.]{0,60}\b(?:help|assist|provide|answer|fulfil+|comply|do that|with (?:that|this)|create|write|generate)\b",
+_CANNOT = (
+    r"(?:cannot|can't|can not|won't|will not|(?:am|are|'m|'re) (?:not able to|unable to|not comfortable)|must decline)"
+)
+_HELPING = (
+    r"(?:help(?! but)|assist|provide|answer|fulfill?|comply|do (?:that|this|so)|discuss|create|write|generate|produce"
+    r"|give|offer|share|engage|support|participate|respond|continue|complete|fulfil|disclose|advise|talk about)"
+)
+_SORRY = (
+    r"(?:(?:i'm |i am |we're |we are )?(?:so |very |truly |really |deeply |terribly )?(?:sorry|afraid)"
+    r"|i apologi[sz]e|my apologies|unfortunately|no)"
+)
+_DECLINES = re.compile(
+    rf"^\W*{_SORRY}?\W*(?:but |as an ai[^.,]*,? ?|for [^.,]*, )*(?:i|we)(?: |(?='))(?:really |simply )?{_CANNOT}"
+    rf"(?:\W*$|\W*[.!](?:\s|$)|[^.!?]{{0,40}}?\b{_HELPING}\b)",
     re.IGNORECASE,
 )
-"""Matches an answer that begins by declining. It knows English only; refusals in other languages pass."""
+"""Matches a text whose first sentence declines to help."""
+_GOES_ON = re.compile(r"\b(?:but|however|instead|though|that said|still)\b", re.IGNORECASE)
+_OFFERS = re.compile(
+    r"\b(?:i can|i could|i'd|i would|i'm happy|i am happy|happy to|glad to|let me know|feel free|if you|please|anything"
+    r" else|is there)\b",
+    re.IGNORECASE,
+)
+_ANSWER_WORDS = 8
+"""Words after `but` that make an answer of a sentence that began by declining, unless they offer something else."""
 
 
 def is_refusal(text: str) -> bool:
-    """Return whether the answer begins by declining to answer.
+    """Return whether the text declines to answer: its first sentence does, and no answer follows. English only.
 
     >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("You cannot divide by zero.")
     (True, False)
+    >>> is_refusal("I can't provide an exact figure, but about 40 million people live there, most of them in cities.")
+    False
     """
-    return bool(REFUSAL.search(text[:300]))
+    text = text.replace("’", "'").strip()
+    declined = _DECLINES.match(text)
+    if declined is None:
+        return False
+    goes_on = _GOES_ON.search(text, declined.end())
+    if goes_on is None:
+        return True
+    rest = text[goes_on.end() :]
+    return len(rest.split()) < _ANSWER_WORDS or bool(_OFFERS.search(rest))
 
 
 def why_left_out(
@@ -40,9 +71,11 @@ def why_left_out(
 ) -> str | None:
     """Return the first reason to leave out `target`, or None. It was written from `proposals`, which have `scores`."""
     if not target.text.strip():
-        return "empty target"
-    if filters.truncated and target.finish_reason == "length":
-        return "truncated target"
+        return "reasoning without an answer" if target.reasoning else "empty target"
+    if target.finish_reason not in filters.finish_reasons:
+        return "truncated target" if target.finish_reason == "length" else f"finish reason {target.finish_reason}"
+    if filters.rejected and target.verified is False:
+        return "rejected by the verifier"
     if filters.refused and is_refusal(target.text):
         return "refused target"
     most = filters.max_similarity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from importlib import resources
 from typing import Any
@@ -33,6 +34,17 @@ MET: list[Case] = [
     ({"type": "no_commas"}, "No pause here."),
     ({"type": "double_quoted"}, "“Grow on.”"),
     ({"type": "question_mark"}, "Who is there? A fox."),
+    ({"type": "question_mark"}, "你是谁？"),
+    ({"type": "contains_word", "word": "caf\u00e9"}, "The cafe\u0301 is open."),
+    ({"type": "contains_word", "word": "东京"}, "我爱东京塔。"),
+    ({"type": "without_word", "word": "东京"}, "我爱北京。"),
+    ({"type": "starts_with", "phrase": "你好"}, "你好世界！"),
+    ({"type": "ends_with", "phrase": "再见"}, "我们明天再见！"),
+    ({"type": "max_words", "count": 9}, "我爱北京天安门，是的。"),
+    ({"type": "json_keys", "keys": ["a"]}, '```json\r\n{"a": 1}\r\n```'),
+    ({"type": "num_numbered", "count": 2}, "1、鸡蛋\n2、面包"),
+    ({"type": "num_sentences", "count": 1}, "She works for Acme Inc. in the U.S. as No. 5 of ten."),
+    ({"type": "num_sentences", "count": 2}, "我爱你。你呢？"),
 ]
 
 NOT_MET: list[Case] = [
@@ -57,6 +69,10 @@ NOT_MET: list[Case] = [
     ({"type": "no_commas"}, "Well, yes."),
     ({"type": "double_quoted"}, '"Grow on," he said.'),
     ({"type": "question_mark"}, "I wonder."),
+    ({"type": "json_keys", "keys": ["a"]}, '{"a": NaN}'),
+    ({"type": "no_commas"}, "我爱你，你呢。"),
+    ({"type": "without_word", "word": "caf\u00e9"}, "The cafe\u0301 is open."),
+    ({"type": "max_words", "count": 6}, "我爱北京天安门"),
 ]
 
 
@@ -98,7 +114,19 @@ def test_the_score_is_the_share_of_constraints_met() -> None:
         ("One.", 1),
         ("One", 1),
         ("One. Two? Three!", 3),
-        ("Wait... what?!", 2),
+        ("Wait... What?!", 2),
+        ("Wait... what?!", 1),
+        ("I am not sure...", 1),
+        ("Well?... Yes!", 2),
+        ("He lives in the U.S. and works there.", 1),
+        ("He joined the U.S. Army.", 1),
+        ("He lives in the U.S. She does not.", 2),
+        ("She founded Acme Inc. in May.", 1),
+        ("Take bus No. 5 to town.", 1),
+        ("Did she? No. He did.", 3),
+        ("We met J. Smith at 5 p.m. Then we left.", 2),
+        ("Vitamin C. It helps.", 2),
+        ("我爱北京。你呢？很好！", 3),
         ("Pi is 3.14 today.", 1),
         ("Use fruit, e.g. apples. Done.", 2),
         ('He said "Go." Then he went.', 2),
@@ -108,6 +136,20 @@ def test_the_score_is_the_share_of_constraints_met() -> None:
 )
 def test_sentences_are_counted_as_a_reader_would(text: str, expected: int) -> None:
     assert num_sentences(text) == expected
+
+
+def test_words_that_cannot_be_told_apart_are_not_counted() -> None:
+    with pytest.raises(InputError, match="cannot be counted"):
+        share_met([{"type": "max_words", "count": 3}], "ฉันรักกรุงเทพ")
+
+
+@pytest.mark.parametrize("piece", ["\n", "!", ".", "...", "!)", " ", "a.", "- ", "1. ", "'", "U.S. ", "a-", "。", "…"])
+def test_any_answer_is_checked_in_time_linear_in_it(piece: str) -> None:
+    """100,000 characters take milliseconds; a search that starts again at each of them takes minutes."""
+    text = "a" + piece * (100_000 // len(piece)) + "b"
+    started = time.process_time()
+    share_met([constraint for constraint, _ in MET], text)
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(

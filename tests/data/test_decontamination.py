@@ -12,7 +12,7 @@ import pytest
 from aft_ray.config import PromptsConfig
 from aft_ray.data.prompts.decontamination import EvaluationSets, words_of
 from aft_ray.data.prompts.duplicates import plain_text
-from aft_ray.data.prompts.removal import sift
+from aft_ray.data.prompts.removal import Sifter
 from aft_ray.errors import InputError
 from tests.data.test_prompts import write_jsonl
 
@@ -95,7 +95,7 @@ def test_a_removal_names_the_evaluation_set_whatever_its_columns(tmp_path: Path)
         tmp_path / "prompts.jsonl", *({"prompt": t} for t in ("Ok.", QUESTION, "Name a river", "Translate. Eau!"))
     )
     config = PromptsConfig(source=source, decontaminate=(first, second))
-    assert [(row.reason, row.resembles) for row in sift(config, seed=0)] == [
+    assert [(row.reason, row.resembles) for row in Sifter(config, seed=0).sift()] == [
         (None, None),
         (f"overlaps {first}", f"{first}:1"),
         (f"overlaps {second}", f"{second}:1"),
@@ -123,12 +123,12 @@ def test_an_evaluation_set_that_cannot_be_used_ends_the_run(tmp_path: Path, cont
     source = write_jsonl(tmp_path / "prompts.jsonl", {"prompt": "a"})
     config = PromptsConfig(source=source, decontaminate=(str(path),), on_bad_row="record")
     with pytest.raises(InputError, match=message):
-        list(sift(config, seed=0))
+        list(Sifter(config, seed=0).sift())
 
 
 def reasons(source: Path, *evaluation: str) -> Counter[str | None]:
     config = PromptsConfig(source=str(source), decontaminate=evaluation, duplicates="drop")
-    return Counter(row.reason for row in sift(config, seed=0))
+    return Counter(row.reason for row in Sifter(config, seed=0).sift())
 
 
 @pytest.mark.skipif(not (REAL / "gsm8k/train.jsonl").exists(), reason="no evaluation sets beside the checkout")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aft_ray.config import Config, JudgeConfig, OpenAIEngineConfig, PricesConfig, ScoresConfig, ScriptedEngineConfig
+from aft_ray.config import Config, JudgeConfig, ScoresConfig, ScriptedEngineConfig
 from aft_ray.data.judge import Judge, draw_pairs, outcome, question, read_verdict
 from aft_ray.data.scorers import build_scorer
 from aft_ray.data.scores import ScoreWorker
@@ -24,77 +21,39 @@ from aft_ray.engines import Sampling
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import ConfigError, EngineError
 from aft_ray.records import Message, Proposal, to_row
+from tests.scripted_endpoint import ScriptedEndpoint
 
 ROW = {"prompt_id": "p-1", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
 SHOWN = re.compile(r"===== answer A (\w+) =====\n(.*)\n===== answer B \1 =====\n(.*)\n===== end \1 =====", re.DOTALL)
-
-
-class JudgingModel(ThreadingHTTPServer):
-    """An endpoint that answers with `reply(answer A, answer B)`, and rejects the request if that is None."""
-
-    daemon_threads = True
-    request_queue_size = 64  # the judge sends all pairs of a prompt at once
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Callable[[str, str], str | None] = longer_wins
-        self.asked: list[tuple[str, str]] = []
-        self.contents: list[str] = []
-        self.lock = threading.Lock()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: JudgingModel
-
-    def do_POST(self) -> None:
-        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-        found = SHOWN.search(content)
-        assert found is not None
-        with self.server.lock:
-            self.server.asked.append((found[2], found[3]))
-            self.server.contents.append(content)
-        reply = self.server.reply(found[2], found[3])
-        if reply is None:
-            self.send_error(400, "scripted refusal")
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-        self.event({"choices": [{"index": 0, "delta": {"content": reply}, "finish_reason": None}]})
-        self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self.event({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}})
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def event(self, chunk: dict[str, Any]) -> None:
-        whole = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "judge", **chunk}
-        self.wfile.write(b"data: " + json.dumps(whole).encode() + b"\n\n")
-
-    def log_message(self, *_: Any) -> None:
-        """Log nothing, so that the output of the test stays clean."""
 
 
 def longer_wins(a: str, b: str) -> str:
     return "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
 
 
+class Judging:
+    """The scripted endpoint as a judge: it answers with `reply(answer A, answer B)`, and refuses where that is None."""
+
+    def __init__(self, endpoint: ScriptedEndpoint) -> None:
+        self.endpoint = endpoint
+        self.reply: Callable[[str, str], str | None] = longer_wins
+        self.asked: list[tuple[str, str]] = []
+        endpoint.reply, endpoint.usage = self._reply, {"prompt_tokens": 100, "completion_tokens": 2}
+
+    def _reply(self, body: dict[str, Any]) -> str | None:
+        found = SHOWN.search(body["messages"][-1]["content"])
+        assert found is not None
+        self.asked.append((found[2], found[3]))
+        return self.reply(found[2], found[3])
+
+
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgingModel]:
-    monkeypatch.setenv("AFT_RAY_TEST_JUDGE_KEY", "sesame")
-    server = JudgingModel()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def model(endpoint: ScriptedEndpoint) -> Judging:
+    return Judging(endpoint)
 
 
-def config_of(model: JudgingModel, **settings: Any) -> JudgeConfig:
-    engine = OpenAIEngineConfig(
-        base_url=f"http://127.0.0.1:{model.server_address[1]}/v1",
-        model="judge",
-        api_key_env="AFT_RAY_TEST_JUDGE_KEY",
-        max_retries=0,
-        prices=PricesConfig(prompt=1.0, completion=10.0),
-    )
+def config_of(model: Judging, **settings: Any) -> JudgeConfig:
+    engine = model.endpoint.config(max_retries=0, prices={"prompt": 1.0, "completion": 10.0})
     return JudgeConfig(engine=engine, **settings)
 
 
@@ -148,7 +107,7 @@ def test_a_judge_that_contradicts_itself_when_the_order_changes_calls_a_tie() ->
     assert {outcome(*pair) for pair in (("A", "A"), ("B", "B"), ("tie", "tie"), ("A", "tie"), ("tie", "B"))} == {0.5}  # type: ignore[arg-type]
 
 
-def test_the_score_is_the_share_of_comparisons_won(model: JudgingModel) -> None:
+def test_the_score_is_the_share_of_comparisons_won(model: Judging) -> None:
     scored = judge(config_of(model), ["Paris.", "Paris, of course.", "It."])
     assert values(scored) == [0.5, 1.0, 0.0]
     assert len(model.asked) == 6
@@ -157,12 +116,12 @@ def test_the_score_is_the_share_of_comparisons_won(model: JudgingModel) -> None:
     assert scored.cost_usd == pytest.approx((600 * 1 + 12 * 10) / 1e6)
 
 
-def test_a_judge_that_always_prefers_the_first_answer_makes_every_pair_a_tie(model: JudgingModel) -> None:
+def test_a_judge_that_always_prefers_the_first_answer_makes_every_pair_a_tie(model: Judging) -> None:
     model.reply = lambda a, b: "A"
     assert values(judge(config_of(model), ["one", "two", "three"])) == [0.5, 0.5, 0.5]
 
 
-def test_identical_texts_tie_without_a_call_to_the_judge(model: JudgingModel) -> None:
+def test_identical_texts_tie_without_a_call_to_the_judge(model: Judging) -> None:
     assert values(judge(config_of(model), ["Paris.", " Paris.\n", "It is Paris."])) == [0.25, 0.25, 1.0]
     assert len(model.asked) == 4
     model.asked.clear()
@@ -171,7 +130,7 @@ def test_identical_texts_tie_without_a_call_to_the_judge(model: JudgingModel) ->
 
 
 def test_pairs_without_a_readable_verdict_are_left_out_and_a_text_without_pairs_has_no_score(
-    model: JudgingModel,
+    model: Judging,
 ) -> None:
     model.reply = lambda a, b: "I like both" if "odd" in (a, b) else longer_wins(a, b)
     short, long, odd = judge(config_of(model), ["no", "longer", "odd"]).scores
@@ -179,7 +138,7 @@ def test_pairs_without_a_readable_verdict_are_left_out_and_a_text_without_pairs_
     assert odd.reason == "no readable comparison of 2; the first: no verdict in 'I like both'"
 
 
-def test_a_pair_is_left_out_if_one_of_its_orders_fails(model: JudgingModel) -> None:
+def test_a_pair_is_left_out_if_one_of_its_orders_fails(model: Judging) -> None:
     model.reply = lambda a, b: None if (a, b) == ("no", "longest") else longer_wins(a, b)
     assert values(judge(config_of(model), ["no", "longer", "longest"])) == [0.0, 0.5, 1.0]
     [no, longest] = judge(config_of(model), ["no", "longest"]).scores
@@ -187,20 +146,38 @@ def test_a_pair_is_left_out_if_one_of_its_orders_fails(model: JudgingModel) -> N
     assert no.reason is not None and "EngineError" in no.reason and "400" in no.reason
 
 
-def test_a_judge_that_answers_nothing_fails_the_row_so_that_it_can_be_tried_again(model: JudgingModel) -> None:
+def test_a_judge_that_answers_nothing_fails_the_row_so_that_it_can_be_tried_again(model: Judging) -> None:
     model.reply = lambda a, b: None
     with pytest.raises(EngineError, match="the judge answered none of 2 comparisons"):
         judge(config_of(model), ["one", "three"])
 
 
-def test_the_judge_is_not_called_for_a_single_text_or_an_empty_one(model: JudgingModel) -> None:
+def test_a_judge_that_fails_is_paid_for_all_the_same(model: Judging) -> None:
+    model.endpoint.finish_reason = "error"
+    with pytest.raises(EngineError, match="gave up the answer") as failed:
+        judge(config_of(model), ["one", "three"])
+    assert failed.value.spent is not None
+    assert (failed.value.spent.prompt_tokens, failed.value.spent.completion_tokens) == (200, 4)
+
+
+@pytest.mark.parametrize("in_field", [True, False])
+def test_what_a_judge_thinks_is_no_verdict(model: Judging, in_field: bool) -> None:
+    model.reply = lambda a, b: longer_wins(a, b) if in_field else f"<think>\nA\n</think>\n{longer_wins(a, b)}"
+    model.endpoint.reasoning = ("B",) if in_field else ()
+    assert values(judge(config_of(model), ["no", "longer"])) == [0.0, 1.0]
+    model.reply = lambda a, b: "<think>\nLet me see.\nA"
+    [first, _] = judge(config_of(model), ["no", "longer"]).scores
+    assert first.reason is not None and "only reasoning (stop), no verdict: raise scores.judge" in first.reason
+
+
+def test_the_judge_is_not_called_for_a_single_text_or_an_empty_one(model: Judging) -> None:
     lone, empty = judge(config_of(model), ["Paris.", " "]).scores
     assert (lone.value, lone.reason) == (None, "the judge needs two proposals or more to compare")
     assert (empty.value, empty.reason) == (None, "empty answer")
     assert model.asked == []
 
 
-def test_a_pair_that_does_not_fit_the_judges_window_is_left_out(model: JudgingModel) -> None:
+def test_a_pair_that_does_not_fit_the_judges_window_is_left_out(model: Judging) -> None:
     config = config_of(model)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"max_model_len": 512})})
     one, two, long = judge(config, ["one", "three", "word " * 1000]).scores
@@ -221,7 +198,7 @@ def test_every_proposal_is_compared_with_num_opponents_others(num: int, num_oppo
         assert counts == [wanted] * (num - 1) + [wanted + 1] if uneven else counts == [wanted] * num
 
 
-def test_the_draw_of_opponents_is_the_same_every_time_and_differs_between_prompts(model: JudgingModel) -> None:
+def test_the_draw_of_opponents_is_the_same_every_time_and_differs_between_prompts(model: Judging) -> None:
     texts = [f"{'x' * i}" for i in range(1, 9)]
     config = config_of(model, num_opponents=2)
     first = judge(config, texts)
@@ -248,7 +225,7 @@ def test_a_proposal_can_neither_end_its_section_nor_end_a_turn() -> None:
     assert "{a} {mark}" in content
 
 
-def test_lone_surrogates_in_a_proposal_do_not_break_the_request(model: JudgingModel) -> None:
+def test_lone_surrogates_in_a_proposal_do_not_break_the_request(model: Judging) -> None:
     assert values(judge(config_of(model), ["Paris \ud83d", "It"])) == [1.0, 0.0]
 
 
@@ -276,7 +253,7 @@ def test_a_judge_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         Judge(JudgeConfig(engine=ScriptedEngineConfig(tokenizer=str(tmp_path))), seed=0)
 
 
-def test_the_scores_stage_counts_the_judges_tokens_and_shows_it_no_failed_proposal(model: JudgingModel) -> None:
+def test_the_scores_stage_counts_the_judges_tokens_and_shows_it_no_failed_proposal(model: Judging) -> None:
     config = Config.model_validate(
         {
             "run": {"dir": "unused"},

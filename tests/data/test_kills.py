@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 from aft_ray.config import Config
-from aft_ray.data import proposals, scores, selection, targets, training_set
+from aft_ray.data import proposals, scores, selection, target_scores, targets, training_set
 from aft_ray.data.prompts.stage import make_prompts
 from aft_ray.runs import Run, begin, read_manifest
 from aft_ray.shards import Stage, make_shard
+from aft_ray.stage_attempt import Attempt
 from aft_ray.stages import _finish, _todo
 from aft_ray.storage import Folder
 from tests.kills import kill_many_times
 
-STAGES = ("proposals-part-1", "proposals", "scores", "selection", "targets", "training_set")
+STAGES = ("proposals-part-1", "proposals", "scores", "selection", "targets", "target_scores", "training_set")
 
 
 def run_in(folder: Path, tokenizer: str) -> Run:
@@ -34,7 +35,7 @@ def run_in(folder: Path, tokenizer: str) -> Run:
                 "prompts": {"limit": 24, "held_out": 4, "rows_per_shard": 3},
                 "proposals": {"num_per_prompt": 6, "proposers": [{"share": 1}, {"share": 2}]},
                 "selection": {"num_proposals": 3},
-                "targets": {"num_candidates": 3, "filters": {"max_similarity": 0.9}},
+                "targets": {"num_candidates": 3, "filters": {"rejected": False, "max_similarity": 0.9}},
                 "training_set": {"variants": ["sft", "aft", "joint"]},
             }
         )
@@ -42,7 +43,7 @@ def run_in(folder: Path, tokenizer: str) -> Run:
 
 
 def stages_of(run: Run) -> dict[str, Stage]:
-    rooms = (scores, selection, targets, training_set)
+    rooms = (scores, selection, targets, target_scores, training_set)
     made = [*proposals.stages(run), *(room.stage(run) for room in rooms)]
     return {stage.name: stage for stage in made}
 
@@ -52,9 +53,10 @@ async def make_all(stage: Stage) -> None:
     assert source is not None
     manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
     worker = stage.worker()
-    for name in _todo(stage, retry_failed=False)[0]:
+    for name in _todo(stage, source, retry_failed=False)[0]:
         await make_shard(stage, name, worker)
-    _finish(stage, manifest, max_failure_rate=0.5)
+    _, there = _todo(stage, source, retry_failed=False)
+    _finish(Attempt(stage, manifest, there, [], source.rows_out), 0.5, source)
 
 
 def work(folder: Path, tokenizer: str, name: str) -> None:

@@ -23,8 +23,7 @@ from aft_ray.data.scorers import build_scorer, scorer_settings
 from aft_ray.data.scoring import Scored
 from aft_ray.errors import ConfigError
 from aft_ray.records import Message
-from aft_ray.templates import build_example
-from aft_ray.templates.loading import load_format
+from aft_ray.templates import ChatFormat, build_example
 
 ROW: dict[str, Any] = {"prompt_id": "p-1", "messages": [{"role": "user", "content": "Hello there"}]}
 
@@ -67,7 +66,7 @@ def by_hand(folder: Path, text: str) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    chat, messages = load_format(str(folder)), [Message(role="user", content="Hello there")]
+    chat, messages = ChatFormat.load(str(folder)), [Message(role="user", content="Hello there")]
     ids, labels = build_example(chat.prompt_ids(messages), chat.target_ids(messages, text))
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
@@ -94,7 +93,7 @@ def test_the_mean_does_not_favour_short_answers_and_the_sum_does(folder: Path) -
 
 
 def test_the_tokens_that_were_read_are_counted(folder: Path) -> None:
-    chat = load_format(str(folder))
+    chat = ChatFormat.load(str(folder))
     num_prompt = len(chat.prompt_ids(ROW["messages"]))
     scored = score(ScriptedEngineConfig(tokenizer=str(folder)), ["Good day", "", "Hello"])
     assert (scored.prompt_tokens, scored.completion_tokens) == (2 * num_prompt + 3 + 2, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from aft_ray.config import PromptsConfig
 from aft_ray.data.prompts.duplicates import NearDuplicates, plain_text, shingles
-from aft_ray.data.prompts.removal import sift
+from aft_ray.data.prompts.removal import Sifter
 from aft_ray.errors import ConfigError
 from tests.data.test_prompts import write_jsonl
 
@@ -107,6 +107,6 @@ def test_removed_rows_name_the_prompt_they_resemble_and_a_second_pass_agrees(tmp
         {"prompt": LONG.upper() + "!", "prompt_id": "c"},
     )
     config = PromptsConfig(source=source, near_duplicates=0.8)
-    sifted = list(sift(config, seed=0))
+    sifted = list(Sifter(config, seed=0).sift())
     assert [(row.reason, row.resembles) for row in sifted] == [(None, None), (None, None), ("near duplicate", "a")]
-    assert list(sift(config, seed=0)) == sifted
+    assert list(Sifter(config, seed=0).sift()) == sifted

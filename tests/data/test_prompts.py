@@ -28,7 +28,7 @@ def write_jsonl(path: Path, *rows: Any) -> str:
 
 def read(tmp_path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
     source = write_jsonl(tmp_path / "prompts.jsonl", *rows)
-    return list(read_prompts(PromptsConfig(source=source, **STRICT, **settings)))
+    return list(read_prompts(PromptsConfig(source=source, **(STRICT | settings))))
 
 
 def test_the_packaged_prompts_are_rows_of_the_prompts_schema() -> None:
@@ -107,16 +107,16 @@ def test_lone_surrogates_are_replaced_so_that_rows_can_be_written(tmp_path: Path
 BAD_LINES = [
     ('{"prompt": "a"', r"not valid JSON .* found '\{\"prompt\": \"a\"'"),
     ('["a"]', "expected an object with a prompt, found a list"),
-    ('{"text": "a"}', "no prompt; expected one of messages, prompt, .* found columns: text.* prompts.column"),
+    ('{"text": "a"}', "no prompt; expected one of messages, .* found columns: text.* prompts.column"),
     ("{}", "found columns: none"),
     ('{"prompt": null}', "found columns: none"),
-    ('{"prompt": " "}', "column 'prompt', message 1: the text is empty"),
+    ('{"prompt": " "}', "column 'prompt': the text is empty"),
     ('{"prompt": 3}', "column 'prompt': expected text or a list of messages, found a number"),
     ('{"messages": []}', "column 'messages': the list is empty"),
-    ('{"messages": ["a"]}', "column 'messages', message 1: expected {role, content}, found text"),
-    ('{"messages": [{"from": "human", "value": "a"}]}', "found keys from, value"),
-    ('{"messages": [{"role": "human", "content": "a"}]}', "unknown role 'human'; expected one of system, user"),
-    ('{"messages": [{"role": "user", "content": ["a"]}]}', "content: expected text, found a list"),
+    ('{"messages": ["a"]}', "column 'messages', message 1: expected {role, content} or {from, value}, found text"),
+    ('{"messages": [{"from": "human", "text": "a"}]}', "found keys from, text"),
+    ('{"messages": [{"role": "critic", "content": "a"}]}', "unknown role 'critic'; expected one of system, user"),
+    ('{"messages": [{"role": "user", "content": [3]}]}', "content: expected text, found a list"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "the last turn is 'system', expected 'user'"),
     ('{"prompt": "a", "prompt_id": 7}', "prompt_id: expected a non-empty text, found 7"),
     ('{"prompt": "a", "task": ["x"]}', "task: expected a name, found a list"),
@@ -161,19 +161,26 @@ def test_two_rows_with_one_id_are_refused_with_both_lines(tmp_path: Path) -> Non
         read(tmp_path, *rows)
 
 
-def test_a_repeated_conversation_is_rejected_unless_each_row_has_its_own_id(tmp_path: Path) -> None:
+def test_a_repeated_conversation_is_rejected_whatever_its_id_unless_it_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1 .*Remove one of them, .*duplicates to drop"
+        InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1, .*Remove one of them, .*duplicates: drop"
     ):
         read(tmp_path, {"prompt": "Hi  there"}, {"prompt": "Hi there"})
-    assert len(read(tmp_path, {"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"})) == 2
+    own = [{"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"}]
+    with pytest.raises(InputError, match=r"jsonl:2: the same conversation as at .*jsonl:1, whose prompt_id is 1\."):
+        read(tmp_path, *own)
+    assert len(read(tmp_path, *own, duplicates="keep")) == 2
+    with pytest.raises(InputError, match="the same conversation"):
+        read(tmp_path, {"prompt": "Hi"}, {"prompt": "Hi"}, duplicates="keep")
 
 
-def test_repeated_conversations_can_be_dropped_but_repeated_ids_never(tmp_path: Path) -> None:
+def test_repeated_conversations_can_be_dropped_but_one_id_for_two_never(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi  there", "n": 1}, {"prompt": "Bye"}, {"prompt": "Hi there", "n": 2}]
     first, second = read(tmp_path, *rows, duplicates="drop")
     assert (metadata_of(first), second["messages"][0]["content"]) == ({"n": 1}, "Bye")
-    same_id = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "x"}]
+    own_ids = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "a", "prompt_id": "x"}, {"prompt": "a"}]
+    assert [row["prompt_id"] for row in read(tmp_path, *own_ids, duplicates="drop")] == ["x"]
+    same_id = [{"prompt": "a", "prompt_id": "x"}, {"prompt": "b", "prompt_id": "x"}]
     with pytest.raises(InputError, match=r"jsonl:2: prompt_id 'x' is already used at .*jsonl:1"):
         read(tmp_path, *same_id, duplicates="drop")
     taken = [{"prompt": "a"}, {"prompt": "b", "prompt_id": prompt_id_of([{"role": "user", "content": "a"}])}]
@@ -181,19 +188,16 @@ def test_repeated_conversations_can_be_dropped_but_repeated_ids_never(tmp_path: 
         read(tmp_path, *taken, duplicates="drop")
 
 
-def test_two_rows_with_ids_of_their_own_are_two_prompts_even_if_duplicates_are_dropped(tmp_path: Path) -> None:
-    rows = [{"prompt": "Hi", "prompt_id": "1"}, {"prompt": "Hi", "prompt_id": "2"}, {"prompt": "Hi"}, {"prompt": "Hi"}]
-    assert len(read(tmp_path, *rows, duplicates="drop")) == 3
-
-
-def test_every_id_is_remembered_with_its_first_place() -> None:
+def test_every_conversation_is_remembered_with_its_first_place_and_id() -> None:
     seen = SeenPrompts()
     names = [f"p-{n}" for n in range(5_000)] + ["", "a\0b", "a\0c", "ü"]
     for number, name in enumerate(names):
-        assert seen.add(name, f"prompts.jsonl:{number}", has_given_id=number % 2 == 0) is None
-    assert [seen.add(name, "elsewhere", has_given_id=True) for name in names] == [
-        (f"prompts.jsonl:{number}", number % 2 == 0) for number in range(len(names))
-    ]
+        assert seen.conversation(name) is None
+        assert seen.add(name, f"id of {name}", f"prompts.jsonl:{number}") is None
+    for number, name in enumerate(names):
+        first = (f"prompts.jsonl:{number}", f"id of {name}")
+        assert seen.conversation(name) == seen.add("another", f"id of {name}", "elsewhere") == first
+    assert seen.conversation("another") is None, "its id was taken"
 
 
 def test_an_index_of_ids_that_cannot_grow_ends_the_run_instead_of_failing_a_row(
@@ -217,9 +221,10 @@ def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "missing.jsonl: no such file"),
         ("missing.parquet", "missing.parquet: no such file"),
-        ("prompts.csv", "unknown kind of source or file suffix; expected packaged:constraints, "),
+        ("prompts.txt", "unknown file suffix; expected packaged:constraints, "),
+        ("huub:x/y", "no such file: /.*/huub:x/y. Expected packaged:constraints, "),
         ("packaged:poems", "the package has no such prompts; expected constraints"),
-        ("folder.jsonl", "folder.jsonl: cannot be opened"),
+        ("folder.jsonl", "folder.jsonl: no file of a known kind there"),
         ("broken.parquet", "broken.parquet: not a valid Parquet file"),
         ("empty.jsonl", "empty.jsonl: the source has no rows"),
         ("empty.parquet", "empty.parquet: the source has no rows"),
@@ -230,6 +235,7 @@ def test_a_source_that_cannot_be_read_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.jsonl").mkdir()
+    Path("prompts.txt").touch()
     Path("broken.parquet").write_bytes(b"PAR1 no")
     Path("empty.jsonl").write_text("\n\n")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), "empty.parquet")
@@ -245,7 +251,7 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
 
 
 def test_the_error_for_an_unreachable_hub_data_set_says_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"hub:nobody/nothing:test: cannot be loaded: .*or give a local \.jsonl"):
+    with pytest.raises(InputError, match=r"hub:nobody/nothing:test: cannot be loaded: .*or give a local file"):
         list(read_prompts(PromptsConfig(source="hub:nobody/nothing:test")))
 
 

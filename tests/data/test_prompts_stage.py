@@ -203,7 +203,7 @@ def test_an_edited_evaluation_set_does_not_resume_the_old_run(tmp_path: Path) ->
     source = write_jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
     make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
     write_jsonl(tmp_path / "evaluation.jsonl", {"question": "a"})
-    with pytest.raises(ResumeRefused, match="decontaminate_sha256"):
+    with pytest.raises(ResumeRefused, match="decontaminate: was"):
         make_prompts(run_of(tmp_path, source, decontaminate=[evaluation]))
 
 
@@ -220,9 +220,9 @@ def test_an_unfinished_list_does_not_appear(tmp_path: Path) -> None:
 
 def held_out(names: list[str], num: int, seed: int) -> set[str]:
     chosen = HeldOut(num, seed)
-    for number, name in enumerate(names):
-        chosen.see(name, number)
-    return {names[number] for number in chosen.rows}
+    for name in names:
+        chosen.see(name, name)
+    return chosen.texts
 
 
 NAMES = [f"p-{n}" for n in range(51)]
@@ -255,6 +255,122 @@ def test_holding_out_everything_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, "packaged:constraints", limit=10, held_out=32)
     with pytest.raises(ConfigError, match=r"prompts\.held_out 32 leaves none of the 10 prompts"):
         make_prompts(run)
+
+
+def test_no_held_out_prompt_is_trained_on_whatever_the_ids_of_its_copies(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n % 8}", "prompt_id": f"row {n}"} for n in range(24)]
+    source = write_jsonl(tmp_path / "p.jsonl", *rows)
+    for duplicates, num_rows in (("drop", 8), ("keep", 24)):
+        run = run_of(tmp_path, source, name=duplicates, duplicates=duplicates, held_out=6)
+        assert make_prompts(run).rows_out == num_rows
+        questions: dict[str, set[str]] = {"train": set(), "held_out": set()}
+        for row in run.folder.child("prompts").rows():
+            questions[row["split"]].add(row["messages"][0]["content"])
+        assert (len(questions["held_out"]), len(questions["train"])) == (6, 2)
+        assert not questions["held_out"] & questions["train"]
+
+
+def test_other_spellings_of_a_held_out_prompt_are_held_out_too(tmp_path: Path) -> None:
+    texts = [f"Question {n}" for n in range(8)]
+    rows = [*({"prompt": text} for text in texts), *({"prompt": f"  {text.upper()}"} for text in texts)]
+    rows += [{"prompt": text, "system": "Be brief."} for text in texts]
+    run = run_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", *rows), held_out=3)
+    make_prompts(run)
+    splits: dict[str, set[str]] = {}
+    for row in run.folder.child("prompts").rows():
+        splits.setdefault(row["messages"][-1]["content"].strip().lower(), set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert sum(found == {"held_out"} for found in splits.values()) == 3
+
+
+# ── more prompts for a run ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def questions(numbers: range) -> list[dict[str, Any]]:
+    return [{"prompt": f"Question {n}", "reference": str(n)} for n in numbers]
+
+
+def test_prompts_that_a_source_has_more_are_added_and_nothing_else_changes(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *questions(range(20)), {"prompt": ""})
+    settings: Any = {"held_out": 5, "on_bad_row": "record", "near_duplicates": 0.99}
+    run = run_of(tmp_path, source, **settings)
+    before, rows = make_prompts(run), run.folder.child("prompts").rows()
+    assert (before.rows_out, before.num_failed) == (20, 1)
+    write_jsonl(tmp_path / "p.jsonl", {"prompt": "First"}, *questions(range(30)))  # a mended row, and rows between
+    run = run_of(tmp_path, source, license="MIT", description="Questions.", **settings)
+    after = make_prompts(run)
+    assert (after.fingerprint, after.rows_in, after.rows_out, after.num_failed) == (before.fingerprint, 31, 31, 0)
+    grown = run.folder.child("prompts").rows()
+    assert grown[:20] == rows
+    assert [row["messages"][0]["content"] for row in grown[20:]] == ["First", *(f"Question {n}" for n in range(20, 30))]
+    assert sum(row["split"] == "held_out" for row in grown) == 5, "what is added is trained on"
+    assert {name: after.files[name] for name in before.files} == before.files
+    assert make_prompts(run) == after
+
+
+def test_a_higher_limit_adds_prompts_and_a_lower_one_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *questions(range(20)))
+    assert make_prompts(run_of(tmp_path, source, limit=5)).rows_out == 5
+    assert make_prompts(run_of(tmp_path, source, limit=9)).rows_out == 9
+    with pytest.raises(ResumeRefused, match=r"p\.jsonl: 2 prompts of this run are not in it any more, such as p-"):
+        make_prompts(run_of(tmp_path, source, limit=7))
+
+
+def test_changed_prompts_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *questions(range(20)))
+    run = run_of(tmp_path, source)
+    before = make_prompts(run)
+    write_jsonl(tmp_path / "p.jsonl", *questions(range(19)), {"prompt": "Question 19", "reference": "another"})
+    with pytest.raises(ResumeRefused, match=r"p\.jsonl:20: prompt p-\w+ of this run has changed"):
+        make_prompts(run)
+    write_jsonl(tmp_path / "p.jsonl", *questions(range(1, 40)))
+    with pytest.raises(ResumeRefused, match="1 prompts of this run are not in it any more"):
+        make_prompts(run)
+    assert run.manifest("prompts") == before
+
+
+@pytest.mark.parametrize("spelling", ["{}", "file://{}", "~/p.jsonl", "p.jsonl"])
+def test_an_edited_source_is_noticed_in_every_spelling_and_the_same_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    path = write_jsonl(tmp_path / "p.jsonl", *questions(range(4)))
+    source = spelling.format(path)
+    before = make_prompts(run_of(tmp_path, path))
+    assert make_prompts(run_of(tmp_path, source)) == before
+    write_jsonl(tmp_path / "p.jsonl", *questions(range(1, 4)))
+    with pytest.raises(ResumeRefused, match="not in it any more"):
+        make_prompts(run_of(tmp_path, source))
+    (tmp_path / "p.jsonl").rename(tmp_path / "moved.jsonl")
+    assert make_prompts(run_of(tmp_path, source)) == before, "its prompts are in the run"
+
+
+def test_rows_may_be_added_to_groups_only_for_new_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n % 3}", "response": f"answer {n}", "helpfulness": n} for n in range(9)]
+    settings: Any = {"responses": "helpsteer", "duplicates": "group"}
+    source = write_jsonl(tmp_path / "p.jsonl", *rows)
+    run = run_of(tmp_path, source, **settings)
+    assert make_prompts(run).filtered == {"grouped": 6}
+    new = [{"prompt": "Question 3", "response": f"answer {n}", "helpfulness": 1} for n in range(2)]
+    write_jsonl(tmp_path / "p.jsonl", *rows, *new)
+    assert make_prompts(run).rows_out == 4
+    assert [len(row["responses"]) for row in run.folder.child("prompts").rows()] == [3, 3, 3, 2]
+    write_jsonl(tmp_path / "p.jsonl", *rows, *new, {"prompt": "Question 0", "response": "another", "helpfulness": 1})
+    with pytest.raises(ResumeRefused, match="the answers to: prompt p-"):
+        make_prompts(run)
+
+
+def test_growing_killed_at_any_moment_ends_with_the_files_of_one_that_was_not(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", *questions(range(100)))
+    runs = [run_of(tmp_path, source, name=name, held_out=10) for name in ("whole", "killed")]
+    for run in runs:
+        make_prompts(run)
+    write_jsonl(tmp_path / "p.jsonl", *questions(range(2_000)))
+    make_prompts(runs[0])
+    kill_many_times(make_prompts, runs[1], num_kills=4, seed=0)
+    make_prompts(runs[1])
+    assert files_of(runs[0]) == files_of(runs[1])
 
 
 # ── shards and resume ────────────────────────────────────────────────────────────────────────────────────────────────

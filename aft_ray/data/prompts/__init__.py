@@ -6,7 +6,10 @@
 A row passes through the modules in this order:
 
     sources.py          opens a source and yields raw rows, each with its place ("prompts.jsonl:3")
+    files.py            reads files of any kind, folders and globs
     rows.py             turns a raw row into a prompt, or says what is wrong with it
+    questions.py        reads the columns that make the question
+    conversations.py    reads a conversation in the layouts that data sets use
     responses.py        reads the answers that a raw row brings along
     removal.py          decides the outcome of each row: kept, failed or removed
     duplicates.py       finds repeated and nearly repeated prompts

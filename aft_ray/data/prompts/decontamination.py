@@ -19,16 +19,9 @@ from aft_ray.data.prompts.duplicates import plain_text
 from aft_ray.data.prompts.rows import conversation
 from aft_ray.data.prompts.sources import read_source
 from aft_ray.errors import InputError
+from aft_ray.inference.answers import UNSPACED
 
-_UNSPACED = (
-    "\u0e00-\u0eff"  # Thai, Lao
-    "\u0f00-\u0fff"  # Tibetan
-    "\u1000-\u109f"  # Burmese
-    "\u1780-\u17ff"  # Khmer
-    "\u3040-\u30ff"  # Hiragana, Katakana
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
@@ -58,7 +51,7 @@ class EvaluationSets:
         for source in sources:
             num_before = len(sets._places)
             for place, raw in read_source(source, None, seed, "prompts.decontaminate"):
-                _, messages = conversation(raw, None, place, hint="Rename the column that holds the prompt")
+                messages = conversation(raw, None, place, hint="Rename the column that holds the prompt")
                 sets.add(source, place, plain_text(messages))
             if len(sets._places) == num_before:
                 raise InputError(f"prompts.decontaminate {source}: the source has no rows; expected an evaluation set")

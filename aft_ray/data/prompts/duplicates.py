@@ -1,15 +1,16 @@
 """Finds prompts that an earlier prompt repeats, exactly or nearly.
 
-    seen = SeenPrompts()                                    # exactly: they have the same prompt_id
-    seen.add("p-1", "prompts.jsonl:1", has_given_id=False)  # None, and the id is remembered
-    seen.add("p-1", "prompts.jsonl:9", has_given_id=False)  # FirstUse(place="prompts.jsonl:1", has_given_id=False)
+    seen = SeenPrompts()                                    # exactly: they hold the same conversation
+    seen.conversation("p-1")                                # None: it is new
+    seen.add("p-1", "own id", "prompts.jsonl:1")            # and is remembered, with the id of its row
+    seen.conversation("p-1")                                # FirstUse(place="prompts.jsonl:1", prompt_id="own id")
 
     near = NearDuplicates(threshold=0.8, seed=0)            # nearly: MinHash over character 5-grams (`datasketch`)
     near.earlier("p-1", "Name three rivers in Europe.")     # None, and the prompt is remembered
     near.earlier("p-2", "Name three rivers in  EUROPE!")    # "p-1"
 
 Near duplicates are compared by characters, so no language needs word segmentation. Both classes keep what they
-remember in a temporary SQLite file, about 100 bytes per prompt and 1 KB per prompt, so memory does not grow with the
+remember in a temporary SQLite file, about 200 bytes per prompt and 1 KB per prompt, so memory does not grow with the
 number of prompts. SQLite puts the file in SQLITE_TMPDIR, else TMPDIR, else /var/tmp; the file has no name there and
 disappears with the process, even if the process is killed.
 """
@@ -17,10 +18,11 @@ disappears with the process, even if the process is killed.
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +46,15 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 """
 SEEN_SCHEMA = """
-CREATE TABLE seen (prompt_id TEXT PRIMARY KEY, place TEXT, has_given_id INTEGER) WITHOUT ROWID;
+CREATE TABLE ids (prompt_id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID;
+CREATE TABLE conversations (content_id TEXT PRIMARY KEY, prompt_id TEXT) WITHOUT ROWID;
+"""
+RUN_SCHEMA = """
+CREATE TABLE prompts_of_run (prompt_id TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID;
+CREATE TABLE met (prompt_id TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+GROUP_SCHEMA = """
+CREATE TABLE answers (content_id TEXT, number INTEGER, responses TEXT, PRIMARY KEY (content_id, number)) WITHOUT ROWID;
 """
 NEAR_SCHEMA = """
 CREATE TABLE prompts (number INTEGER PRIMARY KEY, prompt_id TEXT, sketch BLOB);
@@ -80,24 +90,68 @@ class TemporaryIndex:
 
 
 class FirstUse(NamedTuple):
-    """The place where a prompt_id was first used, and whether the source gave the id or we derived it."""
+    """The place where a conversation or an id was first used, and the prompt_id of that row."""
 
     place: str
-    has_given_id: bool
+    prompt_id: str
 
 
 class SeenPrompts:
-    """The ids of the prompts read so far."""
+    """The conversations and the ids of the prompts read so far."""
 
     def __init__(self) -> None:
-        self._index = TemporaryIndex(SEEN_SCHEMA, "prompts.source", bytes_per_prompt=100)
+        self._index = TemporaryIndex(SEEN_SCHEMA, "prompts.source", bytes_per_prompt=200)
 
-    def add(self, prompt_id: str, place: str, has_given_id: bool) -> FirstUse | None:
-        """Return where `prompt_id` was first used, or None if it is new, and remember it."""
-        if self._index.insert("seen", (prompt_id, without_surrogates(place), has_given_id)):
-            return None
-        row = next(self._index.select("SELECT place, has_given_id FROM seen WHERE prompt_id = ?", [prompt_id]))
-        return FirstUse(row[0], bool(row[1]))
+    def conversation(self, content_id: str) -> FirstUse | None:
+        """Return where the conversation with this id of its content was first used, or None if it is new."""
+        query = "SELECT place, prompt_id FROM conversations JOIN ids USING (prompt_id) WHERE content_id = ?"
+        return next((FirstUse(*row) for row in self._index.select(query, [content_id])), None)
+
+    def add(self, content_id: str, prompt_id: str, place: str) -> FirstUse | None:
+        """Remember a conversation and the id of its row. Returns the first use of the id if it is taken."""
+        if not self._index.insert("ids", (prompt_id, without_surrogates(place))):
+            query = "SELECT place, prompt_id FROM ids WHERE prompt_id = ?"
+            return FirstUse(*next(self._index.select(query, [prompt_id])))
+        self._index.insert("conversations", (content_id, prompt_id))
+        return None
+
+
+class PromptsOfRun:
+    """The prompts that a run has already, each with a digest of its content: its source may grow, but not change."""
+
+    def __init__(self) -> None:
+        self._index = TemporaryIndex(RUN_SCHEMA, "prompts.source", bytes_per_prompt=100)
+
+    def add(self, prompt_id: str, digest: str) -> None:
+        self._index.insert("prompts_of_run", (prompt_id, digest))
+
+    def find(self, prompt_id: str) -> str | None:
+        """Return the digest of a prompt, or None if the run has no such prompt or the source had it before."""
+        found = self._index.select("SELECT digest FROM prompts_of_run WHERE prompt_id = ?", [prompt_id])
+        digest = next((row[0] for row in found), None)
+        return digest if digest and self._index.insert("met", (prompt_id,)) else None
+
+    def missing(self) -> list[str]:
+        """Return the ids of the prompts that the source did not have."""
+        query = "SELECT prompt_id FROM prompts_of_run WHERE prompt_id NOT IN (SELECT prompt_id FROM met)"
+        return [row[0] for row in self._index.select(query, [])]
+
+
+class GroupedAnswers:
+    """The answers of all rows that repeat a conversation, in the order of the rows, as JSON."""
+
+    def __init__(self) -> None:
+        self._index = TemporaryIndex(GROUP_SCHEMA, "prompts.duplicates group", bytes_per_prompt=1_000)
+        self._num_rows = 0
+
+    def add(self, content_id: str, responses: Sequence[Mapping[str, Any]]) -> None:
+        self._index.insert("answers", (content_id, self._num_rows, json.dumps(responses)))
+        self._num_rows += 1
+
+    def of(self, content_id: str) -> list[dict[str, Any]]:
+        """Return the answers to one conversation."""
+        rows = self._index.select("SELECT responses FROM answers WHERE content_id = ? ORDER BY number", [content_id])
+        return [response for row in rows for response in json.loads(row[0])]
 
 
 def plain_text(messages: Iterable[Message]) -> str:

@@ -1,36 +1,35 @@
 """Opens the sources of prompts. Every source yields raw rows with their places, and can be read again.
 
-    packaged:constraints              instructions with machine-checkable constraints; they come with the package
-    FILE.jsonl, FILE.parquet          one row per prompt; a local path, s3://... or gs://...
-    hub:DATASET[@CONFIG][:SPLIT]      a data set of the Hugging Face hub; the default split is `train`
-    reasoning_gym:TASK[,TASK...]      procedural tasks with their own verifiers, interleaved
-    arithmetic:PARTITION              chains of operations modulo twenty (`aft_ray.data.arithmetic`): tuning, final
+    packaged:constraints                     instructions with machine-checkable constraints; part of the package
+    FILE, FOLDER/ or GLOB                    JSON lines, JSON, CSV or Parquet: see files.py; a path, s3://... or gs://...
+    hub:DATASET[@CONFIG][:SPLIT][#REVISION]  a data set of the Hugging Face hub; the default split is `train`
+    reasoning_gym:TASK[,TASK...]             procedural tasks with their own verifiers, interleaved
+    arithmetic:PARTITION                     chains of operations modulo twenty (`aft_ray.data.arithmetic`)
 
-Blank lines are skipped. A line that cannot be parsed is yielded as an InputError, and the caller decides its outcome.
+A row that cannot be read is yielded as an InputError, and the caller decides its outcome. With a limit, no more is read
+or downloaded than its rows need.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aft_ray.data.arithmetic import PARTITIONS, questions, worked
+from aft_ray.data.prompts.files import Placed, content_of, read_files
 from aft_ray.errors import ConfigError, InputError
+from aft_ray.records import fingerprint
 
-SOURCES = (
-    "packaged:constraints, FILE.jsonl, FILE.parquet, hub:DATASET[@CONFIG][:SPLIT], reasoning_gym:TASK[,TASK...] or "
-    "arithmetic:PARTITION"
-)
 NUM_PROCEDURAL = 500
 """Number of rows drawn from `reasoning_gym` or `arithmetic` if the config sets no limit."""
 
-Placed = tuple[str, Any]
-"""The place of a raw row (`prompts.jsonl:3`), and the row itself, or the InputError that says why it cannot be read."""
+
+def kind_of_source(source: str) -> str:
+    """Return `packaged`, `hub`, `reasoning_gym` or `arithmetic`, else `files`."""
+    kind = source.partition(":")[0]
+    return kind if kind in {"packaged", "hub", "reasoning_gym", "arithmetic"} else "files"
 
 
 def read_source(source: str, limit: int | None, seed: int, key: str = "prompts.source") -> Iterator[Placed]:
@@ -41,98 +40,71 @@ def read_source(source: str, limit: int | None, seed: int, key: str = "prompts.s
     return itertools.islice(_open(source, limit, seed, f"{key} {source}"), limit)
 
 
+def source_content(source: str, limit: int | None) -> str | None:
+    """Return a hash of what the first `limit` rows of a source come from, however it is spelt; None if it is not there.
+
+    A data set of the hub counts by its name and revision.
+    """
+    content = content_of(source) if kind_of_source(source) == "files" else source
+    return None if content is None else fingerprint([content, limit])
+
+
 def _open(source: str, limit: int | None, seed: int, name: str) -> Iterator[Placed]:
-    kind, _, rest = source.partition(":")
-    if kind == "packaged":
-        return _packaged(rest, name)
-    if kind == "hub":
-        return _hub(rest, name)
-    if kind == "reasoning_gym":
-        return _reasoning_gym(rest, limit or NUM_PROCEDURAL, seed, name)
-    if kind == "arithmetic":
-        return _arithmetic(rest, limit or NUM_PROCEDURAL, seed, name)
-    if source.endswith(".jsonl"):
-        return _jsonl(source, name)
-    if source.endswith(".parquet"):
-        return _parquet(source, name)
-    raise InputError(f"{name}: unknown kind of source or file suffix; expected {SOURCES}")
+    rest = source.partition(":")[2]
+    match kind_of_source(source):
+        case "packaged":
+            return _packaged(rest, name)
+        case "hub":
+            return _hub(rest, limit, name)
+        case "reasoning_gym":
+            return _reasoning_gym(rest, limit or NUM_PROCEDURAL, seed, name)
+        case "arithmetic":
+            return _arithmetic(rest, limit or NUM_PROCEDURAL, seed, name)
+    return read_files(source, name)
 
 
 def _packaged(packaged: str, name: str) -> Iterator[Placed]:
     if packaged != "constraints":
         raise InputError(f"{name}: the package has no such prompts; expected constraints")
     with resources.as_file(resources.files("aft_ray.data") / "constraints.jsonl") as path:
-        yield from _jsonl(str(path), name)
+        yield from read_files(str(path), name)
 
 
-def _open_file(source: str, name: str) -> Any:
-    import pyarrow as pa
-    from pyarrow import fs
+class HubDataset(NamedTuple):
+    """What `DATASET[@CONFIG][:SPLIT][#REVISION]` names; a part that is left out is empty, the split is `train`."""
 
-    try:
-        if "://" in source:
-            system, path = fs.FileSystem.from_uri(source)
-        else:
-            system, path = fs.LocalFileSystem(), str(Path(source).expanduser().absolute())
-        return system.open_input_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file. Expected {SOURCES}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{name}: cannot be opened: {error}") from None
+    path: str
+    config: str
+    split: str
+    revision: str
 
-
-def _jsonl(source: str, name: str) -> Iterator[Placed]:
-    with _open_file(source, name) as file:
-        for number, line in enumerate(io.BufferedReader(file), start=1):
-            if line.strip():
-                yield f"{source}:{number}", _json_line(line, f"{source}:{number}")
+    @classmethod
+    def of(cls, reference: str) -> HubDataset:
+        """Read a reference, without the `hub:` before it."""
+        named, _, revision = reference.partition("#")
+        dataset, _, split = named.partition(":")
+        path, _, config = dataset.partition("@")
+        return cls(path, config, split or "train", revision)
 
 
-def _json_line(line: bytes, place: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return InputError(f"{place}: not UTF-8 text (byte {error.start}: {error.reason}). Save it as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return InputError(
-            f"{place}: not valid JSON ({error}); expected one JSON object per line, found {_excerpt(line)}"
-        )
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.decode(errors="replace").strip()
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def _parquet(source: str, name: str) -> Iterator[Placed]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with _open_file(source, name) as file:
-        try:
-            batches = pq.ParquetFile(file).iter_batches(batch_size=256)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, start=1):
-                yield f"{source}:row {number}", row
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{name}: not a valid Parquet file: {error}") from None
-
-
-def _hub(reference: str, name: str) -> Iterator[Placed]:
+def _hub(reference: str, limit: int | None, name: str) -> Iterator[Placed]:
+    """Yield the rows of a data set of the hub; with a limit they are streamed instead of downloaded whole."""
     import datasets
 
-    dataset, _, split = reference.partition(":")
-    path, _, config_name = dataset.partition("@")
+    asked = HubDataset.of(reference)
+    is_streamed = limit is not None and "[" not in asked.split  # a slice such as train[:10%] cannot be streamed
     try:
-        rows = datasets.load_dataset(path, config_name or None, split=split or "train")
+        rows: Any = datasets.load_dataset(
+            asked.path, asked.config or None, split=asked.split, revision=asked.revision or None, streaming=is_streamed
+        )
+        for number, row in enumerate(rows, start=1):
+            yield f"hub:{reference}:row {number}", row
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         cause = (str(error) or repr(error)).splitlines()[0]
         raise InputError(
-            f"{name}: cannot be loaded: {cause}. "
-            "Check the name (hub:DATASET[@CONFIG][:SPLIT]) and the connection, or give a local .jsonl or .parquet file"
+            f"{name}: cannot be loaded: {cause}. Check the name (hub:DATASET[@CONFIG][:SPLIT][#REVISION]) and the "
+            "connection, or give a local file"
         ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"hub:{reference}:row {number}", row
 
 
 def _reasoning_gym(names: str, num_rows: int, seed: int, name: str) -> Iterator[Placed]:

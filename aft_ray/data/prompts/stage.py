@@ -9,28 +9,33 @@ are held out, then to write them. The first pass also writes two lists, each of 
     prompts/failed/rows.jsonl    rows that cannot be used        {prompt_id, stage, place, error, message}
     prompts/removed.jsonl        rows removed on purpose         {prompt_id, place, reason, resembles}
 
-A seeded hash of the prompt id chooses the held-out prompts, so the choice does not depend on their order.
+A seeded hash of the conversation chooses the held-out prompts, so the choice does not depend on their order.
+
+A source may grow: when it holds all prompts of a finished run and others, the others are added in further shards, and
+the later stages make only those. Prompts of the run that are not in the source any more, or that changed, are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import heapq
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from aft_ray.config import PromptsConfig
-from aft_ray.data.prompts.removal import raw_rows, sift
+from aft_ray.data.prompts.duplicates import plain_text
+from aft_ray.data.prompts.removal import Sifter, raw_rows
 from aft_ray.data.prompts.rows import to_prompt
+from aft_ray.data.prompts.sources import source_content
 from aft_ray.errors import ConfigError, InputError, TooManyFailures
-from aft_ray.records import HELD_OUT, PROMPTS, TRAIN
+from aft_ray.records import HELD_OUT, PROMPTS, TRAIN, fingerprint, prompt_id_of
 from aft_ray.runs import Manifest, Run, begin, write_manifest
-from aft_ray.shards import finish_without_source, write_first_shards
+from aft_ray.shards import write_first_shards
 from aft_ray.storage import Folder
 from aft_ray.templates.control import without_surrogates
 
@@ -38,91 +43,126 @@ REMOVED, FAILED = "removed.jsonl", "rows.jsonl"
 
 
 def make_prompts(run: Run) -> Manifest:
-    """Write the `prompts/` folder of a run, or return its manifest if it is already complete."""
+    """Write the `prompts/` folder of a run, or add what its source has more than the run.
+
+    Returns the manifest as it is if the source is the one that the folder was made from, or is not there any more.
+    """
     config, seed = run.config.prompts, run.config.run.seed
     folder = run.folder.child("prompts")
     manifest = begin(folder, "prompts", settings_of(config, seed))
-    if manifest.status == "done":
+    content = source_content(config.source, config.limit)
+    if manifest.status == "done" and content in {manifest.source_content, None}:
         return manifest
-    write_manifest(folder, manifest)
+    _remove_unfinished(folder, manifest)
+    if manifest.status != "done":
+        write_manifest(folder, manifest)
     started = time.monotonic()
-    survey = survey_source(config, seed, folder)
-    manifest = dataclasses.replace(
+    survey = survey_source(config, seed, folder, manifest.files)
+    found = dataclasses.replace(
         manifest, rows_in=len(survey.kept), failed=dict(survey.failed), filtered=dict(survey.filtered)
     )
+    _check(run, survey, found)
+    new_rows = kept_rows(config, seed, survey)
+    num_rows, files = write_first_shards(folder, new_rows, PROMPTS, config.rows_per_shard, len(manifest.files))
+    done = dataclasses.replace(
+        found,
+        status="done",
+        rows_out=manifest.rows_out + num_rows,
+        seconds=round(manifest.seconds + time.monotonic() - started, 1),
+        files={**manifest.files, **files},
+        source_content=content,
+    )
+    write_manifest(folder, done)
+    return done
+
+
+def _remove_unfinished(folder: Folder, manifest: Manifest) -> None:
+    """Remove the shards of an attempt that did not come to its end."""
+    for name in folder.names(".parquet"):
+        if name not in manifest.files:
+            folder.remove(name)
+
+
+def _check(run: Run, survey: Survey, manifest: Manifest) -> None:
+    """Raise the error that keeps the surveyed prompts from being written."""
+    config, folder = run.config.prompts, run.folder.child("prompts")
     if manifest.num_failed > run.config.run.max_failure_rate * manifest.rows_in:
-        write_manifest(folder, manifest)
+        if manifest.status != "done":
+            write_manifest(folder, manifest)
         reasons = ", ".join(f"{count} {error}" for error, count in survey.failed.most_common())
         raise TooManyFailures(
             f"prompts: {manifest.num_failed} of {manifest.rows_in} rows failed ({reasons}), more than "
             f"run.max_failure_rate {run.config.run.max_failure_rate:g} allows. The first: {survey.first_failure}. "
             f"{_lists(folder)}. Fix the source and choose another run.dir, or raise the rate"
         )
-    num_kept = sum(survey.kept)
+    num_kept = sum(survey.kept) + manifest.rows_out
     if num_kept == 0:
         raise InputError(
             f"prompts.source {config.source}: all {manifest.rows_in} rows were removed or failed. {_lists(folder)}"
         )
-    if config.held_out >= num_kept:
+    if not manifest.rows_out and survey.num_held_out >= num_kept:
         raise ConfigError(
             f"prompts.held_out {config.held_out} leaves none of the {num_kept} prompts for training. "
             f"Set prompts.held_out below {num_kept}, or use a source with more prompts"
         )
-    num_rows = write_first_shards(folder, kept_rows(config, seed, survey), PROMPTS, config.rows_per_shard)
-    manifest = dataclasses.replace(manifest, seconds=round(time.monotonic() - started, 1))
-    return finish_without_source(folder, manifest, rows_in=manifest.rows_in, rows_out=num_rows)
+
+
+FREE = {"source", "license", "description", "limit", "on_bad_row", "rows_per_shard", "decontaminate"}
+"""Settings that may change: the rows of a run tell themselves whether its source is the same."""
 
 
 def settings_of(config: PromptsConfig, seed: int) -> dict[str, Any]:
-    """Return everything that determines the prompts: the settings, and hashes of the files that they name."""
+    """Return the settings that determine the prompts, and hashes of the evaluation sets that they name."""
     return {
-        "prompts": config.model_dump(mode="json"),
+        "prompts": config.model_dump(mode="json", exclude=FREE),
         "seed": seed,
-        "source_sha256": source_sha256(config.source),
-        "decontaminate_sha256": {source: source_sha256(source) for source in config.decontaminate},
+        "decontaminate": [source_content(source, None) or source for source in config.decontaminate],
     }
 
 
-def source_sha256(source: str) -> str | None:
-    """Return the hash of a source that is a local file, or None. An edited file must not resume the old run."""
-    path = Path(source)
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ── first pass ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── first pass ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class HeldOut:
-    """Chooses the `num` prompts with the lowest seeded hashes of prompt_id among those seen so far."""
+    """Chooses the `num` conversations with the lowest seeded hashes of their ids among those seen so far.
+
+    A conversation is told by its plain text: what differs only in case, spacing or system message is held out with it,
+    so no held-out prompt is trained on in another spelling.
+    """
 
     def __init__(self, num: int, seed: int) -> None:
         self.num, self.seed = num, seed
-        self._heap: list[tuple[int, int]] = []
-        """Pairs of (minus hash, row number), so that the highest hash is on top."""
+        self._heap: list[tuple[int, str]] = []
+        """Pairs of (minus hash, plain text), so that the highest hash is on top."""
+        self.texts: set[str] = set()
+        """Hashes of the plain texts of the held-out conversations."""
 
-    def see(self, prompt_id: str, row_number: int) -> None:
-        digest = hashlib.blake2b(f"held_out/{self.seed}/{prompt_id}".encode(), digest_size=16).digest()
-        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), row_number))
+    def see(self, content_id: str, text: str) -> None:
+        if text in self.texts:
+            return
+        digest = hashlib.blake2b(f"held_out/{self.seed}/{content_id}".encode(), digest_size=16).digest()
+        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), text))
+        self.texts.add(text)
         if len(self._heap) > self.num:
-            heapq.heappop(self._heap)
+            self.texts.discard(heapq.heappop(self._heap)[1])
 
-    @property
-    def rows(self) -> set[int]:
-        """The row numbers of the held-out prompts."""
-        return {row_number for _, row_number in self._heap}
+
+def text_hash(row: Mapping[str, Any]) -> str:
+    """Return a hash of what a prompt asks, whatever its case, spacing and system message."""
+    return hashlib.blake2b(plain_text(row["messages"]).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(kw_only=True)
 class Survey:
     """The result of the first pass."""
 
+    sifter: Sifter
     kept: bytearray
-    """1 for each row of the source that is kept, 0 for each other row."""
-    held_out: set[int]
-    """The row numbers of the held-out prompts."""
+    """1 for each row of the source that is written now, 0 for each other row."""
+    held_out: set[str]
+    """Hashes of the plain texts of the held-out conversations."""
+    num_held_out: int
+    """Number of the rows to write that are held out."""
     failed: Counter[str]
     """Number of failed rows by error class."""
     first_failure: str
@@ -130,18 +170,20 @@ class Survey:
     filtered: Counter[str]
     """Number of removed rows by reason."""
     digest: bytes
-    """Hash of the ids of the kept prompts. The second pass must find the same."""
+    """Hash of the kept prompts. The second pass must find the same."""
 
 
-def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
-    """Read the source once, and write the lists of failed and removed rows to `folder`."""
+def survey_source(config: PromptsConfig, seed: int, folder: Folder, shards: Mapping[str, str] = {}) -> Survey:
+    """Read the source once, and write the lists of failed and removed rows to `folder`, which has finished `shards`."""
     kept, held_out, digest = bytearray(), HeldOut(config.held_out, seed), hashlib.blake2b()
     failed: Counter[str] = Counter()
     filtered: Counter[str] = Counter()
     first_failure = ""
+    sifter = Sifter(config, seed)
+    sifter.know(rows_of(folder, shards))
     with JsonLines(folder.child("failed"), FAILED) as failures, JsonLines(folder, REMOVED) as removals:
-        for number, sifted in enumerate(sift(config, seed)):
-            kept.append(sifted.is_kept)
+        for sifted in sifter.sift():
+            kept.append(sifted.is_kept and not sifted.is_in_run)
             if sifted.error is not None:
                 what = _why(sifted.error)
                 first_failure = first_failure or what["message"]
@@ -151,12 +193,19 @@ def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
                 filtered[sifted.reason] += 1
                 why = {"reason": sifted.reason, "resembles": sifted.resembles}
                 removals.write({"prompt_id": sifted.row["prompt_id"], "place": sifted.place, **why})
-            else:
-                held_out.see(sifted.row["prompt_id"], number)
-                digest.update(f"{sifted.row['prompt_id']}\n".encode())
+            elif not sifted.is_in_run:
+                held_out.see(prompt_id_of(sifted.row["messages"]), text_hash(sifted.row))
+                digest.update(fingerprint(sifted.row).encode())
+    sifter.check_run(rows_of(folder, shards))
+    # A run keeps its split: what is added to it is trained on, unless it repeats what is held out.
+    texts = (
+        {text_hash(row) for row in rows_of(folder, shards) if row["split"] == HELD_OUT} if shards else held_out.texts
+    )
     return Survey(
+        sifter=sifter,
         kept=kept,
-        held_out=held_out.rows,
+        held_out=texts,
+        num_held_out=len(texts),
         failed=failed,
         first_failure=first_failure,
         filtered=filtered,
@@ -164,12 +213,20 @@ def survey_source(config: PromptsConfig, seed: int, folder: Folder) -> Survey:
     )
 
 
+def rows_of(folder: Folder, shards: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of finished shards."""
+    for name in shards:
+        yield from folder.read_table(name).to_pylist()
+
+
 def _why(error: Exception) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)[:2000]}
 
 
 def _lists(folder: Folder) -> str:
-    return f"Reasons by row: {folder.path}/failed/{FAILED} and {folder.path}/{REMOVED}"
+    lists = [(folder.child("failed"), FAILED), (folder, REMOVED)]
+    places = [f"{place.location}/{name}" for place, name in lists if place.exists(name)]
+    return f"Reasons by row: {' and '.join(places)}"
 
 
 class JsonLines:
@@ -181,27 +238,32 @@ class JsonLines:
         self._stream: Any = None
 
     def write(self, line: dict[str, Any]) -> None:
-        if self._stream is None:
-            self.folder.fs.create_dir(self.folder.path, recursive=True)
-            self._stream = self.folder.fs.open_output_stream(self._partial)
         text = without_surrogates(json.dumps(line, ensure_ascii=False))
-        self._stream.write(f"{text}\n".encode())
+        with self.folder.reached("written", self.name):
+            if self._stream is None:
+                self.folder.fs.create_dir(self.folder.path, recursive=True)
+                self._stream = self.folder.fs.open_output_stream(self._partial)
+            self._stream.write(f"{text}\n".encode())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        if error is not None:
-            return  # the partial file is never read
-        if self._stream is not None:
-            self.folder.fs.move(self._partial, self.folder.file(self.name))
-        elif self.folder.exists(self.name):
-            self.folder.remove(self.name)
+        if self._stream is None:
+            if error is None and self.folder.exists(self.name):
+                self.folder.remove(self.name)
+            return
+        try:
+            with self.folder.reached("written", self.name):
+                self._stream.close()
+                if error is None:
+                    self.folder.fs.move(self._partial, self.folder.file(self.name))
+        finally:
+            with contextlib.suppress(OSError):  # it was moved, or the disk is full
+                self.folder.fs.delete_file(self._partial)
 
 
-# ── second pass ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── second pass ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def kept_rows(config: PromptsConfig, seed: int, survey: Survey) -> Iterator[dict[str, Any]]:
@@ -209,9 +271,10 @@ def kept_rows(config: PromptsConfig, seed: int, survey: Survey) -> Iterator[dict
     digest = hashlib.blake2b()
     for number, (place, raw) in zip(range(len(survey.kept)), raw_rows(config, seed), strict=False):
         if survey.kept[number]:
-            row, _ = to_prompt(raw, config, place)
-            digest.update(f"{row['prompt_id']}\n".encode())
-            yield {**row, "split": HELD_OUT if number in survey.held_out else TRAIN}
+            row = to_prompt(raw, config, place).row
+            digest.update(fingerprint(row).encode())
+            is_held_out = text_hash(row) in survey.held_out
+            yield {**survey.sifter.with_group(row), "split": HELD_OUT if is_held_out else TRAIN}
     if digest.digest() != survey.digest:
         raise InputError(
             f"prompts.source {config.source}: the source changed while it was read. Run again with another run.dir"

@@ -5,24 +5,34 @@
     model_card.md                                    what the adapter was made from and how the training went
     summary.json                                     the same as numbers, with the fingerprint
 
-The files are written to a folder beside it, which is renamed at the end.
+The files are written to a folder beside it, which is renamed at the end. On object storage, which cannot rename, they
+are uploaded with summary.json as the last: a folder without it is no adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from aft_ray.errors import ResumeRefused
 from aft_ray.records import fingerprint
 from aft_ray.runs import difference, versions
-from aft_ray.storage import partial_folder
-from aft_ray.training.task import TrainSummary, TrainTask
+from aft_ray.storage import PARTIAL, Folder, empty_partial
+from aft_ray.templates.families import template_text
+from aft_ray.training.identity import base_name
+from aft_ray.training.task import TrainingJob, TrainSummary, TrainTask
 
 SUMMARY = "summary.json"
 CARD = "model_card.md"
+
+
+def is_finished(task: TrainTask) -> bool:
+    """Return whether the output is complete."""
+    return task.output.exists(SUMMARY)
 
 
 def finished_summary(task: TrainTask) -> TrainSummary | None:
@@ -30,31 +40,43 @@ def finished_summary(task: TrainTask) -> TrainSummary | None:
 
     Raises ResumeRefused where the output belongs to another task.
     """
-    file = task.output / SUMMARY
-    if not task.output.exists():
+    if not is_finished(task):
+        if task.output.is_local and task.output.exists():
+            raise ResumeRefused(
+                f"{task.output.location} exists, but holds no {SUMMARY} of a trained adapter. Choose another folder"
+            )
         return None
-    if not file.is_file():
-        raise ResumeRefused(f"{task.output} exists, but holds no {SUMMARY} of a trained adapter. Choose another folder")
-    stored = json.loads(file.read_text())
+    stored = json.loads(task.output.read_bytes(SUMMARY))
     if stored["fingerprint"] != task.fingerprint:
         raise ResumeRefused(
-            f"{task.output} holds an adapter that was made from other settings:\n"
+            f"{task.output.location} holds an adapter that was made from other settings:\n"
             f"{difference(stored['settings'], json.loads(json.dumps(task.settings)))}\n"
             "Choose another folder, or remove this one"
         )
     return TrainSummary(**stored["summary"])
 
 
-def finish_folder(task: TrainTask, model: str, summary: TrainSummary) -> None:
-    """Add tokenizer, model card and summary to the partial folder, and rename it to the output."""
+def partial_output(task: TrainTask, scratch: Path) -> Path:
+    """Return an empty local folder in which to save what becomes the output."""
+    return empty_partial(Path(task.output.path) if task.output.is_local else scratch / "output")
+
+
+def finish_folder(task: TrainTask, job: TrainingJob, model: str, summary: TrainSummary, folder: Path) -> None:
+    """Add tokenizer, model card and summary to the local `folder`, and make it the output.
+
+    `model` is what the job's reference of the base model stands for on this node.
+    """
     from transformers import AutoTokenizer
 
-    folder = partial_folder(task.output)
     for stray in ("training_args.bin", "README.md"):
         (folder / stray).unlink(missing_ok=True)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    if job.chat_template is not None:
+        tokenizer.chat_template = template_text(job.chat_template)
+    tokenizer.save_pretrained(folder)
+    name_base(folder, *base_name(task.settings["model"], job.model))
     trained_with = versions()
-    (folder / CARD).write_text(model_card(task.settings, model, summary, trained_with))
+    (folder / CARD).write_text(model_card(task.settings, job.model, summary, trained_with))
     stored = {
         "fingerprint": task.fingerprint,
         "summary": dataclasses.asdict(summary),
@@ -62,7 +84,42 @@ def finish_folder(task: TrainTask, model: str, summary: TrainSummary) -> None:
         "versions": trained_with,
     }
     (folder / SUMMARY).write_text(json.dumps(stored, indent=1))
-    folder.rename(task.output)
+    if task.output.is_local:
+        folder.rename(task.output.path)
+    else:
+        _upload(folder, task.output)
+
+
+def name_base(folder: Path, name: str, revision: str | None) -> None:
+    """Write the base model's name and commit into an adapter's own config, where the path on this node was."""
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": name, "revision": revision}
+        file.write_text(json.dumps(config, indent=2))
+
+
+def keep_unproved(task: TrainTask, folder: Path) -> str:
+    """Keep what was saved but did not pass the proof, beside the output, and return where."""
+    if task.output.is_local:
+        return str(folder)
+    kept = dataclasses.replace(task.output, path=task.output.path + PARTIAL)
+    _upload(folder, kept)
+    return kept.location
+
+
+def _upload(folder: Path, output: Folder) -> None:
+    """Copy the files of a local folder to object storage, the summary last."""
+    files = sorted(
+        (file for file in folder.rglob("*") if file.is_file()), key=lambda file: (file.name == SUMMARY, file)
+    )
+    for file in files:
+        name = str(file.relative_to(folder))
+        with (
+            output.reached("written", name),
+            file.open("rb") as source,
+            output.fs.open_output_stream(output.file(name)) as sink,
+        ):
+            shutil.copyfileobj(source, sink, length=8 * 2**20)
 
 
 def model_card(
@@ -78,11 +135,13 @@ def model_card(
     was merged into the base model (export.py); None for the folder that training saves.
     """
     variant = settings["variant"]
+    model, revision = base_name(settings["model"], model)
     is_whole = settings["training"].get("method") == "full"
     held_out = summary.held_out_perplexity or {}
     parts = {
         "Made from": {
             "base model": model,
+            **({"revision of the base model": revision} if revision else {}),
             "variant": variant,
             "training rows": summary.num_rows,
             "data fingerprint": fingerprint(settings["training_set"]),
@@ -92,6 +151,7 @@ def model_card(
         "Templates": settings["templates"],
         "Training": {
             "optimizer steps": summary.num_steps,
+            "exported": exported_state(summary),
             "workers": summary.world_size,
             "tokens": summary.num_tokens,
             "trained tokens": summary.num_trained_tokens,
@@ -114,6 +174,14 @@ def model_card(
         kind, what = "model", f"`{model}` with every weight fine-tuned as `{variant}`"
     intro = f"{what}, trained by Aggregation Fine-Tuning (arXiv 2501.11877).\n"
     return "\n".join([f"# {variant} {kind}\n", intro, *sections])
+
+
+def exported_state(summary: TrainSummary) -> str:
+    """Say which state of the training is exported, and what ended the training."""
+    state = "the last step"
+    if summary.exported_step not in (None, summary.num_steps):
+        state = f"step {summary.exported_step}, which had the lowest loss on held-out examples"
+    return state + (", after an early stop" if summary.stopped_early else "")
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -1,27 +1,16 @@
-"""The rows of a training set: which rows a variant trains on, whether they are valid, and the order of batches.
-
-in   *.parquet shards with the columns of `records.TRAINING_SET`
-out  input_ids and labels, exactly as they were written; nothing is tokenized or truncated here
-"""
+"""Whether the examples of a training set are valid for a model, and the order in which batches see them."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from aft_ray.errors import InputError
 from aft_ray.models import tokenizer_hash
-from aft_ray.records import TRAIN, TRAINING_SET
 from aft_ray.runs import read_manifest
 from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE, ChatFormat, check_mask
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.dataset as pads
 
 MAX_CHECKED_ROWS = 512
 """Number of rows whose mask is checked before any worker starts. The training_set stage has checked every row."""
@@ -29,90 +18,29 @@ BATCHES_PER_GROUP = 64
 """Examples are sorted by length within groups of this many batches: this saves padding and keeps the order random."""
 
 
-def shard_files(training_set: Path) -> dict[str, str]:
-    """Return the sha256 of each shard of the training set by file name. Raises InputError where there is none."""
-    files = sorted(training_set.glob("*.parquet"))
-    if not files:
-        raise InputError(f"{training_set}: no *.parquet shards; expected the folder of the training_set stage")
-    return {file.name: _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_examples(training_set: Path, variant: str, split: str = TRAIN) -> pa.Table:
-    """Return example_id, input_ids and labels of the rows of one variant and split, in shard order.
-
-    Raises InputError where there is no row to train on. A held-out split may be empty.
-    """
-    import pyarrow.compute as pc
-
-    rows = _shards(training_set)
-    wanted = (pc.field("variant") == variant) & (pc.field("split") == split)
-    table = rows.to_table(columns=["example_id", "input_ids", "labels"], filter=wanted)
-    if not table.num_rows and split == TRAIN:
-        found = all_variants(training_set)
-        filtered = getattr(read_manifest(Folder.at(training_set)), "filtered", {})
-        raise InputError(
-            f"{training_set}: no row of variant {variant!r} to train on; variants found: {found}; "
-            f"rows that its stage left out, by reason: {dict(filtered)}"
-        )
-    return table
-
-
-def all_variants(training_set: Path) -> list[str]:
-    """Return the names of the variants in a training set, sorted."""
-    return sorted(set(_shards(training_set).to_table(columns=["variant"])["variant"].to_pylist()))
-
-
-def _shards(training_set: Path) -> pads.Dataset:
-    import pyarrow.dataset as pads
-
-    files = [str(training_set / name) for name in sorted(file.name for file in training_set.glob("*.parquet"))]
-    rows = pads.dataset(files, format="parquet")
-    missing = {"example_id", "variant", "split", "input_ids", "labels"} - set(rows.schema.names)
-    if missing:
-        raise InputError(f"{files[0]}: no column {', '.join(sorted(missing))}; expected {TRAINING_SET.names}")
-    return rows
-
-
-def rows_to_train(training_set: Path, task_variant: str, pack_length: int | None, name: str = "rows") -> Any:
-    """Return a variant's ids and labels as the `datasets.Dataset` that TRL takes, packed where `pack_length` is set."""
-    from datasets import Dataset, table
-
-    rows = read_examples(training_set, task_variant).select(["input_ids", "labels"])
-    dataset = Dataset(table.InMemoryTable(rows), fingerprint=name[:16])
-    if pack_length is None:
-        return dataset
-    from aft_ray.training.packing import pack
-
-    return pack(dataset, pack_length)
-
-
-def check_made_for(training_set: Path, model: str, template_hashes: Mapping[str, str]) -> None:
+def check_made_for(training_set: Folder, model: str, template_hashes: Mapping[str, str]) -> None:
     """Check that the training set was made with this model's tokenizer and this run's template.
 
     Raises InputError with both hashes. They come from the manifest; a training set that was made elsewhere has none,
     and then only its rows are checked.
     """
-    manifest = read_manifest(Folder.at(training_set))
+    manifest = read_manifest(training_set)
     made_with = manifest.settings if manifest else {}
     now = {"tokenizer": tokenizer_hash(model), "template": template_hashes.get("aggregator")}
     for what, hash_now in now.items():
         before = made_with.get(what)
         if before is not None and hash_now is not None and before != hash_now:
             raise InputError(
-                f"{training_set}: made with another {what}: its sha256 was {before[:16]} and is {hash_now[:16]} now. "
-                "Train the model that the set was made for, or make the set again in another run.dir"
+                f"{training_set.location}: made with another {what}: its sha256 was {before[:16]} and is "
+                f"{hash_now[:16]} now. Train the model that the set was made for, or make the set again in another "
+                "run.dir"
             )
 
 
-def check_examples(table: pa.Table, model: str) -> None:
+def check_examples(rows: Iterable[Mapping[str, Any]], model: str, chat_template: str | None = None) -> None:
     """Raise InputError for the first example with a broken mask or with ids outside the model's vocabulary."""
-    chat_format, vocabulary = _rules(model)
-    for row in table.slice(0, MAX_CHECKED_ROWS).to_pylist():
+    chat_format, vocabulary = _rules(model, chat_template)
+    for row in rows:
         try:
             check_example(row["input_ids"], row["labels"], chat_format, vocabulary)
         except InputError as error:
@@ -121,11 +49,12 @@ def check_examples(table: pa.Table, model: str) -> None:
             ) from error
 
 
-def _rules(model: str) -> tuple[ChatFormat, int]:
+def _rules(model: str, chat_template: str | None) -> tuple[ChatFormat, int]:
     """Return the model's chat format and the size of its vocabulary, which examples are checked against."""
     from transformers import AutoConfig
 
-    return ChatFormat.load(model), AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    chat_format = ChatFormat.load(model, style="auto" if chat_template is None else "chat", chat_template=chat_template)
+    return chat_format, AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
 def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: ChatFormat, vocabulary: int) -> None:
@@ -133,7 +62,7 @@ def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: 
     if input_ids and not 0 <= min(input_ids) <= max(input_ids) < vocabulary:
         raise InputError(f"id {max(input_ids)} is outside the model's vocabulary of {vocabulary}")
     if chat_format.has_template:
-        check_mask(input_ids, labels, chat_format)
+        check_mask(input_ids, labels, chat_format, several_answers=True)
         return
     target = [label for label in labels if label != IGNORE]
     start = len(labels) - len(target)
@@ -143,12 +72,12 @@ def check_example(input_ids: Sequence[int], labels: Sequence[int], chat_format: 
         raise InputError(f"the end must be inside the loss: last label {target[-1]}, expected {chat_format.stop_ids}")
 
 
-def check_batch(batch: Any, model: str) -> None:
+def check_batch(batch: Any, model: str, chat_template: str | None = None) -> None:
     """Check the mask in a batch as the model sees it, and that no padding is in the loss.
 
     Raises InputError, which names the example by its place in the batch.
     """
-    chat_format, vocabulary = _rules(model)
+    chat_format, vocabulary = _rules(model, chat_template)
     if "attention_mask" in batch and bool(((batch["labels"] != IGNORE) & (batch["attention_mask"] == 0)).any()):
         raise InputError("the first batch has padding inside the loss")
     for place, (input_ids, labels) in enumerate(examples_of(batch)):

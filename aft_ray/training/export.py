@@ -25,6 +25,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,15 @@ from typing import TYPE_CHECKING, Any
 
 from aft_ray.config import Config
 from aft_ray.errors import ConfigError, InputError, TrainingFailed
+from aft_ray.hub import split
 from aft_ray.models import resolve_model
 from aft_ray.runs import difference
-from aft_ray.storage import PARTIAL, Folder, whole_folder
+from aft_ray.storage import PARTIAL, Folder, local_copy, whole_folder
 from aft_ray.templates import ChatFormat
 from aft_ray.training.adapter import CARD, SUMMARY, model_card
-from aft_ray.training.examples import read_examples, shard_files
-from aft_ray.training.task import TrainSummary, model_identity
+from aft_ray.training.identity import base_name, model_identity
+from aft_ray.training.rows import lengths_of, open_rows, shortest, write_rows
+from aft_ray.training.task import TrainSummary
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +78,10 @@ class Trained:
             raise ConfigError(
                 f"engine.type {engine.type}: set engine to the local model that was trained (vllm or transformers)"
             )
-        base = resolve_model(engine.model)
+        stored = self.stored["settings"]["model"]
+        name, revision = base_name(stored, engine.model)
+        is_trained_one = revision is not None and split(engine.model)[0] == name  # at the commit of the training
+        base = resolve_model(f"{name}#{revision}" if is_trained_one else engine.model)
         if model_identity(base) != self.stored["settings"]["model"]:
             raise ConfigError(
                 f"engine.model {engine.model} is not the model that {self.folder} was trained on:\n"
@@ -89,20 +95,20 @@ def find_trained(config: Config, variant: str | None, train_command: str) -> Tra
 
     Raises InputError, with `train_command`, where it is not trained yet, and ConfigError where there are several.
     """
-    run = Path(Folder.at(config.run.dir).path)
-    there = sorted(summary.parent.name for summary in run.glob(f"model/*/{SUMMARY}"))
-    there = [name for name in there if not name.endswith(PARTIAL)]
+    models = Folder.at(config.run.dir).child("model")
+    names = [name for name in models.folder_names() if not name.endswith(PARTIAL)]
+    there = [name for name in names if models.child(name).exists(SUMMARY)]
     if not there:
-        raise InputError(f"{run}/model: nothing is trained yet; run: {train_command}")
+        raise InputError(f"{models.location}: nothing is trained yet; run: {train_command}")
     if variant is None and len(there) > 1:
-        raise ConfigError(f"{run}/model holds several variants ({', '.join(there)}): name one with --variant")
+        raise ConfigError(f"{models.location} holds several variants ({', '.join(there)}): name one with --variant")
     variant = variant or there[0]
     if variant not in there:
         raise InputError(
-            f"--variant {variant}: not trained in {run}/model; there: {', '.join(there)}. "
+            f"--variant {variant}: not trained in {models.location}; there: {', '.join(there)}. "
             f"With {variant} in training_set.variants, run: {train_command}"
         )
-    folder = run / "model" / variant
+    folder = local_copy(models.child(variant).location)
     return Trained(variant=variant, folder=folder, stored=json.loads((folder / SUMMARY).read_text()), config=config)
 
 
@@ -198,15 +204,15 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype, chance: torch.Generator) -
 
 def _shortest_examples(trained: Trained) -> dict[str, torch.Tensor]:
     """Return the shortest training examples as a padded batch."""
-    import pyarrow.compute as pc
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    training_set = Path(Folder.at(trained.config.run.dir).path) / "training_set"
-    shard_files(training_set)  # raises InputError where there are none
-    rows = read_examples(training_set, trained.variant).select(["input_ids", "labels"])
-    by_length = pc.sort_indices(pc.list_value_length(rows["input_ids"]))
-    shortest = rows.take(by_length[:NUM_PROOF_EXAMPLES]).to_pylist()
-    batch: dict[str, torch.Tensor] = DataCollatorForLanguageModeling(pad_token_id=0)(shortest)
+    training_set = Folder.at(trained.config.run.dir).child("training_set")
+    lengths_of(training_set, trained.variant)  # raises InputError where there are none
+    with tempfile.TemporaryDirectory(prefix="aft-ray-") as scratch:
+        file = Path(scratch) / "rows.arrow"
+        write_rows(training_set, trained.variant, None, file)
+        rows = shortest(open_rows(file), NUM_PROOF_EXAMPLES)
+    batch: dict[str, torch.Tensor] = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
     return batch
 
 

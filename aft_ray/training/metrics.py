@@ -10,27 +10,52 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aft_ray.storage import write_text
+from aft_ray.storage import Folder
+
+METRICS = "metrics.jsonl"
+HELD_OUT = "held_out.jsonl"
+
+UPLOAD_S = 5.0
+"""Least seconds between two uploads of a file to object storage, which cannot append."""
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of such a file. A last line that is still being written is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def has_stopped_early(held_out: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the last line of held_out.jsonl ended the training (`training.early_stopping_patience`)."""
+    return bool(held_out) and bool(held_out[-1].get("stops"))
 
 
-def append_metrics(file: Path, row: dict[str, Any]) -> None:
-    """Append one line."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+class MetricsFile:
+    """Such a file, open for its only writer."""
 
+    def __init__(self, folder: Folder, name: str = METRICS) -> None:
+        self.folder, self.name = folder, name
+        self._rows: list[dict[str, Any]] = []
+        self._written_at = 0.0
 
-def drop_after(file: Path, step: int) -> None:
-    """Drop the lines of the steps that a resumed training is about to repeat, so that the file reads as one run."""
-    kept = [row for row in read_metrics(file) if row["step"] <= step]
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    def begin(self, step: int) -> None:
+        """Drop the lines of the steps that a resumed training is about to repeat, so that the file reads as one run."""
+        self._rows = [row for row in self.folder.json_lines(self.name) if row["step"] <= step]
+        self._write()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append one line. On object storage it appears within seconds, at the latest with the next `flush`."""
+        if self.folder.is_local:
+            self.folder.append_line(self.name, json.dumps(row, ensure_ascii=False))
+            return
+        self._rows.append(row)
+        if time.monotonic() - self._written_at > UPLOAD_S:
+            self._write()
+
+    def flush(self) -> None:
+        """Make all lines appear."""
+        if not self.folder.is_local:
+            self._write()
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
+        self.folder.write_bytes(self.name, text.encode())
+        self._written_at = time.monotonic()

@@ -1,8 +1,8 @@
-"""Packs several examples into one row in which none can see another.
+"""Checks that examples packed into one row (rows.py) cannot see each other.
 
 Each example keeps its own positions, from 0, and attends to itself only: transformers builds the attention mask of a
-row from the places where position ids restart, and flash-attn gets the same boundaries. TRL's `pack_dataset` fills rows
-by best fit decreasing; no example is cut.
+row from the places where position ids restart, and flash-attn gets the same boundaries. Rows are filled by best fit
+decreasing; no example is cut.
 
     padded      [a a a a . .]  [b b b . . .]  [c c . . . .]      18 places for 9 tokens
     packed      [a a a a c c]  [b b b]                           row 1 has positions 0 1 2 3 0 1
@@ -16,28 +16,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from aft_ray.errors import ConfigError, InputError, TrainingFailed
+from aft_ray.errors import ConfigError, TrainingFailed
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 """Relative difference allowed between the loss of a packed row and that of its examples one by one."""
-
-
-def pack(rows: Any, length: int) -> Any:
-    """Pack a `datasets.Dataset` of input_ids and labels into rows of up to `length` tokens.
-
-    Their column `seq_lengths` holds the lengths of the examples in each row. Raises InputError for an example longer
-    than `length`, which packing would cut.
-    """
-    from datasets import disable_progress_bars
-    from trl.data_utils import pack_dataset
-
-    disable_progress_bars()
-
-    longest = max(map(len, rows["input_ids"]))
-    if longest > length:
-        raise InputError(f"training.pack_length {length}: the longest example has {longest} tokens. Raise pack_length")
-    return pack_dataset(rows, length, "bfd")
 
 
 def check_can_pack(model: str) -> None:
@@ -61,8 +44,11 @@ def check_can_pack(model: str) -> None:
 
 def fullest_row(rows: Any) -> dict[str, Any]:
     """Return the row with the most examples, in which cross-talk would show best."""
-    counts = [len(lengths) for lengths in rows["seq_lengths"]]
-    return rows[counts.index(max(counts))]
+    import numpy as np
+    import pyarrow.compute as pc
+
+    row: dict[str, Any] = rows[int(np.argmax(pc.list_value_length(rows.data.column("seq_lengths"))))]
+    return row
 
 
 class PackingCheck(TrainerCallback):

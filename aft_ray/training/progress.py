@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from aft_ray.training.metrics import read_metrics
+from aft_ray.errors import StorageError
+from aft_ray.training.adapter import is_finished
+from aft_ray.training.metrics import HELD_OUT, METRICS, UPLOAD_S, has_stopped_early
 from aft_ray.training.task import Phase, TrainProgress, TrainTask
 
 POLL_S = 0.5
@@ -53,8 +55,13 @@ def _report_changes(
     reported: TrainProgress | None = None
     reported_at = 0.0
     while True:
-        last = stop.wait(POLL_S)
-        progress = current(tasks, called_at)
+        last = stop.wait(POLL_S if tasks[0].folder.is_local else UPLOAD_S)
+        try:
+            progress = current(tasks, called_at)
+        except StorageError:  # the next look may succeed, and the training itself will say if none does
+            if last:
+                return
+            continue
         if progress.phase != "checking" and is_waiting():
             progress = dataclasses.replace(progress, phase="waiting for nodes")
         is_new = reported is None or (progress.variant, progress.phase, progress.step) != (
@@ -71,16 +78,17 @@ def _report_changes(
 
 def current(tasks: Sequence[TrainTask], called_at: float) -> TrainProgress:
     """Return the progress of the first unfinished task, or of the last task when all are finished."""
-    task = next((task for task in tasks if not task.output.exists()), tasks[-1])
-    rows = read_metrics(task.metrics_file)
+    task = next((task for task in tasks if not is_finished(task)), tasks[-1])
+    rows = task.folder.json_lines(METRICS)
     step = rows[-1]["step"] if rows else 0
-    phase: Phase = "starting" if not rows else "training" if step < task.num_steps else "checking"
+    num_steps = step if has_stopped_early(task.folder.json_lines(HELD_OUT)) else task.num_steps
+    phase: Phase = "starting" if not rows else "training" if step < num_steps else "checking"
     num_tokens = sum(row["tokens"] for row in rows)
     return TrainProgress(
         variant=task.variant,
         phase=phase,
         step=step,
-        num_steps=task.num_steps,
+        num_steps=num_steps,
         loss=rows[-1]["loss"] if rows else None,
         num_tokens=num_tokens,
         num_trained_tokens=sum(row["trained_tokens"] for row in rows),

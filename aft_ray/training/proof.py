@@ -39,9 +39,9 @@ class Ending:
     """Loss of the trained model on `batch`."""
 
 
-def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]]) -> None:
+def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]], stopped_early: bool = False) -> None:
     """Check that the planned steps were taken, frozen weights kept their values and trained weights changed."""
-    check_steps(task, ending.num_steps, metrics)
+    check_steps(task, ending.num_steps, metrics, stopped_early)
     if ending.changed_frozen:
         raise TrainingFailed(f"variant {task.variant}: frozen weights changed: {', '.join(ending.changed_frozen)}")
     if ending.is_unchanged:
@@ -51,18 +51,18 @@ def check_ending(task: TrainTask, ending: Ending, metrics: list[dict[str, Any]])
         )
 
 
-def check_steps(task: TrainTask, num_steps: int, metrics: list[dict[str, Any]]) -> None:
-    """Check that the planned optimizer steps were taken and that no loss was nan or infinite."""
+def check_steps(task: TrainTask, num_steps: int, metrics: list[dict[str, Any]], stopped_early: bool = False) -> None:
+    """Check that the planned optimizer steps, or those before the early stop, were taken with finite losses."""
     for row in metrics:
         if not math.isfinite(row["loss"]):
             raise TrainingFailed(
                 f"variant {task.variant}: the loss is {row['loss']} at step {row['step']}; "
                 "lower training.learning_rate or raise training.warmup_ratio"
             )
-    if num_steps != task.num_steps or len(metrics) != task.num_steps:
+    planned = num_steps if stopped_early else task.num_steps
+    if num_steps != planned or len(metrics) != planned:
         raise TrainingFailed(
-            f"variant {task.variant}: {num_steps} optimizer steps taken and {len(metrics)} logged, "
-            f"{task.num_steps} planned"
+            f"variant {task.variant}: {num_steps} optimizer steps taken and {len(metrics)} logged, {planned} planned"
         )
 
 
@@ -105,9 +105,8 @@ def same_loss(found: float, expected: float, dtype: str) -> bool:
 
 def check_reload(task: TrainTask, config: TrainingConfig, model: str, folder: Path, ending: Ending) -> None:
     """Check that the saved adapter or model, loaded again, has the loss of the trained model."""
-    trained = load_trained(config, model, folder)
-    if not config.gpus_per_worker:
-        trained = trained.to(ending.batch["input_ids"].device)
+    device = ending.batch["input_ids"].device
+    trained = load_trained(config, model, folder, None if device.type == "cpu" else device)
     found = batch_loss(trained, ending.batch)
     computed_in = "bfloat16" if is_bf16(config) else "float32"  # the weights may be stored in another dtype
     if not same_loss(found, ending.loss, computed_in):

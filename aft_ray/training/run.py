@@ -1,13 +1,14 @@
 """The driver's side of training: it checks a `TrainingJob`, runs it in Ray Train's workers and reports progress.
 
-job = TrainingJob(config=config.training, model="/models/smol", training_set=run / "training_set",
-                  outputs={"aft": run / "model/aft"}, checkpoints=run / "checkpoints", seed=1)
+job = TrainingJob(config=config.training, model="/models/smol", training_set=run.child("training_set"),
+                  outputs={"aft": run.child("model/aft")}, checkpoints=run.child("checkpoints"), seed=1)
 summaries = train_adapters(job, report=print)
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,14 +19,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from aft_ray.config import TrainingConfig
-from aft_ray.errors import AftError, ConfigError, TrainingFailed
-from aft_ray.models import resolve_model
-from aft_ray.runs import begin, write_manifest
-from aft_ray.storage import Folder
-from aft_ray.training.adapter import finished_summary
-from aft_ray.training.examples import check_examples, check_made_for, read_examples, rows_to_train, shard_files
+from aft_ray.config import TrainingConfig, validate
+from aft_ray.errors import AftError, ConfigError, ResumeRefused, TrainingFailed
+from aft_ray.gpus import num_gpus_of
+from aft_ray.models import resolve_adapter, resolve_model
+from aft_ray.records import HELD_OUT, fingerprint
+from aft_ray.runs import begin, read_manifest, write_manifest
+from aft_ray.training.adapter import finished_summary, is_finished
+from aft_ray.training.examples import MAX_CHECKED_ROWS, check_examples, check_made_for
 from aft_ray.training.progress import progress_reports
+from aft_ray.training.rows import best_fit, first_examples, lengths_of, shard_hashes
 from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
 
@@ -58,11 +61,12 @@ def plan_training(job: TrainingJob) -> tuple[WorkerPlan, dict[str, TrainSummary]
     called_at = time.time()
     job = job.with_absolute_paths()
     check_before_training(job.config, job.model)
-    files = shard_files(job.training_set)
-    check_made_for(job.training_set, job.model, job.template_hashes)
+    model = resolve_model(job.model, weights=False)
+    hashes = shard_hashes(job.training_set)
+    check_made_for(job.training_set, model, job.template_hashes)
     tasks, summaries = [], {}
     for variant in job.outputs:
-        task, finished = _open_task(job, task_settings(job, files, variant))
+        task, finished = _open_task(job, task_settings(job, hashes, model, variant), model)
         if finished is None:
             tasks.append(task)
         else:
@@ -70,23 +74,34 @@ def plan_training(job: TrainingJob) -> tuple[WorkerPlan, dict[str, TrainSummary]
     return WorkerPlan(job=job, tasks=tuple(tasks), called_at=called_at), summaries
 
 
-def check_before_training(config: TrainingConfig, model: str) -> None:
-    """Raise ConfigError for settings that can be known to be wrong before any worker starts."""
+def check_before_training(config: TrainingConfig, model: str, max_length: int | None = None) -> None:
+    """Raise ConfigError for settings that can be known to be wrong before any worker starts.
+
+    What a model that is a folder here lacks is known, too. `max_length`: longest example of the training set to make.
+    """
     for tracker in config.report_to:
         if not any(importlib.util.find_spec(package) for package in TRACKERS[tracker]):
             raise ConfigError(
                 f"training.report_to: {tracker} is not installed here: pip install {tracker}, or leave it out"
             )
     if config.init_adapter is not None:
-        _check_init_adapter(config, Path(config.init_adapter))
+        _check_init_adapter(config, config.init_adapter)
     if config.pack_length is not None:
         from aft_ray.training.packing import check_can_pack
 
-        check_can_pack(resolve_model(model))
+        check_can_pack(resolve_model(model, weights=False))
+    if max_length is not None and Path(model).expanduser().is_dir():
+        from aft_ray.training.loading import check_model
+
+        check_model(config, resolve_model(model, weights=False), max_length, "training_set.max_length")
 
 
-def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
+def _check_init_adapter(config: TrainingConfig, reference: str) -> None:
     """Raise ConfigError where the settings differ from the shape of the adapter, which would win over them."""
+    try:
+        folder = resolve_adapter(reference)
+    except ConfigError as error:
+        raise ConfigError(f"training.init_adapter: {error}") from error
     file = folder / "adapter_config.json"
     for needed in (file, folder / "adapter_model.safetensors"):
         if not needed.is_file():
@@ -100,53 +115,100 @@ def _check_init_adapter(config: TrainingConfig, folder: Path) -> None:
                 f"training.lora.{setting} is {wanted}, but training.init_adapter has {found}: {file}. "
                 "A second round keeps the shape of its adapter; set the same value"
             )
+    saved = tuple(adapter.get("modules_to_save") or ())
+    if set(saved) != set(config.lora.modules_to_save):
+        raise ConfigError(
+            f"training.lora.modules_to_save is {list(config.lora.modules_to_save)}, but training.init_adapter has "
+            f"{list(saved)}: {file}. Set the same value"
+        )
 
 
-def _open_task(job: TrainingJob, settings: dict[str, Any]) -> tuple[TrainTask, TrainSummary | None]:
+def _open_task(job: TrainingJob, settings: dict[str, Any], model: str) -> tuple[TrainTask, TrainSummary | None]:
     """Return the task and, where its adapter is complete, the summary. Write nothing unless the task is valid."""
     variant = settings["variant"]
-    table = read_examples(job.training_set, variant)
+    lengths = lengths_of(job.training_set, variant).tolist()
+    num_rows = len(lengths)  # that batches are made of: examples, or packs of them
+    if job.config.pack_length is not None:
+        num_rows = len(best_fit(lengths, job.config.pack_length))
     task = TrainTask(
         variant=variant,
         output=job.outputs[variant],
         checkpoints=job.checkpoints,
         settings=settings,
-        num_rows=table.num_rows,
-        num_steps=planned_steps(_num_training_rows(job, variant, table.num_rows), job.config),
+        num_rows=len(lengths),
+        num_steps=planned_steps(num_rows, job.config),
     )
-    folder = Folder.at(task.folder)
-    manifest = begin(folder, f"training/{variant}", settings)
+    task = _as_begun(task)
+    manifest = begin(task.folder, f"training/{variant}", task.settings)
     finished = finished_summary(task)
     if finished is None:
-        check_examples(table, job.model)
-        write_manifest(folder, manifest)
+        from aft_ray.training.loading import check_model
+
+        if job.config.watches_held_out and not first_examples(job.training_set, variant, 1, HELD_OUT):
+            raise ConfigError(
+                f"training.load_best_model_at_end and early_stopping_patience need held-out examples, and variant "
+                f"{variant} has none: set prompts.held_out, or leave them out"
+            )
+        check_model(job.config, model, max(lengths), f"the longest example of variant {variant} has")
+        check_examples(first_examples(job.training_set, variant, MAX_CHECKED_ROWS), model, job.chat_template)
+        write_manifest(task.folder, manifest)
     return task, finished
 
 
-def _num_training_rows(job: TrainingJob, variant: str, num_examples: int) -> int:
-    """Number of rows that batches are made of: examples, or packs of them."""
-    if job.config.pack_length is None:
-        return num_examples
-    return len(rows_to_train(job.training_set, variant, job.config.pack_length))
+def _as_begun(task: TrainTask) -> TrainTask:
+    """Return the task, or where it is finished, as it was begun with the optimizer's state in another form.
+
+    Raises ResumeRefused where it is half done and that form is all that differs.
+    """
+    found = read_manifest(task.folder)
+    if found is None:
+        return task
+    before, now = (dict(settings["training"]) for settings in (found.settings, task.settings))
+    forms = before.pop("optimizer_state", None), now.pop("optimizer_state")
+    if forms[0] == forms[1] or fingerprint({**found.settings, "training": before}) != fingerprint(
+        {**task.settings, "training": now}
+    ):
+        return task
+    if is_finished(task):
+        return dataclasses.replace(task, settings=found.settings)
+    raise ResumeRefused(
+        f"{task.folder.location}: its checkpoints hold the state of the optimizer {forms[0]}, and this training would "
+        f"read it {forms[1]}. Go on with the deepspeed and num_workers that it began with (batch_size_per_worker and "
+        "gradient_accumulation_steps may change, and ZeRO may offload), or remove this folder to begin the variant anew"
+    )
 
 
 def _run(plan: WorkerPlan, report: Report | None) -> dict[str, TrainSummary]:
-    import ray.train
+    with _ray():
+        import ray.train
 
-    config = plan.job.config
-    with (
-        _ray(config),
-        _ray_train_environment(),
-        progress_reports(plan.tasks, plan.called_at, report, is_waiting=lambda: bool(_missing(config))),
-    ):
-        try:
-            result = _fit(_trainer(plan))
-        except ray.train.TrainingFailedError as error:
-            raise TrainingFailed(_reason(error, config)) from error
+        from aft_ray.training.failures import check_workers_fit, original, reason
+
+        plan = _placed(plan)
+        config = plan.job.config
+        check_workers_fit(config)
+        with (
+            _ray_train_environment(config),
+            progress_reports(plan.tasks, plan.called_at, report, is_waiting=lambda: _is_too_small(config)),
+        ):
+            try:
+                result = _fit(_trainer(plan))
+            except ray.train.TrainingFailedError as error:
+                raise original(error) or TrainingFailed(reason(error, config)) from error
     outcome: dict[str, Any] = result.return_value
     if isinstance(outcome["error"], AftError):
         raise outcome["error"]
     return outcome["summaries"]
+
+
+def _placed(plan: WorkerPlan) -> WorkerPlan:
+    """Return the plan with the number of GPUs that each worker gets on this cluster."""
+    config = plan.job.config
+    if config.gpus_per_worker is not None:
+        return plan
+    settings = config.model_dump() | {"gpus_per_worker": num_gpus_of(None, 1)}
+    config = validate(TrainingConfig, settings, "training, on this cluster")  # some settings need GPUs
+    return dataclasses.replace(plan, job=dataclasses.replace(plan.job, config=config))
 
 
 def _trainer(plan: WorkerPlan) -> Any:
@@ -154,8 +216,10 @@ def _trainer(plan: WorkerPlan) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    config = plan.job.config
-    on_gpu = config.gpus_per_worker > 0
+    from aft_ray.training.failures import StopVainWaiting, StopWhatNoRestartCures
+
+    config, checkpoints = plan.job.config, plan.job.checkpoints
+    on_gpu = bool(config.gpus_per_worker)
     return TorchTrainer(
         run_worker,  # type: ignore[arg-type]  # its return value becomes Result.return_value
         train_loop_config={"plan": plan},
@@ -168,10 +232,12 @@ def _trainer(plan: WorkerPlan) -> Any:
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see V1's class under this name
             name=RAY_TRAIN_RUN,
-            storage_path=str(plan.job.checkpoints),
+            storage_path=checkpoints.path,
+            storage_filesystem=checkpoints.fs,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[StopWhatNoRestartCures(), StopVainWaiting(config)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": _worker_environment(config)},
         ),
     )
@@ -183,18 +249,12 @@ def _resources(config: TrainingConfig) -> dict[str, float]:
     return {"CPU": config.cpus_per_worker, **gpus}
 
 
-def _missing(config: TrainingConfig) -> str:
-    """Return in words what the cluster lacks for the workers, or an empty string where they fit."""
+def _is_too_small(config: TrainingConfig) -> bool:
+    """Return whether the cluster has less than the workers need at the moment."""
     import ray
 
     found = ray.cluster_resources()
-    lacking = [
-        f"training.num_workers {config.num_workers} x {amount:g} {name} = {config.num_workers * amount:g}, found "
-        f"{found.get(name, 0):g}"
-        for name, amount in _resources(config).items()
-        if config.num_workers * amount > found.get(name, 0)
-    ]
-    return "; ".join(lacking)
+    return any(config.num_workers * amount > found.get(name, 0) for name, amount in _resources(config).items())
 
 
 def _worker_environment(config: TrainingConfig) -> dict[str, str]:
@@ -205,7 +265,7 @@ def _worker_environment(config: TrainingConfig) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",  # deprecations between the libraries
     }
-    if config.gpus_per_worker == 0:
+    if not config.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found nothing better
     return environment
 
@@ -224,7 +284,7 @@ def _fit(trainer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _ray(config: TrainingConfig) -> Iterator[None]:
+def _ray() -> Iterator[None]:
     """Use the connected Ray cluster, or start a local one for the time of the training."""
     import ray
 
@@ -233,24 +293,22 @@ def _ray(config: TrainingConfig) -> Iterator[None]:
         return
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     try:
-        if missing := _missing(config):
-            raise ConfigError(f"this machine is too small: {missing}. Lower the number of workers or their resources")
         yield
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def _ray_train_environment() -> Iterator[None]:
+def _ray_train_environment(config: TrainingConfig) -> Iterator[None]:
     """Set Ray Train's switches for the time of a run. Values that are set already are kept.
 
-    Nobody reads its metrics, and on a single node no preemption can happen: its watcher would be one more process that
-    starts, and imports, before the workers do.
+    Nobody reads its metrics, and while a single node holds all workers no preemption can happen: its watcher would be
+    one more process that starts, and imports, before the workers do.
     """
     import ray
 
     wanted = {"RAY_TRAIN_METRICS_ENABLED": "0"}
-    if len(ray.nodes()) == 1:
+    if len(ray.nodes()) == 1 and not _is_too_small(config):
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
@@ -259,25 +317,3 @@ def _ray_train_environment() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-
-
-def _reason(error: Exception, config: TrainingConfig) -> str:
-    """Return what happened and what to change, in one sentence."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if any(sign in text for sign in ("OutOfMemoryError", "out of memory", "can't allocate memory", "ActorOOM")):
-        return (
-            f"training ran out of memory: lower training.batch_size_per_worker (now {config.batch_size_per_worker}) "
-            "and raise gradient_accumulation_steps, or set gradient_checkpointing: true or a higher ZeRO stage"
-        )
-    if "No space left on device" in text or "Errno 28" in text or "Disk quota exceeded" in text:
-        return (
-            "the disk is full: checkpoints go to <run.dir>/checkpoints (two are kept) and, while they are written, to "
-            "the temporary folder; free space or choose another run.dir or TMPDIR, and run again to continue"
-        )
-    if "ActorDiedError" in text or "died unexpectedly" in text:
-        return (
-            f"a training worker died more than training.max_failures {config.max_failures} times, the last time with: "
-            f"{lines[-1] if lines else error!r}. Run again to continue from the last checkpoint"
-        )
-    return f"training stopped: {lines[-1] if lines else repr(error)}"

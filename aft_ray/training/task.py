@@ -2,14 +2,12 @@
 
 A `TrainingJob` is what a caller asks for; it becomes one `TrainTask` per variant. A task's fingerprint covers
 everything that decides the adapter: settings, base model, training-set files, variant, seed and template hashes.
-Settings that only decide where the training runs or how often it restarts (`cpus_per_worker`, `max_failures`) are left
-out.
+Settings that cost time or memory only are left out, so they may change when a training is resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,32 +15,48 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aft_ray.config import TrainingConfig
-from aft_ray.errors import InputError
+from aft_ray.hub import is_hub_id
 from aft_ray.records import fingerprint
+from aft_ray.storage import Folder
+from aft_ray.training.identity import adapter_identity, model_identity
 
 Phase = Literal["starting", "training", "checking", "waiting for nodes"]
 """`starting`: workers start and load the model. `checking`: all steps are done, and the adapter is saved and proved.
 `waiting for nodes`: the cluster is too small for the workers, for example after the loss of a node."""
 
-OPERATIONAL = {"cpus_per_worker", "accelerator_type", "max_failures", "report_to"}
-"""Settings that do not change the adapter. They may change on resume."""
+OPERATIONAL = {
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "accelerator_type",
+    "max_failures",
+    "max_wait_s",
+    "report_to",
+    "save_steps",
+    "attention",
+    "gradient_checkpointing",
+}
+"""Settings that cost time or memory but do not change what is learned. They may change on resume."""
+SHARES = {"batch_size_per_worker", "num_workers", "gradient_accumulation_steps"}
+"""Settings that may change on resume as long as their product, the number of rows in a step, stays the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """One adapter per variant, trained one after the other by the same workers.
 
-    Driver and workers must reach every folder: use one machine, or a shared file system.
+    Driver and workers must reach every folder: use one machine, a shared file system, or object storage.
     """
 
     config: TrainingConfig
     model: str
-    """Hub id or local folder of the base model."""
-    training_set: Path
+    """Reference of the base model (models.py). Every worker resolves it on its own node."""
+    chat_template: str | None = None
+    """Chat template in place of the model's own (`engine.chat_template`); the trained tokenizer carries it."""
+    training_set: Folder
     """Folder of the training_set stage."""
-    outputs: Mapping[str, Path]
+    outputs: Mapping[str, Folder]
     """Folder of each variant's adapter; it appears when the adapter is complete."""
-    checkpoints: Path
+    checkpoints: Folder
     """Folder for the checkpoints and metrics of all variants."""
     seed: int
     template_hashes: Mapping[str, str] = field(default_factory=dict)
@@ -51,16 +65,10 @@ class TrainingJob:
     def with_absolute_paths(self) -> TrainingJob:
         """Return the same job with paths that every process resolves alike."""
         config, start = self.config, self.config.init_adapter
-        if start is not None:
-            config = config.model_copy(update={"init_adapter": str(Path(start).absolute())})
-        return dataclasses.replace(
-            self,
-            config=config,
-            model=str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model,
-            training_set=self.training_set.absolute(),
-            outputs={variant: output.absolute() for variant, output in self.outputs.items()},
-            checkpoints=self.checkpoints.absolute(),
-        )
+        if start is not None and "://" not in start and not is_hub_id(start):
+            config = config.model_copy(update={"init_adapter": str(Path(start).expanduser().absolute())})
+        folder = Path(self.model).expanduser()
+        return dataclasses.replace(self, config=config, model=str(folder.absolute()) if folder.is_dir() else self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,32 +76,39 @@ class TrainTask:
     """What a worker needs to train one adapter. The fields are plain, so that Ray can send it."""
 
     variant: str
-    output: Path
+    output: Folder
     """Folder of the adapter, complete or absent."""
-    checkpoints: Path
+    checkpoints: Folder
     """Folder for the checkpoints and metrics of all variants."""
     settings: Mapping[str, Any]
     """The values that the fingerprint is made from."""
     num_rows: int
     num_steps: int
-    """Number of optimizer steps planned."""
+    """Number of optimizer steps planned. Early stopping may end the training before."""
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the result is the best state instead of the last one."""
+        return bool(self.settings["training"].get("load_best_model_at_end"))
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.settings)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Folder:
         """The folder of this variant in `checkpoints`: manifest.json, metrics.jsonl and held_out.jsonl."""
-        return self.checkpoints / self.variant
+        return self.checkpoints.child(self.variant)
 
     @property
-    def metrics_file(self) -> Path:
-        return self.folder / "metrics.jsonl"
+    def run(self) -> str:
+        """Name of the run: of the folder that holds `checkpoints`."""
+        return self.checkpoints.path.split("/")[-2]
 
     @property
-    def held_out_file(self) -> Path:
-        return self.folder / "held_out.jsonl"
+    def shard_hashes(self) -> dict[str, str]:
+        """sha256 of each shard of the training set by file name."""
+        return dict(self.settings["training_set"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,44 +153,42 @@ class TrainSummary:
     resumed_from_step: int
     """Step of the checkpoint from which the last attempt started; 0 for a training without interruption."""
     held_out_perplexity: Mapping[str, float] | None = None
-    """Perplexity after the last step, by variant of the held-out examples; None without `training.eval_steps`."""
+    """Perplexity of what is exported, by variant of the held-out examples; None without `training.eval_steps`."""
+    exported_step: int | None = None
+    """Step whose state is exported: the last one, or the best (`training.load_best_model_at_end`)."""
+    stopped_early: bool = False
+    """Whether `training.early_stopping_patience` ended the training."""
 
 
-def task_settings(job: TrainingJob, files: Mapping[str, str], variant: str) -> dict[str, Any]:
+def task_settings(job: TrainingJob, hashes: Mapping[str, str], model: str, variant: str) -> dict[str, Any]:
     """Return everything that decides one adapter, as plain values that can be compared and printed.
 
-    `files`: sha256 by name of the training set's shards.
+    `hashes`: sha256 by name of the training set's shards. `model`: the resolved base model.
     """
-    training = job.config.model_dump(mode="json", exclude=OPERATIONAL)
+    config = job.config
+    training = config.model_dump(mode="json", exclude=OPERATIONAL | SHARES | {"deepspeed"})
     return {
-        "training": training | {"init_adapter": adapter_identity(job.config.init_adapter)},
-        "model": model_identity(job.model),
-        "training_set": dict(files),
+        "training": training
+        | {
+            "init_adapter": adapter_identity(config.init_adapter),
+            "rows_per_step": step_size(config),
+            "optimizer_state": _optimizer_state(config),
+        },
+        "model": model_identity(model),
+        "training_set": dict(hashes),
         "variant": variant,
         "seed": job.seed,
         "templates": dict(job.template_hashes),
     }
 
 
-def model_identity(model: str) -> dict[str, Any]:
-    """Identify a hub model by its id, and a folder by the hash of its config and the sizes of its weight files."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return {"id": model}
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f"model {model}: the folder has no config.json; expected a Hugging Face model folder")
-    return {
-        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))},
-    }
-
-
-def adapter_identity(folder: str | None) -> str | None:
-    """Identify an adapter by the sha256 of its weights, wherever the folder is."""
-    if folder is None:
-        return None
-    return hashlib.sha256(Path(folder, "adapter_model.safetensors").read_bytes()).hexdigest()
+def _optimizer_state(config: TrainingConfig) -> str:
+    """Return in which form checkpoints hold the state of the optimizer. Only a training of the same form reads it."""
+    stage = config.deepspeed.removesuffix("_offload")
+    if stage == "none":
+        return "in one piece"  # every worker has all of it, however many there are
+    stages = "zero1 or zero2" if stage in ("zero1", "zero2") else stage  # they differ in what they do with gradients
+    return f"as deepspeed {stages} divides it among num_workers {config.num_workers}"
 
 
 def step_size(config: TrainingConfig) -> int:
@@ -185,5 +198,7 @@ def step_size(config: TrainingConfig) -> int:
 
 def planned_steps(num_rows: int, config: TrainingConfig) -> int:
     """Return the number of optimizer steps. The last batch of an epoch is filled up, so it counts as a whole one."""
+    if config.max_steps is not None:
+        return config.max_steps
     batches = math.ceil(num_rows / (config.batch_size_per_worker * config.num_workers))
     return math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -10,17 +10,19 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from aft_ray.metrics import count_step, count_training_start
 from aft_ray.training.examples import batch_order
-from aft_ray.training.metrics import append_metrics, drop_after
+from aft_ray.training.metrics import MetricsFile
+from aft_ray.training.rows import lengths_in
 from aft_ray.training.target_head import TargetHead, predicting, target_loss_sum
 from aft_ray.training.task import TrainTask
 
@@ -52,8 +54,15 @@ class TargetTrainer(SFTTrainer):
         self._tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
         self.head = TargetHead(self.model)
         """Computes every loss on target positions: of steps, held-out examples, the packing check and the proof."""
-        self.has_fused_head = self.args.device.type == "cuda"
-        """Whether TRL's fused head computes the loss of training steps."""
+
+    @property
+    def has_fused_head(self) -> bool:
+        """Whether TRL's fused head computes the loss of training steps. It would read the weights of a head that is
+        trained as one of `lora.modules_to_save` from before the training.
+        """
+        model: Any = self.model
+        is_copy = isinstance(model.get_output_embeddings(), ModulesToSaveWrapper)
+        return self.args.device.type == "cuda" and not is_copy
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -90,7 +99,7 @@ class TargetTrainer(SFTTrainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return BatchOrder([len(ids) for ids in rows["input_ids"]], batch_size, args.seed)
+        return BatchOrder(lengths_in(rows).tolist(), batch_size, args.seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: adapter.py writes that of the adapter, and checkpoints need none."""
@@ -111,17 +120,18 @@ class EpochOrder(TrainerCallback):
 
 
 class StepLog(TrainerCallback):
-    """A callback that writes metrics.jsonl and stops the training at the first loss that is not finite."""
+    """A callback that writes metrics.jsonl, counts the steps for Prometheus, and stops at a loss that is not finite."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, task: TrainTask) -> None:
+        self.file, self.run, self.variant = MetricsFile(task.folder), task.run, task.variant
         self.began_at = self._last = 0.0
         self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began_at, self._last, self.first_step = time.time(), time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            drop_after(self.file, state.global_step)
+            self.file.begin(state.global_step)
+            count_training_start(self.run, self.variant)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -132,9 +142,18 @@ class StepLog(TrainerCallback):
         row = {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
         row["seconds"], self._last = round(now - self._last, 4), now
         if state.is_world_process_zero:
-            append_metrics(self.file, row)
+            self.file.append(row)
+            count_step(self.run, self.variant, row)
         if not math.isfinite(logs["loss"]):
             control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the lines appear before the checkpoint from which a resumed training would go on."""
+        if state.is_world_process_zero:
+            self.file.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)
 
 
 class RayCheckpoints(TrainerCallback):

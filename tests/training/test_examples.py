@@ -18,7 +18,8 @@ from aft_ray.runs import Manifest, write_manifest
 from aft_ray.storage import Folder
 from aft_ray.templates import IGNORE
 from aft_ray.training import TrainingJob, train_adapters
-from aft_ray.training.examples import batch_order, check_batch, check_made_for, read_examples
+from aft_ray.training.examples import batch_order, check_batch, check_made_for
+from aft_ray.training.rows import first_examples
 from aft_ray.training.task import planned_steps
 
 
@@ -26,16 +27,16 @@ def train(model: Path, training_set: Path, folder: Path, variant: str = "sft") -
     job = TrainingJob(
         config=TrainingConfig(),
         model=str(model),
-        training_set=training_set,
-        outputs={variant: folder / "model" / variant},
-        checkpoints=folder / "checkpoints",
+        training_set=Folder.at(training_set),
+        outputs={variant: Folder.at(folder / "model" / variant)},
+        checkpoints=Folder.at(folder / "checkpoints"),
         seed=1,
     )
     train_adapters(job)
 
 
 def test_only_the_training_split_of_the_variant_is_read(training_set: Path) -> None:
-    ids = read_examples(training_set, "aft")["example_id"].to_pylist()
+    ids = [row["example_id"] for row in first_examples(Folder.at(training_set), "aft", 1000)]
     assert ids == [f"p-{number}-aft" for number in range(NUM_ROWS)]
 
 
@@ -167,6 +168,7 @@ def test_steps_are_planned_as_the_trainer_takes_them(
         num_epochs=epochs,
     )
     assert planned_steps(rows, config) == steps
+    assert planned_steps(rows, config.model_copy(update={"max_steps": 3})) == 3
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "template"])
@@ -180,13 +182,13 @@ def test_a_set_made_with_another_tokenizer_or_template_is_refused_with_both_hash
         manifest = Manifest(stage="training_set", status="done", fingerprint="", settings=settings)
         write_manifest(Folder.at(folder), manifest)
 
-    check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})  # made elsewhere: no manifest
+    check_made_for(Folder.at(folder), str(tiny_model), {"aggregator": "a" * 64})  # made elsewhere: no manifest
     write(hashes)
-    check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
+    check_made_for(Folder.at(folder), str(tiny_model), {"aggregator": "a" * 64})
     write({**hashes, what: "b" * 64})
     now = hashes[what][:16]
     with pytest.raises(InputError, match=f"another {what}: its sha256 was {'b' * 16} and is {now}"):
-        check_made_for(folder, str(tiny_model), {"aggregator": "a" * 64})
+        check_made_for(Folder.at(folder), str(tiny_model), {"aggregator": "a" * 64})
 
 
 def test_the_tokenizers_identity_is_its_files_and_its_chat_template(tiny_model: Path, tmp_path: Path) -> None:

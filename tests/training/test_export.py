@@ -14,16 +14,19 @@ import yaml
 from tiny import ANSWER, TEMPLATE, write_model, write_training_set
 
 from aft_ray.cli import app, guarded
-from aft_ray.config import TrainingConfig, VllmEngineConfig, load_config
+from aft_ray.config import LoraSettings, TrainingConfig, TransformersEngineConfig, VllmEngineConfig, load_config
 from aft_ray.errors import TrainingFailed
+from aft_ray.models import resolve_model
 from aft_ray.pipeline.preview import show_first_batch
-from aft_ray.storage import empty_partial
+from aft_ray.storage import Folder
 from aft_ray.templates import ChatFormat
-from aft_ray.training import TrainingJob
-from aft_ray.training.adapter import finish_folder
-from aft_ray.training.examples import read_examples, shard_files
+from aft_ray.training import TrainingJob, check_before_training
+from aft_ray.training.adapter import finish_folder, partial_output
 from aft_ray.training.export import export_model, find_trained, rounded
+from aft_ray.training.loading import with_lora
+from aft_ray.training.rows import first_examples, shard_hashes
 from aft_ray.training.task import TrainSummary, TrainTask, task_settings
+from tests.hub import put_in_cache
 
 SMALL = 1e-4
 """A learning rate at which the adapter changes weights by less than half a step of bfloat16."""
@@ -33,8 +36,9 @@ QUESTION: Any = [{"role": "user", "content": "the green hill near a small town"}
 class FinishedRun:
     """A run folder with a trained adapter, as `aft-ray run --until train` leaves it."""
 
-    def __init__(self, folder: Path, model: Path, examples: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, model: Path | str, examples: list[dict[str, Any]]) -> None:
         self.folder, self.model = folder, model
+        folder.mkdir(exist_ok=True)
         self.training_set = write_training_set(folder / "training_set", examples)
         self.file = folder / "run.yaml"
         engine = {"type": "transformers", "model": str(model)}
@@ -45,9 +49,9 @@ class FinishedRun:
         job = TrainingJob(
             config=TrainingConfig(bf16=False),
             model=str(self.model),
-            training_set=self.training_set,
-            outputs={variant: self.folder / "model" / variant},
-            checkpoints=self.folder / "checkpoints",
+            training_set=Folder.at(self.training_set),
+            outputs={variant: Folder.at(self.folder / "model" / variant)},
+            checkpoints=Folder.at(self.folder / "checkpoints"),
             seed=1,
             template_hashes={"a": "h-4711"},
         )
@@ -55,20 +59,23 @@ class FinishedRun:
             variant=variant,
             output=job.outputs[variant],
             checkpoints=job.checkpoints,
-            settings=task_settings(job, shard_files(self.training_set), variant),
+            settings=task_settings(job, shard_hashes(job.training_set), resolve_model(str(self.model)), variant),
             num_rows=24,
             num_steps=40,
         )
-        trained.save_pretrained(empty_partial(task.output))
+        folder = partial_output(task, self.folder)
+        trained.save_pretrained(folder)
         numbers = dict(num_tokens=9, num_trained_tokens=4, first_loss=3.0, last_loss=0.1, seconds=1.0, world_size=2)
         more = dict(startup_seconds=1.0, tokens_per_second=9.0, resumed_from_step=0, num_rows=24, num_steps=40)
         perplexity = {"held_out_perplexity": {"aft": 2.345}}
         finish_folder(
             task,
-            str(self.model),
-            TrainSummary(variant=variant, adapter_path=str(task.output), **numbers, **more, **perplexity),  # type: ignore[arg-type]
+            job,
+            resolve_model(str(self.model)),
+            TrainSummary(variant=variant, adapter_path=task.output.path, **numbers, **more, **perplexity),  # type: ignore[arg-type]
+            folder,
         )
-        return task.output
+        return Path(task.output.path)
 
     def export(self, output: Path, *flags: str) -> int:
         """Run `aft-ray export` in this process and return its exit code."""
@@ -87,7 +94,10 @@ def with_adapter(model: Path, training_set: Path, num_steps: int, *, learning_ra
     adapted: Any = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(**settings)
     )
-    rows = read_examples(training_set, "aft").select(["input_ids", "labels"]).to_pylist()
+    rows = [
+        {"input_ids": row["input_ids"], "labels": row["labels"]}
+        for row in first_examples(Folder.at(training_set), "aft", 1000)
+    ]
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=learning_rate)
     for _ in range(num_steps):
@@ -130,7 +140,7 @@ def merged(run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(model: Any, run: FinishedRun) -> torch.Tensor:
-    ids = torch.tensor([read_examples(run.training_set, "aft")["input_ids"][0].as_py()])
+    ids = torch.tensor([first_examples(Folder.at(run.training_set), "aft", 1)[0]["input_ids"]])
     with torch.inference_mode():
         return model.eval()(input_ids=ids).logits
 
@@ -141,6 +151,24 @@ def adapted_logits(run: FinishedRun, adapter: Path) -> torch.Tensor:
 
     base = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
     return logits(PeftModel.from_pretrained(base, str(adapter)), run)
+
+
+def test_an_adapter_is_not_merged_into_other_weights_of_the_same_shapes(
+    examples: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = write_model(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    own = FinishedRun(tmp_path / "run", model, examples)
+    own.finish(with_adapter(model, own.training_set, 1))
+    with_other_weights: Any = AutoModelForCausalLM.from_pretrained(model)
+    for weight in with_other_weights.parameters():
+        weight.data *= 1.01
+    with_other_weights.save_pretrained(model)
+    assert own.export(tmp_path / "merged", "--merged") == 2
+    assert "is not the model that" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_merged_folder_gives_the_logits_of_base_and_adapter_in_plain_transformers(
@@ -199,6 +227,84 @@ def test_the_card_tells_what_it_is_made_from_and_how_merging_went(run: FinishedR
     assert "| dtype | `float32` |" in card
     assert "loss when reloaded" in card
     assert "## Merging" not in (run.folder / "model" / "aft" / "model_card.md").read_text()
+
+
+def test_exports_name_the_hubs_base_model_and_its_commit_instead_of_a_path(
+    run: FinishedRun, examples: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "d" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = put_in_cache(tmp_path / "hub", "owner/tiny", Path(run.model), commit, "v1")
+    of_hub = FinishedRun(tmp_path / "run", "owner/tiny#v1", examples)
+    of_hub.finish(with_adapter(snapshot, of_hub.training_set, 2))
+    assert of_hub.export(tmp_path / "exports" / "adapter") == 0
+    assert of_hub.export(tmp_path / "exports" / "merged", "--merged") == 0
+    written = json.loads((tmp_path / "exports" / "adapter" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/tiny", commit)
+    for form in ("adapter", "merged"):
+        card = (tmp_path / "exports" / form / "model_card.md").read_text()
+        assert "| base model | `owner/tiny` |" in card
+        assert f"| revision of the base model | `{commit}` |" in card
+    texts = {file: file.read_text() for file in (tmp_path / "exports").rglob("*") if file.suffix in {".json", ".md"}}
+    assert [file.name for file, text in texts.items() if str(tmp_path / "hub") in text] == []
+    merge_base = find_trained(load_config(of_hub.file, ["engine.model=owner/tiny"]), None, "").base
+    assert merge_base == str(snapshot), "a merge takes the commit that was trained on, whatever is the newest"
+
+
+def test_a_base_model_gets_the_tokens_of_its_chat_template_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from tests.templates.families import make_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer("base")
+    tokenizer.save_pretrained("owner/base-model")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small)).save_pretrained("owner/base-model")
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    chat_format = ChatFormat.load("base-with-tokens", style="chat", chat_template="chatml")
+    [start, *_, end] = chat_format.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert chat_format.prompt_ids(QUESTION)[0] == start >= len(tokenizer)
+    assert chat_format.target_ids(QUESTION, "Good day")[-1] == end
+    base = AutoModelForCausalLM.from_pretrained("base-with-tokens")
+    assert base.get_input_embeddings().weight.shape[0] == len(tokenizer) + 2
+    config = TrainingConfig(lora=LoraSettings(modules_to_save=("embed_tokens", "lm_head")))
+    check_before_training(config, "base-with-tokens", 128)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_are_trained_whole_are_merged_too(
+    tied: bool, examples: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from aft_ray.engines.transformers import TransformersEngine
+
+    model = write_model(tmp_path / "model", tied=tied)
+    whole = FinishedRun(tmp_path / "run", model, examples)
+    saved = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    settings = LoraSettings(rank=4, modules_to_save=tuple(saved))
+    _, lora = with_lora(TrainingConfig(lora=settings), AutoModelForCausalLM.from_pretrained(model))
+    assert lora.ensure_weight_tying == tied
+    trained = with_adapter(model, whole.training_set, 10, modules_to_save=saved, ensure_weight_tying=tied)
+    folder = whole.finish(trained)
+    expected = adapted_logits(whole, folder)
+    assert whole.export(tmp_path / "merged", "--merged") == 0
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged, whole), expected, atol=1e-3, rtol=1e-3)
+    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        assert not torch.allclose(getattr(merged, layer)().weight, getattr(base, layer)().weight, atol=1e-3)
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+
+    engine = TransformersEngine(TransformersEngineConfig(model=str(model), dtype="float32"))
+    engine._use_adapter(str(folder))
+    assert torch.allclose(logits(engine.model, whole), expected, atol=1e-3, rtol=1e-3)
+    engine._use_adapter(None)
+    assert torch.allclose(logits(engine.model, whole), logits(base, whole), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["exported", "merged"])

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,13 +53,7 @@ def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
         "serving": {"plan": plan},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(tmp_path / "run.yaml")]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1100
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    report = json.loads((tmp_path / "run" / "report" / "results.json").read_text())
+    report = run(tmp_path)
     assert [system["system"] for system in report["systems"]] == ["base", "sft", "aft"]
     by_condition = {one["name"]: one["perplexity"] for one in report["perplexities"]}
     measured = {"sft": by_condition["SFT, prompt only"], "aft": by_condition["AFT, prompt + proposals"]}
@@ -74,3 +69,47 @@ def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
         assert measured[training["variant"]] == pytest.approx(perplexities[-1], rel=1e-2)
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     assert "held-out perplexity, aft in training" in page
+
+
+@pytest.mark.soak
+def test_conversations_with_answers_go_through_every_step_that_they_need(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", window=1024)
+    draw = random.Random(0)
+
+    def turns() -> list[dict[str, str]]:
+        question = {"role": "user", "content": " ".join(draw.choices(WORDS, k=9))}
+        return [question, {"role": "assistant", "content": ANSWER}]
+
+    rows = [{"messages": [*turns(), *turns()]} for _ in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = {"temperature": 1.0, "max_tokens": 8}
+    plan = {"num_proposals": 2, "num_layers": 1, "proposal": short, "final": short}
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "engine": {"type": "transformers", "model": str(model), "max_model_len": 1024, "dtype": "float32"},
+        "prompts": {"source": str(tmp_path / "rows.jsonl"), "held_out": 4},
+        "training_set": {"source": "prompts", "answers": "all", "variants": ["sft_reference"], "max_length": 1024},
+        "training": {**TRAINING["lora"], "num_epochs": 4, "eval_steps": 8},
+        "evaluation": {"plan": plan},
+        "serving": {"plan": plan},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    report = run(tmp_path)
+    assert [system["system"] for system in report["systems"]] == ["base", "sft_reference"]
+    assert report["perplexities"] == []
+    [training] = report["training"]
+    assert training["num_trained_tokens"] == 4 * 16 * 2 * (len(ANSWER.split()) + 1)
+    (_, before), (_, after) = training["held_out"]["sft_reference"]
+    assert after < before
+    assert not (tmp_path / "run" / "proposals").exists()
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Run the command to its end and return what the report holds."""
+    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(folder / "run.yaml")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results: dict[str, Any] = json.loads((folder / "run" / "report" / "results.json").read_text())
+    return results

@@ -11,8 +11,9 @@ import torch
 
 from aft_ray.config import TrainingConfig
 from aft_ray.errors import TrainingFailed
+from aft_ray.storage import Folder
 from aft_ray.training import proof
-from aft_ray.training.run import _reason
+from aft_ray.training.failures import reason
 from aft_ray.training.task import TrainTask
 from aft_ray.training.trainer import WeightSums
 
@@ -21,8 +22,8 @@ from aft_ray.training.trainer import WeightSums
 def task(tmp_path: Path) -> TrainTask:
     return TrainTask(
         variant="sft",
-        output=tmp_path / "model",
-        checkpoints=tmp_path / "checkpoints",
+        output=Folder.at(tmp_path / "model"),
+        checkpoints=Folder.at(tmp_path / "checkpoints"),
         settings={"training": {"bf16": False}},
         num_rows=8,
         num_steps=2,
@@ -59,6 +60,9 @@ def rows(*losses: float) -> list[dict[str, Any]]:
 
 def test_the_planned_steps_with_finite_losses_pass(task: TrainTask) -> None:
     proof.check_steps(task, 2, rows(3.0, 2.0))
+    proof.check_steps(task, 1, rows(3.0), stopped_early=True)
+    with pytest.raises(TrainingFailed, match="1 optimizer steps taken and 2 logged"):
+        proof.check_steps(task, 1, rows(3.0, 2.0), stopped_early=True)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_a_training_that_left_the_model_wrong_fails(task: TrainTask, change: dic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("worker 1: torch.OutOfMemoryError: CUDA out of memory", "out of memory: lower training.batch_size_per_worker"),
+        ("worker 1: torch.OutOfMemoryError: CUDA out of memory", "out of memory: run the same command with"),
         ("DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly", "died more than training.max_failures 2 times"),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
@@ -163,4 +167,4 @@ def test_a_training_that_left_the_model_wrong_fails(task: TrainTask, change: dic
     ],
 )
 def test_a_failed_run_is_told_in_one_sentence(text: str, message: str) -> None:
-    assert message in _reason(RuntimeError(text), TrainingConfig())
+    assert message in reason(RuntimeError(text), TrainingConfig())

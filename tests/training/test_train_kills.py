@@ -5,20 +5,20 @@ Dropout is on, so the order of batches, the optimizer, the schedule and the rand
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
-from aft_ray.training.metrics import read_metrics
+from aft_ray.storage import Folder
+from aft_ray.training.metrics import HELD_OUT, METRICS
+from tests.kills import kill_all
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
@@ -26,10 +26,11 @@ NUM_STEPS = 45
 SAVE_STEPS = 7  # of three steps per epoch: a checkpoint in the middle of one
 
 TRAIN = """
-import re, subprocess, sys, threading, time
+import json, os, re, subprocess, sys, threading, time
 from pathlib import Path
 import psutil, ray
 from aft_ray.config import LoraSettings, TrainingConfig
+from aft_ray.storage import Folder
 from aft_ray.training import TrainingJob, train_adapters
 
 folder, model, training_set, *names = sys.argv[1:]
@@ -37,11 +38,13 @@ folder, model, training_set, *names = sys.argv[1:]
 config = TrainingConfig(num_workers=2, batch_size_per_worker=4, num_epochs=15, learning_rate=5e-3, save_steps=7,
                         eval_steps=1, bf16=False, deepspeed="zero2", max_failures=1,
                         lora=LoraSettings(rank=4, dropout=0.2))
+config = TrainingConfig.model_validate({**config.model_dump(), **json.loads(os.environ.get("SETTINGS", "{}"))})
 
 def train(name, report=None):
     place = Path(folder) / name
-    job = TrainingJob(config=config, model=model, training_set=Path(training_set), outputs={"aft": place / "model"},
-                      checkpoints=place / "checkpoints", seed=7, template_hashes={"aggregator": "h"})
+    job = TrainingJob(config=config, model=model, training_set=Folder.at(training_set),
+                      outputs={"aft": Folder.at(place / "model")}, checkpoints=Folder.at(place / "checkpoints"),
+                      seed=7, template_hashes={"aggregator": "h"})
     summary = train_adapters(job, report=report)["aft"]
     (place / "resumed_from").write_text(str(summary.resumed_from_step))
 """
@@ -125,38 +128,50 @@ def start(
     return subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
 
 
+def kill_in_the_middle(process: subprocess.Popen[bytes], folder: Path, name: str) -> None:
+    while len(curve_of(folder, name)) < 25:
+        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        time.sleep(0.005)
+    kill_all(process)
+    assert not (folder / name / "model").exists()
+
+
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
     assert process.wait(timeout=900) == 0, (folder / "log.txt").read_text()[-3000:]
 
 
 def curve_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return read_metrics(folder / name / "checkpoints" / "aft" / "metrics.jsonl")
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kill the driver first, so that it cannot notice, then raylet, workers and the rest of its Ray."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    for victim in [psutil.Process(process.pid), *below]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.send_signal(signal.SIGKILL)
-    process.wait()
+    return Folder.at(folder / name / "checkpoints" / "aft").json_lines(METRICS)
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tiny_model: Path, training_set: Path) -> Path:
     """The folder with "whole", never interrupted, and "killed", whose driver and Ray were killed in the middle."""
-    process = start(folder, tiny_model, training_set, "killed")
-    while len(curve_of(folder, "killed")) < 25:
-        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
-        time.sleep(0.005)
-    kill_all(process)
-    assert not (folder / "killed" / "model").exists()
+    kill_in_the_middle(start(folder, tiny_model, training_set, "killed"), folder, "killed")
     finish(start(folder, tiny_model, training_set, "killed", "whole"), folder)
     return folder
 
 
 def test_the_driver_and_its_ray_killed_the_same_call_goes_on(whole: Path) -> None:
     assert check_equal_to_whole(whole, "killed") % SAVE_STEPS == 0
+
+
+def test_a_training_by_two_workers_is_finished_by_one(folder: Path, tiny_model: Path, training_set: Path) -> None:
+    """Without dropout, whose random state each worker has for itself, one worker repeats the steps of two."""
+    plain = {"deepspeed": "none", "lora": {"rank": 4}}
+    alone = {**plain, "num_workers": 1, "batch_size_per_worker": 8}
+    two = start(folder, tiny_model, training_set, "shrunk", SETTINGS=json.dumps(plain))
+    kill_in_the_middle(two, folder, "shrunk")
+    by_two = curve_of(folder, "shrunk")
+    finish(start(folder, tiny_model, training_set, "shrunk", SETTINGS=json.dumps(alone)), folder)
+    resumed_from, by_both = int((folder / "shrunk" / "resumed_from").read_text()), curve_of(folder, "shrunk")
+    assert 0 < resumed_from < len(by_two)
+    assert [row["step"] for row in by_both] == list(range(1, NUM_STEPS + 1))
+    repeated = slice(resumed_from, len(by_two))
+    found = [row["loss"] for row in by_both[repeated]]
+    assert found == pytest.approx([row["loss"] for row in by_two[repeated]], rel=1e-4)
+    assert [row["tokens"] for row in by_both[repeated]] == [row["tokens"] for row in by_two[repeated]]
+    assert json.loads((folder / "shrunk" / "model" / "summary.json").read_text())["summary"]["world_size"] == 1
 
 
 def test_a_preempted_node_and_a_lost_one_cost_one_failure_and_the_training_goes_on_elsewhere(
@@ -176,7 +191,7 @@ def check_equal_to_whole(folder: Path, name: str) -> int:
     resumed_from = int((folder / name / "resumed_from").read_text())
     assert 0 < resumed_from < NUM_STEPS
     whole, other = curve_of(folder, "whole"), curve_of(folder, name)
-    held_out = [read_metrics(folder / one / "checkpoints" / "aft" / "held_out.jsonl") for one in ("whole", name)]
+    held_out = [Folder.at(folder / one / "checkpoints" / "aft").json_lines(HELD_OUT) for one in ("whole", name)]
     assert [row["perplexity"] for row in held_out[1]] == [
         pytest.approx(row["perplexity"], rel=1e-3) for row in held_out[0]
     ]

@@ -14,7 +14,8 @@ The files of the room:
     shares.py             how many drafts each of several proposers writes
     layer.py              one layer: its usage, quorum and stragglers
     agreement.py          early stop and majority vote
-    answers.py            the short answer within a longer text
+    answers.py            the answer within a longer text
+    numbers.py            numbers as people and models write them
     off_loop.py           tokenizing of long texts in a thread
 """
 

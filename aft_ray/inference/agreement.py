@@ -49,10 +49,11 @@ async def break_tie(run: Run, tied: Sequence[Sequence[Answer]]) -> tuple[list[An
     if role.engine.info.takes_messages:
         return list(tied[0]), 0
     answers = [answer for group in tied for answer in group]
-    targets = [role.format.target_ids(run.messages, answer.text) for answer in answers]
+    prompt_format = run.format_of(run.plan.num_layers, role)
+    targets = [prompt_format.target_ids(run.messages, answer.text) for answer in answers]
     longest = max(len(target) for target in targets)
     try:
-        prompt = fit_prompt(role.format, run.messages, role.engine.info.max_model_len - longest - 1)
+        prompt = fit_prompt(prompt_format, run.messages, role.engine.info.max_model_len - longest - 1)
         logprobs = await asyncio.gather(*(role.engine.score(prompt, target, role.adapter) for target in targets))
     except (EngineError, PromptTooLong):
         return list(tied[0]), 0

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aft_ray.engines.base import GenerateRequest
-from aft_ray.errors import ConfigError
+from aft_ray.errors import ConfigError, InputError
 from aft_ray.inference.events import Answer
 from aft_ray.inference.layer import EngineCall, Slot
 from aft_ray.inference.role import Role
@@ -26,6 +27,7 @@ from aft_ray.inference.run import Run
 from aft_ray.inference.shares import apportion
 from aft_ray.records import Message, derive_seed
 from aft_ray.templates import fit_aggregation, fit_prompt
+from aft_ray.templates.budget import fit_text
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,34 @@ def _proposal_prompts(run: Run, num_slots: int) -> list[_Prompt]:
 
 
 def _proposal_prompt(run: Run, role: Role, slots: range) -> _Prompt:
-    ids = fit_prompt(role.format, run.messages, run.max_prompt_tokens(0, role))
-    return _Prompt(role, run.messages, tuple(ids), tuple(Slot(index=index) for index in slots))
+    if run.final.echo is not None:
+        ids = fit_text(role.format, run.final.echo, run.max_prompt_tokens(0, role))
+        return _Prompt(role, run.messages, ids, tuple(Slot(index=index) for index in slots))
+    messages = run.conversation(0)
+    ids = fit_prompt(run.format_of(0, role), messages, run.max_prompt_tokens(0, role))
+    return _Prompt(role, messages, tuple(ids), tuple(Slot(index=index) for index in slots))
 
 
 def _aggregation_prompts(run: Run, layer: int, below: Sequence[Answer], num_slots: int) -> list[_Prompt]:
     """Return one prompt per distinct list of shown texts, with all the slots that are shown these texts."""
     shown_by_texts: dict[tuple[str, ...], dict[int, tuple[Answer, ...]]] = {}
     for slot, shown in enumerate(draw_shown(run, layer, below, num_slots)):
-        shown_by_texts.setdefault(tuple(answer.text for answer in shown), {})[slot] = shown
+        shown_by_texts.setdefault(tuple(_text_shown(run, answer) for answer in shown), {})[slot] = shown
     return [_aggregation_prompt(run, layer, texts, shown) for texts, shown in shown_by_texts.items()]
+
+
+def _text_shown(run: Run, answer: Answer) -> str:
+    """Return what an aggregator sees of an answer."""
+    return f"{answer.reasoning}\n\n{answer.text}" if run.plan.show_thinking and answer.reasoning else answer.text
 
 
 def _aggregation_prompt(
     run: Run, layer: int, texts: tuple[str, ...], shown: Mapping[int, tuple[Answer, ...]]
 ) -> _Prompt:
     fitted = fit_aggregation(
-        run.aggregator.format,
+        run.format_of(layer, run.aggregator),
         run.template,
-        run.messages,
+        run.conversation(layer),
         texts,
         run.max_prompt_tokens(layer, run.aggregator),
         run.plan.length_policy,
@@ -114,24 +125,31 @@ def _aggregation_prompt(
 
 
 def _engine_call(run: Run, layer: int, number: int, prompt: _Prompt) -> EngineCall:
-    role, plan = prompt.role, run.plan
+    role, plan, tool_use = prompt.role, run.plan, run.final.tool_use
     if not prompt.prompt_ids and not role.engine.info.takes_messages:
         raise ConfigError(
             f"layer {layer}: engine {role.engine.info.model} takes token ids, but its prompt format makes none. "
             "Give the role a format with the model's tokenizer, such as ChatFormat"
         )
-    # an answer that is cancelled reports no tokens of its own: only its deltas do
-    is_cancellable = not (plan.draft_deadline_s is plan.deadline_s is plan.hedge_s is run.on_usage is None)
+    if unknown := plan.sampling_of(layer).extras - role.engine.info.honours:
+        raise InputError(f"layer {layer}: engine {role.engine.info.model} has no {', '.join(sorted(unknown))}")
+    is_last = layer == plan.num_layers
+    is_counted = not (plan.draft_deadline_s is plan.deadline_s is plan.hedge_s is run.on_usage is None)
     request = GenerateRequest(
         request_id=f"{run.request_id}/{layer}/{number}",
         prompt_ids=prompt.prompt_ids,
         messages=prompt.messages,
-        sampling=run.sampling_of(layer, role),
+        sampling=run.sampling_of(layer, role, len(prompt.prompt_ids)),
         seeds=tuple(derive_seed(run.run_seed, run.prompt_id, layer, slot.index) for slot in prompt.slots),
+        stop_ids=role.format.stop_ids,
         adapter=role.adapter,
-        stream=layer == plan.num_layers or is_cancellable,
-        top_logprobs=run.final.top_logprobs if layer == plan.num_layers else None,
-        json_schema=run.final.json_schema if layer == plan.num_layers else None,
-        is_unread=layer < plan.num_layers or not run.final.is_read,
+        stream=is_last and run.final.is_read,
+        top_logprobs=run.final.top_logprobs if is_last else None,
+        prompt_logprobs=None if run.final.echo is None else run.final.top_logprobs,
+        json_schema=run.final.json_schema if is_last else None,
+        tool_use=tool_use if is_last and tool_use is not None and tool_use.may_call else None,
+        template_arguments=run.template_arguments,
+        cache_salt=run.cache_salt,
+        written=Counter() if is_counted else None,
     )
     return EngineCall(engine=role.engine, request=request, slots=prompt.slots)

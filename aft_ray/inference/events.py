@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from aft_ray.engines.base import TokenLogprob
+from aft_ray.engines.base import CallPiece, TokenLogprob
 from aft_ray.records import Message
 
 
@@ -21,6 +21,8 @@ class LayerUsage:
     prompt_tokens: int = 0
     """Prompt tokens sent. A prompt counts once for each answer to it."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """The part of `completion_tokens` that the models thought before their answers, where the engine knows it."""
     cached_tokens: int = 0
     """The part of `prompt_tokens` that the engine found in its prefix cache."""
     num_answers: int = 0
@@ -52,8 +54,15 @@ class Answer:
     vote or agreement: indices of the answers that gave it, in the last layer that was written."""
     length_action: str | None = None
     """What the length policy did to its inputs, such as `drop_longest: dropped 2 of 5`; None when everything fitted."""
+    reasoning: str = ""
+    """What the model thought before the answer. No other model is shown it, unless `Plan.show_thinking` says so."""
+    num_reasoning_tokens: int = 0
+    tool_calls: tuple[CallPiece, ...] = ()
+    """Tools that a final answer calls."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Log-probabilities of a final answer's tokens, where the request asked for them."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Those of its prompt's tokens, where the request asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,9 @@ class AnswerDelta:
     index: int = 0
     """Index of the final answer it belongs to."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    """A piece of what the model thinks before the answer."""
+    tool_calls: tuple[CallPiece, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,12 @@ from aft_ray.engines.base import Engine, EngineEvent, GenerateRequest, Sample, T
 from aft_ray.errors import EngineError
 from aft_ray.fan_in import Emit, Writer, fan_in
 from aft_ray.inference.events import Answer, LayerUsage
+from aft_ray.records import Message, all_text
 
 EMPTY_ANSWER = "empty answer"
 """`Answer.error` of an answer without text, which an aggregator cannot use."""
+HEDGE = "/hedge"
+"""End of the id of a second request for the same answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,126 +55,150 @@ class LayerTally:
     is left that could still fill it.
     """
 
-    def __init__(self, layer: int, calls: Sequence[EngineCall]) -> None:
+    def __init__(self, layer: int, calls: Sequence[EngineCall], *, accepts_empty: bool = False) -> None:
         self.layer = layer
+        self.accepts_empty = accepts_empty
+        """Whether an answer without text fills its slot: for a client it is an answer, for an aggregator it is none."""
         self.usable: dict[int, Answer] = {}
         self.failed: list[Answer] = []
         """Failed and empty answers, in the order they ended."""
         self.unfinished: dict[int, list[EngineCall]] = {}
         """The calls that may still fill a slot, by the slot's index."""
-        self._num_tokens_seen: Counter[tuple[str, int]] = Counter()
-        """Tokens that are part of no answer yet, by request and slot. Of a cancelled sample, nothing else is known."""
-        self._sent: dict[tuple[str, int], bool] = {}
-        """Whether the engine has reported an end, by request and slot. A prompt was sent for each of these pairs."""
+        self._calls: list[EngineCall] = []
+        self._ended: dict[tuple[str, int], Answer] = {}
+        """How each sample ended, by request and slot, whether or not it filled the slot."""
         self._num_prompt_tokens: dict[str, int] = {}
-        self._num_slots_written: Counter[str] = Counter()
+        """By prompt. Engines that take messages tell it with the first sample; until then it is estimated."""
         self._started = time.monotonic()
         for call in calls:
             self.begin(call)
 
     def begin(self, call: EngineCall) -> None:
         """Note that a call was sent for its slots."""
-        self._num_prompt_tokens[call.request.request_id] = len(call.request.prompt_ids)
+        self._calls.append(call)
+        request = call.request
+        self._num_prompt_tokens.setdefault(
+            _prompt_of(call), len(request.prompt_ids) or estimated_tokens(request.messages)
+        )
         for slot in call.slots:
             self.unfinished.setdefault(slot.index, []).append(call)
-            self._sent[call.request.request_id, slot.index] = False
 
     @property
     def answers(self) -> tuple[Answer, ...]:
         """The usable answers in the order of their slots, which does not depend on which ended first."""
         return tuple(self.usable[index] for index in sorted(self.usable))
 
-    def take(self, call: EngineCall, event: EngineEvent | EngineError) -> list[Answer]:
-        """Count one event of a call and return the answers that ended with it.
+    def take(self, call: EngineCall, event: Sample | EngineError) -> list[Answer]:
+        """Count the end of one sample of a call, or an EngineError, which ends all that are left of it.
 
-        An EngineError ends every slot that the call has left.
+        Returns the answers that filled slots.
         """
-        if isinstance(event, TokenDelta):
-            self._num_tokens_seen[call.request.request_id, call.slots[event.index].index] += event.num_tokens
-            return []
+        request_id = call.request.request_id
         if isinstance(event, Sample):
             if event.num_prompt_tokens:
-                self._num_prompt_tokens[call.request.request_id] = event.num_prompt_tokens
-            slot = call.slots[event.index]
-            self._num_slots_written[call.request.request_id] += 1
-            return self._end(call, self._answer_of(call, slot, event))
-        left = [slot for slot in call.slots if not self._sent.get((call.request.request_id, slot.index), True)]
-        has_begun = self._num_slots_written[call.request.request_id] or any(
-            self._num_tokens_seen[call.request.request_id, slot.index] for slot in left
-        )
+                self._num_prompt_tokens[_prompt_of(call)] = event.num_prompt_tokens
+            return self._end(call, self._answer_of(call, call.slots[event.index], event))
+        left = [n for n, slot in enumerate(call.slots) if (request_id, slot.index) not in self._ended]
         # a request that was refused at once cost nothing
-        num_sent = self._num_prompt_tokens[call.request.request_id] if has_begun else 0
-        return [answer for slot in left for answer in self._end(call, self._answer_lost(call, slot, num_sent, event))]
+        has_begun = len(left) < len(call.slots) or bool(call.request.written)
+        num_sent = self._num_prompt_tokens[_prompt_of(call)] if has_begun else 0
+        return [answer for n in left for answer in self._end(call, self._answer_lost(call, n, num_sent, event))]
 
     def usage(self) -> LayerUsage:
         """Return tokens and seconds so far. Unfinished samples count as cancelled, with the tokens known of them."""
-        ended = [*self.usable.values(), *self.failed]
+        usage = Counter[str]()
+        for call in self._calls:
+            for number, slot in enumerate(call.slots):
+                answer = self._ended.get((call.request.request_id, slot.index))
+                if answer is None:
+                    if call.request.written is None or number in call.request.written:  # an engine had begun it
+                        usage["prompt"] += self._num_prompt_tokens[_prompt_of(call)]
+                    usage["completion"] += _num_written(call, number)
+                    usage["cancelled"] += 1
+                else:
+                    usage["prompt"] += answer.num_prompt_tokens
+                    usage["completion"] += answer.num_tokens
+                    usage["cached"] += answer.num_cached_tokens
+                    usage["reasoning"] += answer.num_reasoning_tokens
         return LayerUsage(
             layer=self.layer,
-            prompt_tokens=sum(a.num_prompt_tokens for a in ended)
-            + sum(self._num_prompt_tokens[request_id] for request_id, _ in self._sent),
-            completion_tokens=sum(a.num_tokens for a in ended) + sum(self._num_tokens_seen.values()),
-            cached_tokens=sum(a.num_cached_tokens for a in ended),
+            prompt_tokens=usage["prompt"],
+            completion_tokens=usage["completion"],
+            reasoning_tokens=usage["reasoning"],
+            cached_tokens=usage["cached"],
             num_answers=len(self.usable),
             num_failed=len(self.failed),
-            num_cancelled=sum(not has_ended for has_ended in self._sent.values()),
+            num_cancelled=usage["cancelled"],
             seconds=time.monotonic() - self._started,
         )
 
     def _end(self, call: EngineCall, answer: Answer) -> list[Answer]:
         """Fill a slot with an answer, unless it came too late or it failed and another call may still succeed."""
-        pair = (call.request.request_id, answer.index)
+        self._ended[call.request.request_id, answer.index] = answer
         rivals = [other for other in self.unfinished.get(answer.index, []) if other is not call]
-        if answer.index not in self.unfinished or (answer.error is not None and rivals):
-            self._num_tokens_seen[pair] = answer.num_tokens
-            self._sent[pair] = True
-            if not answer.num_prompt_tokens:
-                del self._sent[pair]
-            if answer.index in self.unfinished:
-                self.unfinished[answer.index] = rivals
+        if answer.index not in self.unfinished:
+            return []
+        if answer.error is not None and rivals:
+            self.unfinished[answer.index] = rivals
             return []
         del self.unfinished[answer.index]
-        self._sent.pop(pair)
-        # an answer that was lost with its replica and written again cost more than its own tokens
-        self._num_tokens_seen[pair] = max(0, self._num_tokens_seen[pair] - answer.num_tokens)
         if answer.error is None:
             self.usable[answer.index] = answer
         else:
             self.failed.append(answer)
         return [answer]
 
-    def _num_seen(self, call: EngineCall, slot: Slot, sample: Sample) -> int:
-        """Return the tokens of a failed sample, which may report none itself."""
-        return max(sample.num_tokens, self._num_tokens_seen[call.request.request_id, slot.index])
-
     def _answer_of(self, call: EngineCall, slot: Slot, sample: Sample) -> Answer:
+        num_tokens = sample.num_tokens
+        if sample.error is not None:  # a failed sample may report no tokens itself
+            num_tokens = max(num_tokens, _num_written(call, sample.index))
         return Answer(
             layer=self.layer,
             index=slot.index,
             text=sample.text,
             finish_reason=sample.finish_reason,
             num_prompt_tokens=sample.num_prompt_tokens,
-            num_tokens=sample.num_tokens if sample.error is None else self._num_seen(call, slot, sample),
+            num_tokens=num_tokens,
             num_cached_tokens=sample.num_cached_tokens,
             seed=sample.seed,
             logprobs=sample.logprobs,
-            error=sample.error if sample.error is not None or sample.text.strip() else EMPTY_ANSWER,
+            prompt_logprobs=sample.prompt_logprobs,
+            reasoning=sample.reasoning,
+            num_reasoning_tokens=sample.num_reasoning_tokens,
+            tool_calls=sample.tool_calls,
+            error=sample.error if self.accepts_empty or sample.text.strip() else sample.error or EMPTY_ANSWER,
             inputs=slot.inputs,
             length_action=slot.length_action,
         )
 
-    def _answer_lost(self, call: EngineCall, slot: Slot, num_prompt_tokens: int, error: EngineError) -> Answer:
+    def _answer_lost(self, call: EngineCall, number: int, num_prompt_tokens: int, error: EngineError) -> Answer:
+        slot = call.slots[number]
         return Answer(
             layer=self.layer,
             index=slot.index,
             text="",
             finish_reason="error",
             num_prompt_tokens=num_prompt_tokens,
-            num_tokens=self._num_tokens_seen[call.request.request_id, slot.index],
+            num_tokens=_num_written(call, number),
             error=str(error),
             inputs=slot.inputs,
             length_action=slot.length_action,
         )
+
+
+def estimated_tokens(messages: Sequence[Message]) -> int:
+    """Return about how many tokens a conversation has: one for four bytes of text, and four around each turn."""
+    return sum(4 + len(all_text(message).encode()) // 4 for message in messages)
+
+
+def _prompt_of(call: EngineCall) -> str:
+    """Return the name of a call's prompt, which a second request for the same answers shares."""
+    return call.request.request_id.removesuffix(HEDGE)
+
+
+def _num_written(call: EngineCall, number: int) -> int:
+    """Return the tokens that the engine has counted of a sample."""
+    return call.request.written[number] if call.request.written is not None else 0
 
 
 async def run_layer(
@@ -193,7 +220,8 @@ async def run_layer(
     if hedge_s is not None:
         writers += [partial(_hedge, call, tally, hedge_s) for call in calls]
     is_late = False
-    async with aclosing(fan_in(writers)) as items:
+    # the events of a single call need neither a task nor a queue
+    async with aclosing(_events_of(calls[0]) if len(writers) == 1 else fan_in(writers)) as items:
         async for item in items:
             if isinstance(item, _DraftDeadline):
                 is_late = True
@@ -201,22 +229,30 @@ async def run_layer(
                 call, event = item
                 if isinstance(event, TokenDelta):
                     on_piece(dataclasses.replace(event, index=call.slots[event.index].index))
+                    continue
                 for answer in tally.take(call, event):
                     on_piece(answer)
             if not tally.unfinished or (is_late and len(tally.usable) >= quorum):
                 return
 
 
-async def _answer_call(call: EngineCall, emit: Emit[tuple[EngineCall, EngineEvent | EngineError]]) -> None:
-    """Emit the call's events, and last an EngineError for slots without an answer (normally there are none)."""
+async def _events_of(call: EngineCall) -> AsyncGenerator[tuple[EngineCall, EngineEvent | EngineError], None]:
+    """Yield the call's events, and last an EngineError for slots without an answer (normally there are none)."""
     try:
         async with aclosing(call.engine.generate(call.request)) as events:
             async for event in events:
-                emit((call, event))
+                yield call, event
     except EngineError as error:
-        emit((call, error))
+        yield call, error
     else:
-        emit((call, EngineError("the engine ended the request without answering")))
+        yield call, EngineError("the engine ended the request without answering")
+
+
+async def _answer_call(call: EngineCall, emit: Emit[tuple[EngineCall, EngineEvent | EngineError]]) -> None:
+    """Emit the call's events."""
+    async with aclosing(_events_of(call)) as items:
+        async for item in items:
+            emit(item)
 
 
 async def _hedge(
@@ -229,8 +265,9 @@ async def _hedge(
         return
     request = dataclasses.replace(
         call.request,
-        request_id=f"{call.request.request_id}/hedge",
+        request_id=f"{call.request.request_id}{HEDGE}",
         seeds=tuple(call.request.seeds[number] for number in left),
+        written=Counter(),
     )
     again = EngineCall(engine=call.engine, request=request, slots=tuple(call.slots[number] for number in left))
     tally.begin(again)

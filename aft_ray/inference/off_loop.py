@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from aft_ray.records import Message
+from aft_ray.records import Message, all_text
 
 T = TypeVar("T")
 
@@ -26,4 +26,4 @@ async def off_loop(num_characters: int, function: Callable[..., T], *args: Any) 
 
 def num_characters(messages: Sequence[Message]) -> int:
     """Number of characters in a conversation."""
-    return sum(len(message["content"]) for message in messages)
+    return sum(len(all_text(message)) for message in messages)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from aft_ray.engines.base import Sampling
+from aft_ray.engines.base import Sampling, ToolUse
 from aft_ray.errors import ConfigError
 from aft_ray.templates.budget import LengthPolicy
 
@@ -33,8 +33,20 @@ class FinalLayer:
     """Return the log-probability of each token and of this many of the likeliest tokens in its place. None: neither."""
     json_schema: str | None = None
     """JSON schema, as a string, that the answer must follow."""
+    echo: str | tuple[int, ...] | None = None
+    """A text or its ids that the model goes on with as it is, without a chat template and with its log-probabilities;
+    for a plan of one single answer. None: the conversation is answered."""
+    tool_use: ToolUse | None = None
+    """Tools that the answer may call. Drafts see them described."""
+    least_tokens: int | None = None
+    """How far `max_tokens` of the last layer may be lowered for a prompt that leaves less room. None: not at all."""
     is_read: bool = True
     """Whether a client reads the answer as it is written. If not, an answer lost with its replica is written again."""
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether an engine must compile something that the client sent."""
+        return self.json_schema is not None or (self.tool_use is not None and self.tool_use.may_call)
 
 
 ONE_ANSWER = FinalLayer()
@@ -79,6 +91,8 @@ class Plan:
     """What makes layer L. `vote`: the most frequent short answer of layer L-1; among equally frequent ones, the answer
     that the model finds likelier. Meant for multiple choice and bare numbers, which hold too little to aggregate
     (arXiv 2501.11877, 5.2)."""
+    show_thinking: bool = False
+    """Show an aggregator what the models thought before their answers too, where the engine tells the two apart."""
     length_policy: LengthPolicy = "drop_longest"
     """What is shortened when an aggregation prompt does not fit the window."""
 

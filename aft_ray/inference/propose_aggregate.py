@@ -15,10 +15,11 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from aft_ray.engines.base import TokenDelta
 from aft_ray.errors import DeadlineExceeded, EngineError, QuorumNotMet
@@ -47,6 +48,8 @@ async def propose_and_aggregate(
     request_id: str | None = None,
     on_usage: Callable[[LayerUsage], None] | None = None,
     final: FinalLayer = ONE_ANSWER,
+    cache_salt: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Answer one prompt by the plan and yield each event as it happens; the last one is `Finished`.
 
@@ -55,7 +58,7 @@ async def propose_and_aggregate(
     aborts every engine request at once. `on_usage` is called with the usage of each layer when the layer is over, even
     if it failed, ran into a deadline or was cancelled: once the generator is closed, every token has been reported.
     `final` asks for more than one plain answer of the last layer; a plan that may decide without a model (`vote`,
-    `early_stop`) gives one answer only.
+    `early_stop`) gives one answer only. `template_arguments` reach the chat templates in every layer.
 
     Raises QuorumNotMet (too few usable answers in a layer below the last), EngineError (no final answer),
     DeadlineExceeded, PromptTooLong. A layer below the last that is cut short still yields its `LayerDone` first.
@@ -71,6 +74,8 @@ async def propose_and_aggregate(
         request_id=request_id or f"{prompt_id}-{uuid.uuid4().hex[:12]}",
         on_usage=on_usage,
         final=final,
+        cache_salt=cache_salt,
+        template_arguments=template_arguments or {},
     )
     async with aclosing(fan_in([partial(within_deadline, run)])) as events:
         async for event in events:
@@ -174,11 +179,20 @@ async def draft(run: Run, layer: int, calls: Sequence[EngineCall], emit: Emit[Ev
 async def finish(run: Run, calls: Sequence[EngineCall], emit: Emit[Event]) -> Layer:
     """Write the last layer and emit it as it is written: normally one answer; of several, all must be usable."""
     layer, num_choices = run.plan.num_layers, run.final.num_choices
-    tally = LayerTally(layer, calls)
+    tally = LayerTally(layer, calls, accepts_empty=True)
 
     def on_piece(piece: TokenDelta | Answer) -> None:
         if isinstance(piece, TokenDelta):
-            emit(AnswerDelta(text=piece.text, num_tokens=piece.num_tokens, index=piece.index, logprobs=piece.logprobs))
+            emit(
+                AnswerDelta(
+                    text=piece.text,
+                    num_tokens=piece.num_tokens,
+                    index=piece.index,
+                    logprobs=piece.logprobs,
+                    reasoning=piece.reasoning,
+                    tool_calls=piece.tool_calls,
+                )
+            )
 
     try:
         await run_layer(calls, tally, num_choices, draft_deadline_s=None, on_piece=on_piece)

@@ -2,6 +2,7 @@
 
     serve run aft_ray.serving:build_app ...       the `import_path` of `serve_configs/*.yaml`
     serve_app(config)                             the same from Python; `drain()` and `stop()` end it
+    inside.ServeTransport(name)                   HTTP to an application over its Serve handle, from within the cluster
 
 The path of one request: `ingress.py` receives it, `keys.py` identifies the sender, `openai_request.py` turns the body
 into a `ChatCall` (model, plan, messages) or refuses it, and `gate.py` asks the one `control.py` whether it may run
@@ -10,6 +11,7 @@ into a `ChatCall` (model, plan, messages) or refuses it, and `gate.py` asks the 
 objects, `http_errors.py` the errors, `ledger.py` the cost. `admin.py` has the routes for operators.
 """
 
-from aft_ray.serving.app import build_app, drain, serve_app, served_engine, stop
+from aft_ray.serving.app import drain, serve_app, served_engine, stop
+from aft_ray.serving.deployments import build_app
 
 __all__ = ["build_app", "drain", "serve_app", "served_engine", "stop"]

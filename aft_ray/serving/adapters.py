@@ -12,7 +12,9 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 VERSIONS = ".versions"
+VERSION = re.compile(r"[0-9a-f]{12}(\.[0-9a-f]{8}\.partial)?")
+"""Name of a version's folder; while it is copied it has a longer one."""
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, modification time and size of each of an adapter's files."""
 
@@ -76,7 +80,7 @@ def keep_version(folder: Path, store: Path | None = None) -> Adapter:
         partial.mkdir(parents=True)
         for name in (CONFIG, *WEIGHTS):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
+                shutil.copy(folder / name, partial / name)  # with its mode: who may not read it may not read the copy
         if version_of(partial) != version:
             shutil.rmtree(partial)
             raise ConfigError(f"{folder}: the adapter changed while it was copied; try again when it is complete")
@@ -84,7 +88,35 @@ def keep_version(folder: Path, store: Path | None = None) -> Adapter:
             partial.rename(kept)
         except OSError:  # another process was faster with the same content
             shutil.rmtree(partial)
+    touch(kept)
     return Adapter(path=str(kept), version=version)
+
+
+def touch(version: Path) -> None:
+    """Note that a version was in use until now (`prune_versions`)."""
+    if version.parent.name == VERSIONS and version.is_dir():
+        os.utime(version)
+
+
+def prune_versions(store: Path, *, keep: int, in_use: Collection[str], grace_s: float) -> list[Path]:
+    """Remove the versions in `store` that nobody needs, and return their folders.
+
+    The newest `keep` stay, those whose paths are `in_use`, and those that were touched within `grace_s`: a request that
+    began with one may still run, and one that was just copied may not yet have its name. What a copy that was cut off
+    left behind goes too.
+    """
+    found = [Path(entry.path) for entry in os.scandir(store) if entry.is_dir(follow_symlinks=False)]
+    ages = {folder: time.time() - folder.stat().st_mtime for folder in found if VERSION.fullmatch(folder.name)}
+    whole = sorted((folder for folder in ages if folder.suffix != ".partial"), key=ages.__getitem__)
+    needed = {Path(path).resolve() for path in in_use}
+    removed = [
+        folder
+        for folder, age in ages.items()
+        if age > grace_s and folder not in whole[:keep] and folder.resolve() not in needed
+    ]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
 
 
 def found_in(folder: Path) -> dict[str, Path]:
@@ -94,8 +126,13 @@ def found_in(folder: Path) -> dict[str, Path]:
     return {
         entry.name: Path(entry.path)
         for entry in os.scandir(folder)
-        if NAME.fullmatch(entry.name) and entry.is_dir() and is_adapter(Path(entry.path))
+        if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and is_own_adapter(Path(entry.path))
     }
+
+
+def is_own_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter whose files are all its own: a link could name any file of the server."""
+    return is_adapter(folder) and not any((folder / name).is_symlink() for name in (CONFIG, *WEIGHTS))
 
 
 def stamp_of(folder: Path) -> Stamp:

@@ -22,9 +22,20 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from aft_ray.errors import ConfigError, EngineError
-from aft_ray.serving.adapters import VERSIONS, Adapter, Stamp, check_name, found_in, keep_version, stamp_of
+from aft_ray.serving.adapters import (
+    VERSIONS,
+    Adapter,
+    Stamp,
+    check_name,
+    found_in,
+    keep_version,
+    prune_versions,
+    stamp_of,
+    touch,
+)
 from aft_ray.serving.http import OpenAIRoute
 from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.openai_request import LONGEST_REQUEST_S
 from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")
@@ -69,12 +80,39 @@ async def install(service: Service, name: str, folder: Path) -> Adapter:
         return adapter
     try:
         async with asyncio.timeout(TRY_S):
-            await service.try_adapter(adapter.path)
+            await service.answers.probe(adapter.path)
     except TimeoutError:
         raise EngineError(f"the engines wrote no token with the adapter {folder} in {TRY_S:g} s") from None
     await service.gate.change(move={name: adapter})
     logger.warning("model %s: now version %s (before: %s)", name, adapter.version, known.version if known else "none")
+    await retire(service, known)
+    await prune(service, Path(adapter.path).parent)
     return adapter
+
+
+async def retire(service: Service, adapter: Adapter | None) -> None:
+    """Note that a name no longer stands for an adapter, which requests may use until they end."""
+    if adapter is not None and service.config.keep_adapter_versions is not None:
+        await asyncio.to_thread(touch, Path(adapter.path))
+
+
+async def prune(service: Service, store: Path) -> None:
+    """Remove versions that nobody needs, where the server is to keep a number of them. What fails is logged."""
+    keep = service.config.keep_adapter_versions
+    if keep is None:
+        return
+    open_by_path: dict[str, int] = (await service.gate.open_requests())["requests_by_adapter"]
+    named = [adapter.path for adapter in service.gate.table.adapters.values()]
+    in_use = {*named, *open_by_path, *(service.config.adapters or {}).values()}
+    try:
+        removed = await asyncio.to_thread(
+            prune_versions, store, keep=keep, in_use=in_use, grace_s=LONGEST_REQUEST_S + TRY_S
+        )
+    except OSError as error:
+        logger.error("cannot remove old adapter versions in %s: %s", store, error)
+        return
+    for folder in removed:
+        logger.warning("removed the adapter version %s, which nothing uses", folder)
 
 
 async def keep_watching(service: Service) -> None:
@@ -110,7 +148,21 @@ async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp
         except Exception as error:  # process boundary: the other adapters must not wait for this one
             logger.error("cannot serve the adapter %s: %s", places[name], type(error).__name__)
         await service.gate.change(taken={name: stamp})
+    if await asyncio.to_thread(folder.is_dir):  # a folder that is out of reach for a moment removes nothing
+        await _remove_gone(service, now)
     return now
+
+
+async def _remove_gone(service: Service, there: Mapping[str, Stamp]) -> None:
+    """Stop serving the adapters that were taken from the watched folder and are no longer there."""
+    config, table = service.current_config, service.gate.table
+    gone = [name for name, stamp in table.taken.items() if stamp and name not in there]
+    needed = (config.default_model, config.proposer_adapter)
+    for name in gone:
+        if name in table.adapters and name not in needed:
+            await retire(service, table.adapters[name])
+            await service.gate.change(move={name: None}, taken={name: ()})
+            logger.warning("model %s: its folder is gone, and it is served no longer", name)
 
 
 def admin_routes(service: Service) -> APIRouter:
@@ -166,9 +218,10 @@ def admin_routes(service: Service) -> APIRouter:
         await service.gate.renew()
         if name not in service.gate.table.adapters:
             raise HttpError(404, f"no adapter is named '{name[:100]}'", param="name", code="model_not_found")
-        if name in (config.default_model, config.proposer_adapter):
+        if name in (service.current_config.default_model, config.proposer_adapter):
             message = f"'{name}' is serving.default_model or serving.proposer_adapter: give it another adapter instead"
             raise HttpError(400, message, param="name", code="adapter_in_use")
+        await retire(service, service.gate.table.adapters[name])
         await service.gate.change(move={name: None})
         return await overview()
 

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
-from http import HTTPStatus
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from aft_ray.serving.admin import admin_routes
-from aft_ray.serving.http import OpenAIRoute, request_id_of, unrouted_error
-from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.admission import Room
+from aft_ray.serving.answering import IGNORED, calls_of_prompts, reply_to, resolved
+from aft_ray.serving.http import OpenAIRoute, unrouted_error
 from aft_ray.serving.keys import Caller
-from aft_ray.serving.openai_body import ChatBody, CompletionBody
-from aft_ray.serving.openai_request import (
-    call_of,
-    check_engine,
-    default_model,
-    model_names,
-    plan_limits,
-)
+from aft_ray.serving.openai_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from aft_ray.serving.openai_request import default_model, model_names, plan_limits, split_alias
 from aft_ray.serving.openai_response import Reply
-from aft_ray.serving.openai_schema import ERRORS, ChatCompletion, Model, ModelList, Status, TextCompletion, answers
+from aft_ray.serving.openai_responses import ResponsesReply, chat_body_of
+from aft_ray.serving.openai_schema import (
+    ERRORS,
+    ChatCompletion,
+    Model,
+    ModelList,
+    ResponseObject,
+    Status,
+    Text,
+    TextCompletion,
+    Tokens,
+    answers,
+)
 from aft_ray.serving.page import page_routes
-from aft_ray.serving.replies import EventStream, streamed_reply, whole_reply
 from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")
@@ -37,7 +42,9 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 def make_api(service: Service) -> FastAPI:
     """Return the app. It does not depend on Serve: any ASGI server can run it over any engines."""
-    api = FastAPI(title="aft_ray", docs_url=None, redoc_url=None)  # the docs pages load scripts from other sites
+    api = FastAPI(
+        title="aft_ray", docs_url=None, redoc_url=None, redirect_slashes=False
+    )  # the docs pages load scripts from other sites
 
     api.state.max_body_bytes = service.config.max_body_bytes
     if service.config.cors_origins:
@@ -45,13 +52,15 @@ def make_api(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=service.config.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["*"],  # clients add headers of their own, such as x-stainless-os
+            expose_headers=["x-request-id", "retry-after", IGNORED, *Room.HEADERS],
         )
     api.add_exception_handler(HTTPException, unrouted_error)
     api.include_router(page_routes())
     api.include_router(open_routes(service))
     api.include_router(model_routes(service))
+    api.include_router(answer_routes(service))
+    api.include_router(token_routes(service))
     api.include_router(admin_routes(service))
     return api
 
@@ -71,7 +80,7 @@ def open_routes(service: Service) -> APIRouter:
         if service.gate.table.draining:
             return JSONResponse({"status": "draining"}, 503)
         try:
-            await service.probe()
+            await service.readiness.check()
         except Exception as error:  # process boundary: not ready, whatever the reason; the class is logged
             logger.warning("not ready: %s", type(error).__name__)
             return JSONResponse({"status": "engines do not answer"}, 503)
@@ -80,8 +89,8 @@ def open_routes(service: Service) -> APIRouter:
     return router
 
 
-def model_routes(service: Service) -> APIRouter:
-    """Return the routes of the OpenAI API."""
+def key_given(service: Service) -> tuple[Any, list[Any]]:
+    """Return the dependency that gives a route its caller, and all that a router with keys depends on."""
 
     # a coroutine, because FastAPI would run a plain function in a thread, which costs two milliseconds
     async def caller(request: Request) -> Caller:
@@ -91,7 +100,30 @@ def model_routes(service: Service) -> APIRouter:
     dependencies = [caller_given]
     if service.keys.is_required:  # for the OpenAPI document only; `caller` checks the key
         dependencies.append(Security(HTTPBearer(auto_error=False)))
-    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
+    return caller_given, dependencies
+
+
+def token_routes(service: Service) -> APIRouter:
+    """Return the routes between text and ids, where vLLM has them."""
+    router = APIRouter(route_class=OpenAIRoute, dependencies=key_given(service)[1])
+
+    @router.post("/tokenize", responses={200: {"model": Tokens}, **ERRORS})
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Return the ids of a text as it is, or of a conversation with its generation prompt."""
+        ids = await service.answers.tokens_of(body.text())
+        return {"count": len(ids), "max_model_len": service.answers.info.aggregator.max_model_len, "tokens": list(ids)}
+
+    @router.post("/detokenize", responses={200: {"model": Text}, **ERRORS})
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """Return the text of ids, control tokens included."""
+        return {"prompt": await service.answers.text_of(body.tokens)}
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """Return the routes that list the models."""
+    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=key_given(service)[1])
     started = int(time.time())
 
     def model_object(name: str) -> dict[str, Any]:
@@ -101,43 +133,42 @@ def model_routes(service: Service) -> APIRouter:
             "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
         }  # fmt: skip
 
-    async def answer(
-        kind: Literal["chat", "text"], body: ChatBody | CompletionBody, request: Request, key: Caller
-    ) -> Response:
-        try:
-            call = call_of(body, service.current_config)
-        except HttpError as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-            await service.gate.renew()  # another ingress replica may have received this name a moment ago
-            call = call_of(body, service.current_config)
-        check_engine(call, service.last_engine(call))
-        reply_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
-        request_id = request_id_of(request)
-        reply = Reply(kind=kind, call=call, id=reply_id, created=int(time.time()), request_id=request_id)
-        opened = await service.open(call, key, request_id, reply_id)
-        if call.stream:
-            return EventStream(streamed_reply(service, reply, opened), opened)
-        return JSONResponse(await whole_reply(service, reply, opened))
-
     @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
     async def models() -> dict[str, Any]:
         """List the base model and the adapters, each with the aliases that choose a plan."""
-        return {"object": "list", "data": [model_object(name) for name in model_names(service.current_config)]}
+        names = model_names(service.current_config)
+        listed = [f"{name}@{plan}" for name in names for plan in service.config.listed_plans]
+        return {"object": "list", "data": [*map(model_object, names), *map(model_object, listed)]}
 
     @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
     async def model(name: str) -> dict[str, Any]:
-        if name not in model_names(service.current_config):
-            names = ", ".join(model_names(service.current_config))
-            raise HttpError(404, f"no such model; this server has: {names}", param="model", code="model_not_found")
+        split_alias(name, service.current_config)  # raises the 404
         return model_object(name)
+
+    return router
+
+
+def answer_routes(service: Service) -> APIRouter:
+    """Return the routes that models answer."""
+    caller_given, dependencies = key_given(service)
+    router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=dependencies)
 
     @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request, key: Caller = caller_given) -> Response:
-        return await answer("chat", body, request, key)
+        calls = [await resolved(service, body)]
+        return await reply_to(service, calls, partial(Reply, kind="chat"), "chatcmpl-", request, key)
 
     @router.post("/completions", response_model=None, responses=answers(TextCompletion))
     async def completions(body: CompletionBody, request: Request, key: Caller = caller_given) -> Response:
-        return await answer("text", body, request, key)
+        calls = await calls_of_prompts(service, body)
+        make = partial(Reply, kind="text", answer_is_shown=body.max_tokens != 0)
+        return await reply_to(service, calls, make, "cmpl-", request, key)
+
+    @router.post("/responses", response_model=None, responses=answers(ResponseObject))
+    async def responses(
+        body: Annotated[dict[str, Any], Body()], request: Request, key: Caller = caller_given
+    ) -> Response:
+        calls = [await resolved(service, chat_body_of(body))]
+        return await reply_to(service, calls, partial(ResponsesReply, kind="chat", asked=body), "resp_", request, key)
 
     return router

@@ -1,186 +1,85 @@
-"""The Serve application: which deployments there are, how each scales, and starting them.
-
-    shared   Ingress -> Engine                     one pool writes proposals and aggregations
-    split    Ingress -> Proposer, Aggregator       two pools, scaled separately, with models of their own if wanted;
-                                                   several models that draft have one pool each: Proposer-<name>
-
-A Serve YAML names `build_app` (`import_path: aft_ray.serving:build_app`, `args:` = the fields of `ServingConfig`);
-`serve_app` starts the same application from Python.
-"""
+"""Starting, draining and ending an application, on the Serve instance of a cluster or on a new one."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aft_ray.config import EngineConfig, ReplicaConfig, ServingConfig, validate
+from aft_ray.cluster_fit import check_fits, resources_of_worker
+from aft_ray.config import ServingConfig, gpus_of
 from aft_ray.errors import ConfigError, EngineError
+from aft_ray.gpus import num_gpus_of
+from aft_ray.serving.deployments import application, check_config, quiet_logs
 
 if TYPE_CHECKING:
-    from ray.serve import Application
-    from ray.serve.config import DeploymentActorConfig
-    from ray.serve.schema import LoggingConfig
-
     from aft_ray.serving.handle_engine import HandleEngine
 
+logger = logging.getLogger("ray.serve.aft_ray")
+
 APP_NAME = "aft_ray"
+"""Name of an application that belongs to no run."""
 
 
-def build_app(args: dict[str, Any]) -> Application:
-    """Return the application for `args`, the fields of `ServingConfig`; `engine` is required."""
-    return application(validate(ServingConfig, args, origin="serving"))
-
-
-def application(config: ServingConfig) -> Application:
-    """Return the deployments of a config, bound to each other. Raises ConfigError before anything starts."""
-    from ray import serve
-
-    from aft_ray.serving.ingress import Ingress
-    from aft_ray.serving.keys import key_digests, read_keys, refuse_open_server, requires_keys
-
-    check_config(config)
-    assert config.engine is not None
-    digests = key_digests(config)
-    if config.keys_file is not None:
-        read_keys(config.keys_file)
-    refuse_open_server(config.host, requires_keys(config))
-    ingress = serve.deployment(name="Ingress", deployment_actors=[control_actor(config)], **scaling(config.ingress))(
-        serve.ingress()(Ingress)
-    )
-    pool = partial(engine_pool, stream_interval_s=config.stream_interval_s)
-    adapters = config.adapters or {}
-    if config.topology == "shared":
-        return ingress.bind(config, digests, pool("Engine", config.engine, config.proposer, adapters))
-    aggregators = pool("Aggregator", config.engine, config.aggregator, adapters)
-    if not config.proposers_take_adapters and config.proposer_adapter is None:
-        adapters = {}
-    if config.proposers:
-        proposers = [pool(f"Proposer-{own.name}", own.engine, own.replicas, adapters) for own in config.proposers]
-    else:
-        proposers = [pool("Proposer", config.proposer_engine or config.engine, config.proposer, adapters)]
-    return ingress.bind(config, digests, aggregators, *proposers)
-
-
-def control_actor(config: ServingConfig) -> DeploymentActorConfig:
-    """Return the one actor that all ingress replicas ask. Serve keeps it alive as long as the deployment."""
-    import ray
-    from ray.serve.config import DeploymentActorConfig
-
-    from aft_ray.serving.control import Control
-    from aft_ray.serving.gate import ACTOR
-
-    return DeploymentActorConfig(
-        name=ACTOR,
-        actor_class=ray.remote(Control),
-        init_args=(config.admission, config.adapters or {}),
-        actor_options={"num_cpus": 0},
-    )
-
-
-def engine_pool(
-    name: str, engine: EngineConfig, replicas: ReplicaConfig, adapters: Mapping[str, str], *, stream_interval_s: float
-) -> Application:
-    """Return a pool of replicas of one engine, with the adapters of its model."""
-    from ray import serve
-
-    from aft_ray.serving.replica import EngineReplica
-
-    return serve.deployment(name=name, **scaling(replicas))(EngineReplica).bind(
-        engine, adapters, name, stream_interval_s
-    )
-
-
-def scaling(replicas: ReplicaConfig) -> dict[str, Any]:
-    """Return Serve's deployment options: resources, autoscaling, and a drain longer than the longest request."""
-    from aft_ray.serving.openai_request import LONGEST_REQUEST_S
-    from aft_ray.serving.replica import PROBE_TIMEOUT_S
-
-    resources: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
-    if replicas.accelerator_type is not None:
-        resources["accelerator_type"] = replicas.accelerator_type
-    return {
-        "ray_actor_options": resources,
-        "max_ongoing_requests": replicas.max_ongoing_requests,
-        "autoscaling_config": {
-            "min_replicas": replicas.min_replicas,
-            "initial_replicas": max(1, replicas.min_replicas),
-            "max_replicas": replicas.max_replicas,
-            "target_ongoing_requests": replicas.max_ongoing_requests,
-        },
-        "graceful_shutdown_timeout_s": LONGEST_REQUEST_S + 30,
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_timeout_s": PROBE_TIMEOUT_S + 15,
-        "logging_config": quiet_logs(),
-    }
-
-
-def quiet_logs() -> LoggingConfig:
-    """Return a log configuration without a line per request; warnings and errors are logged."""
-    from ray.serve.schema import LoggingConfig
-
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-def check_config(config: ServingConfig) -> None:
-    """Check across fields: names must exist, and the default plan must be within the server's own limits."""
-    from aft_ray.serving.http_errors import HttpError
-    from aft_ray.serving.openai_request import check_limits, model_names
-
-    if config.engine is None:
-        raise ConfigError("serving.engine: missing; name the model to serve, such as {type: vllm, model: ...}")
-    names = model_names(config)
-    if len(set(names)) < len(names):
-        raise ConfigError(f"serving.base_name: '{config.base_name}' is also the name of an adapter; rename one")
-    if config.default_model not in (None, *names):
-        raise ConfigError(f"serving.default_model: '{config.default_model}' is not one of the models {names}")
-    if config.proposer_adapter not in (None, *names[1:]):
-        raise ConfigError(
-            f"serving.proposer_adapter: '{config.proposer_adapter}' is not one of the adapters {names[1:]}"
-        )
-    if config.topology == "shared" and (config.proposer_engine or config.proposer_adapter or config.proposers):
-        raise ConfigError(
-            "serving.topology: with shared, proposers cannot have an engine or adapter of their own; set split"
-        )
-    pools = [pool.name for pool in config.proposers]
-    if len(set(pools)) < len(pools):
-        raise ConfigError(f"serving.proposers: two of them have the same name: {', '.join(pools)}")
-    if config.proposers and (config.proposer_engine or config.proposer_adapter):
-        raise ConfigError("serving.proposers replaces proposer_engine and proposer_adapter; leave those out")
-    try:
-        check_limits(config.plan, config)
-    except HttpError as error:
-        raise ConfigError(f"serving.plan: {error}") from None
-
-
-def serve_app(config: ServingConfig, *, name: str = APP_NAME, route_prefix: str = "/") -> str:
+def serve_app(config: ServingConfig, *, name: str = APP_NAME, replace_abandoned: bool = False) -> str:
     """Start serving and return the base URL (`openai` clients add `/v1`).
 
     Uses the Ray cluster that this process is connected to, or starts a local one. Port 0 takes any free port, or the
-    port of the Serve instance that already runs. Raises ConfigError, or EngineError when a replica could not start.
+    port of the Serve instance that already runs. With `route_prefix: null` no HTTP server is started or used, and the
+    URL is for clients of a `ServeTransport`. With `replace_abandoned`, an application of this name whose process was
+    killed before it could end it is replaced. Raises ConfigError when the name or the route is taken, or EngineError
+    when a replica could not start.
     """
     import ray
     from ray import serve
+    from ray.experimental.internal_kv import _internal_kv_put
+    from ray.serve.exceptions import RayServeException
 
-    app = application(config)
+    check_config(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized():
-        give_http_time_to_start()
+        prepare_for_serving()
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    base_url = start_http(config.host, config.port) + route_prefix.rstrip("/")
+    check_replicas_fit(config)
+    app = application(config)  # what it asks for follows from the cluster
+    if config.route_prefix is None:
+        start_without_http()
+        base_url = f"http://{name}"
+    else:
+        base_url = start_http(config.host, config.port) + config.route_prefix.rstrip("/")
+    if name in serve.status().applications:
+        if not (replace_abandoned and is_abandoned(name)):
+            raise ConfigError(
+                f"an application named {name} is already served in this cluster. Stop it where it was started, or with "
+                f"python -c \"import ray; from ray import serve; ray.init(); serve.delete('{name}')\""
+            )
+        serve.delete(name)
+    _internal_kv_put(OWNER + name.encode(), ray.get_runtime_context().get_job_id().encode())
     try:
-        serve.run(app, name=name, route_prefix=route_prefix, logging_config=quiet_logs())
+        serve.run(app, name=name, route_prefix=config.route_prefix, logging_config=quiet_logs())
+    except RayServeException as error:
+        if "is being used by application" not in str(error):
+            raise
+        taken = str(error).partition("Prefix ")[2].partition(" Failed")[0]
+        raise ConfigError(f"serving.route_prefix: {taken} Choose another path, such as /{name}") from None
     except RuntimeError as error:
         reason = why_not_started(name) or str(error)
         stop(name)
         raise EngineError(f"the application did not start: {reason}") from None
     return base_url
+
+
+def check_replicas_fit(config: ServingConfig) -> None:
+    """Raise ConfigError for a replica that no node of the connected cluster can ever hold: Serve would wait for it."""
+    for key, engine, replicas in config.pools:
+        num_gpus = num_gpus_of(replicas.num_gpus, gpus_of(engine) if engine is not None else 0)
+        check_fits(f"serving.{key}", resources_of_worker(replicas.num_cpus, num_gpus, replicas.accelerator_type))
 
 
 def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
@@ -189,28 +88,37 @@ def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
     None waits as long as a request may take. New requests get 503 with Retry-After, and `/ready` answers 503, so that a
     load balancer chooses another server.
     """
-    from ray import serve
 
     from aft_ray.serving.openai_request import LONGEST_REQUEST_S
 
+    longest_s = LONGEST_REQUEST_S if timeout_s is None else timeout_s
+    # a handle may share its caller's loop (RAY_SERVE_THROUGHPUT_OPTIMIZED), and needs it until Serve has shut down
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return asyncio.run_coroutine_threadsafe(_drain(name, longest_s), loop).result()
+
+
+async def _drain(name: str, timeout_s: float) -> int:
+    from ray import serve
+
     ingress = serve.get_deployment_handle("Ingress", app_name=name)
-    ingress.drain.remote().result(timeout_s=60)
-    give_up = time.monotonic() + (LONGEST_REQUEST_S if timeout_s is None else timeout_s)
-    while num_open := int(ingress.num_open.remote().result(timeout_s=60)):
+    async with asyncio.timeout(60):
+        await ingress.drain.remote()
+    give_up = time.monotonic() + timeout_s
+    while num_open := int(await ingress.num_open.remote()):
         if time.monotonic() > give_up:
             break
-        time.sleep(0.25)
+        await asyncio.sleep(0.25)
     return num_open
 
 
-async def served_engine(config: ServingConfig, name: str = APP_NAME) -> HandleEngine:
+async def served_engine(name: str = APP_NAME) -> HandleEngine:
     """Return the engine that writes the final answers of a running application, which can score texts (HTTP cannot)."""
     from ray import serve
 
     from aft_ray.serving.handle_engine import HandleEngine
 
-    deployment = "Engine" if config.topology == "shared" else "Aggregator"
-    return await HandleEngine.connect(serve.get_deployment_handle(deployment, app_name=name))
+    return await HandleEngine.connect(serve.get_deployment_handle("Aggregator", app_name=name))
 
 
 def why_not_started(name: str) -> str:
@@ -226,12 +134,44 @@ def why_not_started(name: str) -> str:
     return "; ".join(lines)
 
 
-def give_http_time_to_start() -> None:
-    """Give Serve's HTTP server 30 s to become ready; Serve kills it after five, too few on a busy machine.
+def prepare_for_serving() -> None:
+    """Set how Serve works in a cluster that this process starts, unless the user has set it.
 
-    Call it before the cluster starts: its processes inherit the variable.
+    Calls between deployments go over gRPC, which is faster than Ray's own calls (docs/operations.md). Serve's HTTP
+    server gets 30 s to become ready; it is killed after five, too few on a busy machine. Call it before Ray is imported
+    and the cluster starts: its processes inherit the variables.
     """
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether the process that started an application is gone. An application without a known process is not."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    owner = (_internal_kv_get(OWNER + name.encode()) or b"").decode()
+    return any(job["JobID"] == owner and job["IsDead"] for job in ray._private.state.jobs())
+
+
+OWNER = b"aft_ray.owner/"
+"""Beginning of the keys, in the cluster's key-value store, of the Ray jobs that started applications."""
+
+
+class _Started:
+    """Whether this process started the Serve instance. Only who started it ends it."""
+
+    here = False
+
+
+def start_without_http() -> None:
+    """Start Serve without an HTTP server, or use the instance that already runs in the cluster."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        serve.start(proxy_location="Disabled", logging_config=quiet_logs())
+        _Started.here = True
 
 
 def start_http(host: str, port: int) -> str:
@@ -241,10 +181,20 @@ def start_http(host: str, port: int) -> str:
 
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is None:
-        port = port or free_port(host)
+        port = free_port(host, port)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet_logs())
+        _Started.here = True
         return f"http://{reachable(host)}:{port}"
     found = running.http_config
+    status = serve.status()
+    if not status.proxies and not status.applications:
+        serve.shutdown()  # an evaluation that was killed left it, without an HTTP server
+        return start_http(host, port)
+    if not status.proxies:
+        raise ConfigError(
+            "Serve runs without an HTTP server in this cluster, as an evaluation starts it. Serve again when the "
+            "evaluation has ended"
+        )
     if found.host != host or port not in (0, found.port):
         raise ConfigError(
             f"serving.port: Serve already listens on {found.host}:{found.port} in this cluster, which is not "
@@ -254,11 +204,17 @@ def start_http(host: str, port: int) -> str:
     return f"http://{reachable(host)}:{found.port}"
 
 
-def free_port(host: str) -> int:
-    """Return a port that is free now."""
+def free_port(host: str, port: int = 0) -> int:
+    """Return the port, or a free one for 0. Raises ConfigError where another process listens on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was closed a moment ago is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"serving.port: cannot listen on {host}:{port}: {error.strerror}. Choose another port; 0 takes any"
+            ) from None
         return int(probe.getsockname()[1])
 
 
@@ -269,12 +225,21 @@ def reachable(host: str) -> str:
 
 
 def stop(name: str = APP_NAME) -> None:
-    """Stop the application. With the last application, Serve and its HTTP server stop too."""
-    from ray import serve
+    """End the application, and with the last one the Serve instance, if this process started it.
 
-    others = [app for app in serve.status().applications if app != name]
-    if others:
-        serve.delete(name)
+    Replicas on hosts that are lost cannot say that they have ended: after a minute they are left to Serve.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if _get_global_client(raise_if_no_controller_running=False) is None:
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller died, which is intended
-        serve.shutdown()
+    try:
+        serve.delete(name)
+    except TimeoutError:
+        logger.warning("%s: replicas that do not answer are left to Serve, which goes on ending them", name)
+        return
+    if _Started.here and not serve.status().applications:
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray prints that the controller died, which is intended
+            serve.shutdown()
+        _Started.here = False

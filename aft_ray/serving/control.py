@@ -8,12 +8,26 @@ Serve pickles this module by value, so the records that travel to other processe
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.serving.adapters import Adapter, Stamp
-from aft_ray.serving.admission import Admission, Admitted, Refusal, Table, Ticket
+from aft_ray.serving.admission import (
+    LEASE_S,
+    Admission,
+    Admitted,
+    Amount,
+    Refusal,
+    Renewal,
+    Report,
+    Room,
+    Table,
+    Ticket,
+    Wait,
+)
 
 
 class Control:
@@ -23,34 +37,68 @@ class Control:
         self._admission = Admission(admission)
         self._table = Table.configured(adapters)
         self._watcher: str | None = None
+        self._id = uuid.uuid4().hex
+        self._learns_until = 0.0
+        """A successor knows all open requests and leases after so long: whoever does not report can admit no more."""
 
     def admit(
-        self, ingress: str, ticket: Ticket, limits: KeyLimits, names: Sequence[str | None]
-    ) -> Admitted | Refusal | Table:
+        self,
+        ingress: str,
+        ticket: Ticket,
+        limits: KeyLimits,
+        names: Sequence[str | None],
+        may_wait: bool = True,
+    ) -> Admitted | Refusal | Wait | Table:
         """Admit a request with the adapters that `names` stand for now (None: the base model), or refuse it.
 
-        Returns the `Table` where a name no longer stands for an adapter, or the server is draining.
+        Returns the `Table` where a name no longer stands for an adapter, or the server is draining. `may_wait`: whether
+        it may wait for leases that are recalled; for a control that learns it has to.
         """
+        if self._is_learning:
+            return Wait()
         adapters = self._table.adapters
         if self._table.draining or any(name is not None and name not in adapters for name in names):
             return self._table
         paths = tuple(None if name is None else adapters[name].path for name in names)
         ticket = Ticket(id=ticket.id, key=ticket.key, num_tokens=ticket.num_tokens, adapters=paths)
-        refusal = self._admission.admit(ingress, ticket, limits)
-        return refusal or Admitted(ticket=ticket, table=self._table)
+        refusal = self._admission.admit(ingress, ticket, limits, may_wait=may_wait)
+        if isinstance(refusal, Wait):
+            return refusal
+        room = self.room(ticket.key, limits)
+        if refusal is not None:
+            return replace(refusal, room=room)
+        return Admitted(ticket=ticket, table=self._table, room=room)
+
+    def room(self, key: str, limits: KeyLimits) -> Room:
+        """Return what a key has left now."""
+        return self._admission.room(key, limits)
 
     def release(self, ingress: str, ticket_id: str, num_tokens: int) -> None:
         self._admission.release(ingress, ticket_id, num_tokens)
 
-    def renew(self, ingress: str, tickets: Sequence[Ticket], asking: Collection[str], table: Table) -> Table:
-        """Take the report of an ingress replica, its open requests and its table, and return the current table.
+    def renew(self, report: Report) -> Renewal:
+        """Take the report of an ingress replica, and return the current table and a lease."""
+        if report.control not in (None, self._id) and not self._learns_until:
+            self._learns_until = time.monotonic() + LEASE_S
+        admission = self._admission
+        admission.renew(report.ingress, report.tickets, report.asking)
+        if report.num_ended:
+            admission.note_ended(report.num_ended, report.mean_seconds)
+        if report.table.version > self._table.version:  # this actor is new: it learns from those who knew the old one
+            self._table = report.table
+        gives = not self._is_learning and not self._table.draining
+        lease = admission.lease(report.ingress, report.kept, report.wanted if gives else Amount())
+        return Renewal(
+            number=report.number,
+            control=self._id,
+            table=self._table,
+            lease=lease,
+            is_recalled=admission.is_recalled,
+        )
 
-        `asking` holds the tickets whose admission it is still waiting for.
-        """
-        self._admission.renew(ingress, tickets, asking)
-        if table.version > self._table.version:  # this actor is new: it learns from replicas that knew the old one
-            self._table = table
-        return self._table
+    @property
+    def _is_learning(self) -> bool:
+        return time.monotonic() < self._learns_until
 
     def change(
         self,
@@ -58,10 +106,13 @@ class Control:
         move: Mapping[str, Adapter | None] | None = None,
         taken: Mapping[str, Stamp] | None = None,
         drain: bool | None = None,
-    ) -> Table:
+    ) -> Table | Wait:
         """Move names to adapters (None removes a name), note which adapters of the watched folder are taken, or start
-        or stop draining: one step for all ingress replicas.
+        or stop draining: one step for all ingress replicas. It first waits until nobody admits from a lease.
         """
+        if self._admission.has_leases or self._is_learning:
+            self._admission.recall()
+            return Wait()
         adapters = {**self._table.adapters, **(move or {})}
         self._table = Table(
             version=max(self._table.version + 1, time.time_ns()),  # a new actor continues the numbering

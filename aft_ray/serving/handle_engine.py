@@ -1,45 +1,28 @@
-"""A Serve deployment as an `Engine`, so that the code that runs on a local engine runs unchanged on replicas.
+"""A pool of engine replicas as an `Engine`, so that the code that runs on a local engine runs unchanged on replicas.
 
     engine = await HandleEngine.connect(handle)
     async with aclosing(engine.generate(request)) as events: ...
 
-Closing the generator cancels the call; Serve passes that on to the replica, which aborts the request in its engine. The
-answers that a lost replica was writing are requested from another one, unless a client has already read part of them.
+The answers that a lost replica was writing are requested from another one, unless a client has already read part of
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample
-from aft_ray.errors import AftError, EngineError
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, TokenDelta
+from aft_ray.serving.replica_calls import MAX_LOST, ReplicaCalls, ReplicaLost, answer_of, sent
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("ray.serve.aft_ray")
-
-MAX_LOST = 3
-"""Number of replicas that one request may lose before it fails."""
-
-
-class ReplicaLost(EngineError):
-    """The replica that was answering died."""
-
-
-def as_aft_error(error: Exception) -> AftError:
-    """Convert what a handle raised: to the replica's own AftError where it raised one, else to an EngineError.
-
-    Ray wraps a remote exception in one whose text holds the remote traceback, which no client must see.
-    """
-    cause = getattr(error, "cause", error)
-    if isinstance(cause, AftError):
-        return type(cause)(*cause.args)
-    return EngineError(f"an engine replica could not answer ({type(cause).__name__})")
 
 
 class HandleEngine:
@@ -47,7 +30,7 @@ class HandleEngine:
 
     def __init__(self, handle: DeploymentHandle, info: EngineInfo) -> None:
         self._handle = handle
-        self._generate = handle.options(stream=True).generate  # made once, because that costs half a millisecond
+        self._calls = ReplicaCalls(handle, method="generate", bill="num_written")
         self._info = info
 
     @classmethod
@@ -63,84 +46,60 @@ class HandleEngine:
         left = list(range(len(request.seeds)))
         """Positions of the samples that have not ended yet."""
         for attempt in range(MAX_LOST + 1):
+            positions, begun = tuple(left), set[int]()
             asked = dataclasses.replace(
                 request,
                 request_id=f"{request.request_id}/again-{attempt}" if attempt else request.request_id,
-                seeds=tuple(request.seeds[position] for position in left),
+                seeds=tuple(request.seeds[position] for position in positions),
+                written=None,
             )
-            positions, begun = tuple(left), set()
+
+            def count(written: Counter[int], positions: Sequence[int] = positions) -> None:
+                for number, num_tokens in written.items():
+                    request.count(positions[number], num_tokens)
+
+            calls = self._calls.events(asked.request_id, asked, len(asked.seeds), count)
             try:
-                async with aclosing(self._ask_once(asked)) as events:
+                async with aclosing(calls) as events:
                     async for event in events:
                         event = dataclasses.replace(event, index=positions[event.index])
-                        if isinstance(event, Sample):
-                            left.remove(event.index)
-                        elif not request.is_unread:
+                        if isinstance(event, TokenDelta):
                             begun.add(event.index)
+                        else:
+                            left.remove(event.index)
                         yield event
                 return
             except ReplicaLost as error:
                 for position in begun & set(left):
                     left.remove(position)
-                    yield _lost(position, request.seeds[position], error)
+                    yield Sample.failed(position, str(error), seed=request.seeds[position])
                 if not left:
                     return
-                if attempt == MAX_LOST:
+                if attempt == MAX_LOST or request.json_schema is not None:  # what killed one may kill the next
                     raise
                 logger.warning("request %s: lost a replica, asking another one", request.request_id)
-
-    async def _ask_once(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
-        """Yield the events of one replica. Closing the generator cancels the call."""
-        from ray.exceptions import RayActorError, RayError
-        from ray.serve.exceptions import RayServeException
-
-        response: Any = self._generate.remote(request)
-        done = False
-        try:
-            async for event in response:
-                yield event
-            done = True
-        except RayActorError:
-            done = True
-            raise ReplicaLost("the engine replica that was answering died") from None
-        except (RayError, RayServeException) as error:
-            done = True
-            logger.warning("request %s: %s", request.request_id, type(error).__name__)
-            raise as_aft_error(error) from None
-        finally:
-            if not done:
-                response.cancel()
 
     async def score(
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
     ) -> list[float]:
-        return await self._call(self._handle.score.remote(list(prompt_ids), list(continuation_ids), adapter))
+        for _ in range(MAX_LOST):
+            try:
+                return await self._score(prompt_ids, continuation_ids, adapter)
+            except ReplicaLost:
+                logger.warning("scoring %d tokens: lost a replica, asking another one", len(continuation_ids))
+        return await self._score(prompt_ids, continuation_ids, adapter)
+
+    async def _score(
+        self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None
+    ) -> list[float]:
+        scores: list[float] = await answer_of(
+            sent(self._handle.score, list(prompt_ids), list(continuation_ids), adapter)
+        )
+        return scores
 
     async def check(self) -> None:
         """Check one replica. Serve checks every replica by itself and restarts those that fail."""
-        await self._call(self._handle.check_health.remote())
-
-    async def _call(self, response: Any) -> Any:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
-        try:
-            return await response
-        except (RayError, RayServeException) as error:
-            raise as_aft_error(error) from None
+        await answer_of(self._handle.check_health.remote())
 
     async def close(self) -> None:
         """Do nothing: the replicas belong to Serve."""
-
-
-def _lost(position: int, seed: int, error: ReplicaLost) -> Sample:
-    return Sample(
-        index=position,
-        text="",
-        token_ids=(),
-        finish_reason="error",
-        num_prompt_tokens=0,
-        num_tokens=0,
-        seed=seed,
-        error=str(error),
-    )

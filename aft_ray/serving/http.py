@@ -51,7 +51,7 @@ async def unrouted_error(request: Request, error: Exception) -> Response:
 
 def error_response(error: HttpError) -> JSONResponse:
     """Return the error as OpenAI clients expect it. A 401 must carry a challenge (RFC 9110, 11.6.1)."""
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    headers = error.headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {})
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     return JSONResponse(error.body, error.status, headers)

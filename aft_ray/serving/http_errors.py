@@ -19,13 +19,24 @@ InternalServerError).
 from __future__ import annotations
 
 import logging
+import re
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from aft_ray.errors import AftError, ConfigError, DeadlineExceeded, EngineError, InputError, PromptTooLong, QuorumNotMet
+from aft_ray.errors import (
+    AftError,
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    InputError,
+    InvalidSchema,
+    PromptTooLong,
+    QuorumNotMet,
+)
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -46,11 +57,13 @@ class HttpError(AftError):
         code: str | None = None,
         type: str = INVALID,
         retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
         """Seconds after which to send the same request again (the `Retry-After` header)."""
+        self.headers = dict(headers or {})
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,16 +99,34 @@ def _of_expected(error: Exception) -> HttpError | None:
             code = "body_too_large" if error.status_code == 413 else None
             return HttpError(error.status_code, str(error.detail), code=code)
         case PromptTooLong():
-            return HttpError(400, str(error), param="messages", code="context_length_exceeded")
+            # these words are what proxies recognise, which then try a model with a larger window
+            message = f"This model's maximum context length is exceeded: {error}"
+            return HttpError(400, message, param="messages", code="context_length_exceeded")
+        case InvalidSchema():
+            return HttpError(400, str(error), param="response_format", code="invalid_value")
         case ConfigError() | InputError():
-            return HttpError(400, str(error))
+            return HttpError(400, without_paths(str(error)))
         case DeadlineExceeded():
             return HttpError(504, str(error), code="deadline_exceeded", type="deadline_exceeded")
         case QuorumNotMet():
-            return HttpError(503, str(error), code="quorum_not_met", type="quorum_not_met")
+            return HttpError(503, without_paths(str(error)), code="quorum_not_met", type="quorum_not_met")
         case EngineError():
-            return HttpError(502, str(error), code="engine_error", type="engine_error")
+            return HttpError(502, without_paths(str(error)), code="engine_error", type="engine_error")
     return None
+
+
+ADDRESS = re.compile(
+    r"https?://[^\s'\"()<>]+|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b|\b(?:localhost|[\w-]+(?:\.[\w-]+)+):\d{2,5}\b"
+)
+
+
+def without_paths(text: str) -> str:
+    """Return an engine's message with the last part of each path only, and without addresses of other servers.
+
+    Where the server keeps things, and whom it asks, is its own.
+    """
+    text = ADDRESS.sub("<address>", text)
+    return re.sub(r"(?<![\w/:.])(?:[a-z0-9]+:/)?(?:/[\w.@+=-]+){2,}", lambda found: found[0].rpartition("/")[2], text)
 
 
 def _of_validation(error: RequestValidationError) -> HttpError:
@@ -104,7 +135,9 @@ def _of_validation(error: RequestValidationError) -> HttpError:
     if first["type"] == "json_invalid":
         return HttpError(400, "the body is not valid JSON", code="invalid_json")
     named = first.get("ctx", {}).get("param")
-    param = named or ".".join(str(part) for part in first["loc"][1:]) or None
+    # Of a value of several types, pydantic adds the type that it tried last, such as `constrained-str` or `list[int]`.
+    path = [part for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch(r"[a-z][a-z0-9_]*", part)]
+    param = named or ".".join(map(str, path)) or None
     message = first["msg"].removeprefix("Value error, ")
     if not named:
         message = f"{param or 'body'}: {message[0].lower()}{message[1:]}"

@@ -1,31 +1,30 @@
-"""The deployment that receives HTTP: it runs the API of `api.py` over one or more pools of engine replicas.
+"""The deployment that receives HTTP: it runs the API of `api.py` and makes one streamed call per request.
 
-Serve cannot pass a streaming response on from one deployment to another, so the algorithm runs here, over
-`HandleEngine`s, and the tokens of the last layer are sent as they are written. A client that disconnects cancels its
-run, and with it every request in the engines. Prompts and answers are never logged.
+Keys, limits, parsing and server-sent events are its work; it knows no token and no template. A client that disconnects
+cancels its run, and with it every request in the engines. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import httpx
 from fastapi import FastAPI
 
 from aft_ray.config import ServingConfig
-from aft_ray.inference import Role
 from aft_ray.serving.admin import keep_watching
+from aft_ray.serving.aggregator_pool import AggregatorPool
 from aft_ray.serving.api import make_api
 from aft_ray.serving.gate import ControlActorClient, Gate
-from aft_ray.serving.handle_engine import HandleEngine
+from aft_ray.serving.inside import InsideReply, InsideRequest
 from aft_ray.serving.keys import KeyRing, refuse_open_server
 from aft_ray.serving.ledger import RequestLedger
-from aft_ray.serving.service import Service
-from aft_ray.templates import AggregatorTemplate
-from aft_ray.templates.loading import load_format
+from aft_ray.serving.replica_calls import by_own_transport
+from aft_ray.serving.service import Service, check_plan_fits
+from aft_ray.serving.traces import traces_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -34,47 +33,39 @@ if TYPE_CHECKING:
 class Ingress:
     """Serve deployment class. Serve asks for its app once, when the replica starts."""
 
-    def __init__(
-        self,
-        config: ServingConfig,
-        key_digests: Sequence[str],
-        aggregator: DeploymentHandle,
-        *proposers: DeploymentHandle,
-    ) -> None:
+    def __init__(self, config: ServingConfig, key_digests: Sequence[str], aggregator: DeploymentHandle) -> None:
         self.config = config
         self.keys = KeyRing(key_digests, config.keys_file)
         self.tasks: list[asyncio.Task[None]] = []
-        self.aggregator = aggregator
-        self.proposers = proposers
+        self.aggregator = by_own_transport(aggregator)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Connect to the engine pools, which waits until they run, and build the app."""
-        refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_required)
-        aggregator = await self._role_over(self.aggregator)
+        """Connect to the aggregators, which waits until they run, and build the app."""
+        if self.config.route_prefix is not None:
+            refuse_open_server(await asyncio.to_thread(bound_host), self.keys.is_required)
         service = Service(
             config=self.config,
-            aggregator=aggregator,
-            proposers=await self._proposer_roles() or (aggregator,),
-            template=AggregatorTemplate.load(self.config.templates.aggregator),
+            answers=await AggregatorPool.connect(self.aggregator, writes_drafts=self.config.topology == "shared"),
             keys=self.keys,
             gate=Gate(ControlActorClient(), self.config),
             ledger=RequestLedger(self.config.ledger),
+            traces=traces_of(self.config.traces, "Ingress"),
         )
+        check_plan_fits(self.config.plan, service.answers.info)
         await service.gate.renew()
         self.service = service
         self.tasks = [asyncio.create_task(service.gate.keep_renewing()), asyncio.create_task(keep_watching(service))]
-        return make_api(service)
+        self.api = make_api(service)
+        return self.api
 
-    async def _role_over(self, handle: DeploymentHandle) -> Role:
-        """Return the engines behind a handle as a role, with the prompt format of their model."""
-        engine = await HandleEngine.connect(handle)
-        in_context = self.config.templates.in_context
-        return Role(engine=engine, format=await asyncio.to_thread(load_format, engine.info.tokenizer, in_context))
-
-    async def _proposer_roles(self) -> tuple[Role, ...]:
-        roles = [await self._role_over(handle) for handle in self.proposers]
-        shares = [pool.share for pool in self.config.proposers] or [1.0] * len(roles)
-        return tuple(dataclasses.replace(role, share=share) for role, share in zip(roles, shares, strict=True))
+    async def http(self, request: InsideRequest) -> InsideReply:
+        """Answer a request that came over a Serve handle: as over HTTP, through the same API."""
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, timeout=None) as client:
+            reply = await client.request(
+                request.method, request.url, headers=list(request.headers), content=request.body
+            )
+        return InsideReply(status=reply.status_code, headers=tuple(reply.headers.items()), body=reply.content)
 
     async def drain(self) -> None:
         """Refuse new requests at all ingress replicas."""

@@ -15,6 +15,7 @@ import hmac
 import ipaddress
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ def read_keys(file: str) -> dict[str, KeyConfig]:
             if "sha256" in str(error):
                 raise ConfigError(f"{file}: {name}: sha256: expected 64 digits 0-9a-f, the sha256 of a key") from None
             raise
+        if keys[str(name)].sha256 == digest(""):
+            raise ConfigError(
+                f"{file}: {name}: sha256: this is the hash of nothing, so that everybody would be let in. The variable "
+                "that was hashed was not set"
+            )
+        if re.fullmatch(r"key-\d+", str(name)):
+            raise ConfigError(f"{file}: {name}: the keys of serving.api_keys_env have such names; choose another one")
     if not keys:
         raise ConfigError(f"{file}: found no keys; expected lines such as  alice: {{sha256: ...}}")
     return keys
@@ -120,10 +128,11 @@ class KeyRing:
         """Return name and config of the key in an `Authorization: Bearer <key>` header. Any key takes the same time."""
         self._refresh()
         scheme, _, key = (authorization or "").partition(" ")
-        found = digest(key.strip())
+        key = key.strip()
+        found = digest(key)
         keys = {**self._from_environment, **self._from_file}
         matches = [name for name, accepted in keys.items() if hmac.compare_digest(found, accepted.sha256)]
-        if scheme.lower() != "bearer" or not matches:
+        if scheme.lower() != "bearer" or not key or not matches:
             return None
         return matches[0], keys[matches[0]]
 

@@ -5,8 +5,8 @@
      "prompt_tokens": 412, "completion_tokens": 96, "layers": [{"layer": 0, ...}], "seconds": 1.4}
 
 `status` is `answered`, `failed` (with the error's code) or `cancelled` (the client disconnected). Each ingress replica
-writes its own file in the folder. Of an answer that was cut off, the tokens count that the engine had reported: at most
-a quarter of a second of writing is missing.
+writes its own file in the folder. Of an answer that was cut off, the tokens count that were written until then; only a
+replica that died takes its count with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aft_ray.inference.events import LayerUsage
-from aft_ray.serving.admission import Ticket
+from aft_ray.serving.admission import Admitted
 from aft_ray.serving.gate import Gate
 
 logger = logging.getLogger("ray.serve.aft_ray")
@@ -41,10 +41,11 @@ class RequestLedger:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, entry: dict[str, Any]) -> None:
+    def write(self, bill: Bill) -> None:
         """Append one line. A full disk is logged and does not fail the request."""
         if self._folder is None:
             return
+        entry = bill.entry()
         file = self._folder / f"{entry['time'][:10]}-{self._process}.jsonl"
         try:
             with file.open("a") as lines:
@@ -107,8 +108,9 @@ class Bill:
 class OpenRequest:
     """A request that was admitted. `close` it however it ends: that reports it to the gate and the ledger, once."""
 
-    def __init__(self, gate: Gate, ledger: RequestLedger, ticket: Ticket, bill: Bill) -> None:
-        self.ticket = ticket
+    def __init__(self, gate: Gate, ledger: RequestLedger, admitted: Admitted, bill: Bill) -> None:
+        self.ticket = admitted.ticket
+        self.room = admitted.room
         self.bill = bill
         self._gate = gate
         self._ledger = ledger
@@ -119,7 +121,7 @@ class OpenRequest:
             return
         self._is_closed = True
         self._gate.leave(self.ticket, self.bill.num_tokens)
-        self._ledger.write(self.bill.entry())
+        self._ledger.write(self.bill)
 
 
 def _sum(name: str, layers: Sequence[LayerUsage]) -> int:

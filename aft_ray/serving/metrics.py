@@ -3,7 +3,7 @@
     curl -s http://NODE:PORT/metrics | grep ray_aft_      PORT: `ray start --metrics-export-port`, else `ray.nodes()`
     serve_configs/grafana_dashboard.json                  a dashboard over all of them
 
-`METRICS.timed(events, call)` times a run, `count_layer` counts the usage of a layer, `METRICS.rejected(reason)` counts
+`METRICS.run(call)` times a run, `count_layer` counts the usage of a layer, `METRICS.rejected(reason)` counts
 a request that was refused before its run. Labels are names of models, plans, layers and outcomes, so a client cannot
 invent any. A histogram's `_sum` is Ray's estimate from the buckets: query quantiles, not means.
 """
@@ -13,25 +13,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerUsage
+from aft_ray.metrics import Definition, create
 from aft_ray.serving.http_errors import code_of
 from aft_ray.serving.openai_request import ChatCall, plan_name
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
-
-
-@dataclass(frozen=True)
-class Definition:
-    """A metric. Names of counters end in `_total`; times are in seconds."""
-
-    kind: Literal["counter", "gauge", "histogram"]
-    description: str
-    labels: tuple[str, ...] = ()
 
 
 DEFINITIONS: dict[str, Definition] = {
@@ -54,16 +46,53 @@ DEFINITIONS: dict[str, Definition] = {
 }  # fmt: skip
 
 
+FLUSH_S = 0.5
+"""Longest time that a counter or a gauge is held back."""
+
+
 @functools.cache
 def metric(name: str) -> Any:
     """Return Ray's metric of that name. It is created at its first use, once per process."""
-    from ray.util.metrics import Counter, Gauge, Histogram
+    return create(name, DEFINITIONS[name], SECONDS)
 
-    definition = DEFINITIONS[name]
-    if definition.kind == "histogram":
-        return Histogram(name, definition.description, boundaries=list(SECONDS), tag_keys=definition.labels)
-    kind = Counter if definition.kind == "counter" else Gauge
-    return kind(name, definition.description, tag_keys=definition.labels)
+
+class Held:
+    """Counters and gauges on their way to Ray, which takes longer to record one than to add up a hundred.
+
+    A request changes ten of them. What changes within `FLUSH_S` becomes one call for each metric and its labels.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, frozenset[tuple[str, str]]]] = Counter()
+        self._values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop on which they will be recorded, if they will."""
+
+    def inc(self, name: str, number: float = 1, /, **labels: str) -> None:
+        self._counts[name, frozenset(labels.items())] += number  # type: ignore[assignment]
+        self._flush_later()
+
+    def set(self, name: str, value: float, /, **labels: str) -> None:
+        self._values[name, frozenset(labels.items())] = value
+        self._flush_later()
+
+    def _flush_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_later(FLUSH_S, self._flush)
+
+    def _flush(self) -> None:
+        self._loop = None
+        counts, self._counts = self._counts, Counter()
+        values, self._values = self._values, {}
+        for (name, labels), number in counts.items():
+            metric(name).inc(number, tags=dict(labels))
+        for (name, labels), value in values.items():
+            metric(name).set(value, tags=dict(labels))
+
+
+HELD = Held()
 
 
 class Metrics:
@@ -74,22 +103,25 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         """Count a request that was refused before any engine request."""
-        metric("aft_rejections_total").inc(tags={"reason": reason})
+        HELD.inc("aft_rejections_total", reason=reason)
 
-    async def timed(self, events: AsyncGenerator[Event, None], call: ChatCall) -> AsyncGenerator[Event, None]:
-        """Yield the events of a run unchanged, and record its time and its outcome."""
+    @contextmanager
+    def run(self, call: ChatCall) -> Iterator[Callable[[Event], None]]:
+        """Record time and outcome of the run in the block, which calls what this yields with each event."""
         labels = {"model": call.name, "plan": plan_name(call.plan)}
         started, is_first, outcome = time.monotonic(), True, "cancelled"
+
+        def measure(event: Event) -> None:
+            nonlocal is_first, outcome
+            if isinstance(event, AnswerDelta) and is_first:
+                is_first = False
+                metric("aft_time_to_first_token_seconds").observe(time.monotonic() - started, tags=labels)
+            elif isinstance(event, Finished):
+                outcome = "ok"
+
         self._count_in_flight(1)
         try:
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, AnswerDelta) and is_first:
-                        is_first = False
-                        metric("aft_time_to_first_token_seconds").observe(time.monotonic() - started, tags=labels)
-                    elif isinstance(event, Finished):
-                        outcome = "ok"
-                    yield event
+            yield measure
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:
@@ -98,12 +130,12 @@ class Metrics:
         finally:
             self._count_in_flight(-1)
             tags = labels | {"outcome": outcome}
-            metric("aft_requests_total").inc(tags=tags)
+            HELD.inc("aft_requests_total", **tags)
             metric("aft_request_seconds").observe(time.monotonic() - started, tags=tags)
 
     def _count_in_flight(self, change: int) -> None:
         self._in_flight += change
-        metric("aft_requests_in_flight").set(self._in_flight)
+        HELD.set("aft_requests_in_flight", self._in_flight)
 
 
 METRICS = Metrics()
@@ -117,12 +149,12 @@ def count_layer(usage: LayerUsage) -> None:
     answers = {"ok": usage.num_answers, "failed": usage.num_failed, "cancelled": usage.num_cancelled}
     for kind, number in tokens.items():
         if number:
-            metric("aft_tokens_total").inc(number, tags={"kind": kind, "layer": layer})
+            HELD.inc("aft_tokens_total", number, kind=kind, layer=layer)
     for outcome, number in answers.items():
         if number:
-            metric("aft_answers_total").inc(number, tags={"outcome": outcome, "layer": layer})
+            HELD.inc("aft_answers_total", number, outcome=outcome, layer=layer)
 
 
 def engine_samples(pool: str, number: int) -> None:
     """Record how many samples this replica is writing now."""
-    metric("aft_engine_samples").set(number, tags={"pool": pool})
+    HELD.set("aft_engine_samples", number, pool=pool)

@@ -11,13 +11,16 @@ them, then content as it is written, then `finish_reason` (with the drafts, if a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aft_ray.engines.base import TokenLogprob
+from aft_ray.engines.base import CallPiece, TokenLogprob
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
+from aft_ray.inference.layer import EMPTY_ANSWER
 from aft_ray.serving.openai_request import ChatCall
 
 SSE_KEEP_ALIVE = ": keep-alive\n\n"
@@ -29,17 +32,56 @@ def sse_data(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def usage_object(layers: Sequence[LayerUsage]) -> dict[str, Any]:
-    """Return the tokens of all engine calls; `aft` has them by layer."""
+Counted = Literal["all_calls", "last_call"]
+
+
+def usage_object(layers: Sequence[LayerUsage], counted: Counted = "all_calls", num_prompts: int = 1) -> dict[str, Any]:
+    """Return the tokens of all engine calls; `aft` has them by layer.
+
+    Everything that was written before the final answer counts as reasoning: drafts, hidden layers, thinking. With
+    `last_call` the standard fields are those of the last call of a model, for each of the prompts.
+    """
+    if counted == "last_call":
+        written = [layer for layer in layers if layer.decided_by == "model" and layer.num_answers] or layers
+        last, num = written[-1], max(1, written[-1].num_answers // num_prompts)
+        shown = dataclasses.replace(
+            last, prompt_tokens=last.prompt_tokens // num, cached_tokens=last.cached_tokens // num
+        )
+        whole = usage_object(layers)
+        sums = {key: whole[key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        return {**usage_object([shown]), "aft": {**whole["aft"], **sums}}
     prompt = sum(layer.prompt_tokens for layer in layers)
     completion = sum(layer.completion_tokens for layer in layers)
+    cached = sum(layer.cached_tokens for layer in layers)
+    unseen = sum(layer.completion_tokens for layer in layers[:-1]) + sum(
+        layer.reasoning_tokens for layer in layers[-1:]
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(layer.cached_tokens for layer in layers)},
+        "completion_tokens_details": {"reasoning_tokens": unseen},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "aft": {"layers": [dataclasses.asdict(layer) for layer in layers]},
     }
+
+
+def text_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Return the `logprobs` of a text completion. A token that follows on nothing has none."""
+    offsets = itertools.accumulate((len(token.token) for token in tokens[:-1]), initial=0)
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token in tokens],
+        "top_logprobs": [None if math.isnan(token.logprob) else dict(token.top) for token in tokens],
+        "text_offset": list(offsets) if tokens else [],
+    }
+
+
+def failure_of(answer: Answer) -> str | None:
+    """Return why an answer failed, as a client may know it: an engine's own words tell of paths and hosts."""
+    if answer.error is None:
+        return None
+    return "empty_answer" if answer.error == EMPTY_ANSWER else "engine_error"
 
 
 def draft_object(answer: Answer) -> dict[str, Any]:
@@ -47,9 +89,10 @@ def draft_object(answer: Answer) -> dict[str, Any]:
     return {
         "index": answer.index,
         "text": answer.text,
+        "reasoning": answer.reasoning,
         "finish_reason": answer.finish_reason,
         "num_tokens": answer.num_tokens,
-        "error": answer.error,
+        "error": failure_of(answer),
         "inputs": list(answer.inputs),
         "length_action": answer.length_action,
     }
@@ -64,6 +107,43 @@ def logprob_object(token: TokenLogprob) -> dict[str, Any]:
         "bytes": list(token.token.encode()),
         "top_logprobs": top,
     }
+
+
+def message_object(answer: Answer) -> dict[str, Any]:
+    """Return a final answer as a message. Its keys for thinking and tool calls are there only where it has them."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in answer.tool_calls
+    ]
+    message = {"role": "assistant", "content": None if calls and not answer.text else answer.text, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def delta_object(delta: AnswerDelta) -> dict[str, Any]:
+    """Return a piece of a final answer as the `delta` of a chunk."""
+    found: dict[str, Any] = {}
+    if delta.reasoning:
+        found["reasoning_content"] = delta.reasoning
+    if delta.text or not (delta.reasoning or delta.tool_calls):
+        found["content"] = delta.text
+    if delta.tool_calls:
+        found["tool_calls"] = [call_object(piece) for piece in delta.tool_calls]
+    return found
+
+
+def call_object(piece: CallPiece) -> dict[str, Any]:
+    """Return a piece of a tool call. Its id, type and name come once, with the first piece."""
+    function: dict[str, Any] = {"arguments": piece.arguments}
+    if piece.name is None:
+        return {"index": piece.index, "function": function}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": {"name": piece.name, **function}}
+
+
+def finish_reason(answer: Answer) -> str:
+    """Return why an answer ended, in the words of the OpenAI API."""
+    return "tool_calls" if answer.tool_calls and answer.finish_reason == "stop" else answer.finish_reason
 
 
 @dataclass(kw_only=True)
@@ -87,40 +167,66 @@ class Drafts:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The reply to one call. `kind` says which endpoint it belongs to: chat or text completions."""
+    """The reply to one request. `kind` says which endpoint it belongs to: chat or text completions."""
 
     kind: Literal["chat", "text"]
-    call: ChatCall
+    calls: tuple[ChatCall, ...]
+    """One for each prompt, which differ in nothing else; only text completions have several."""
     id: str
     created: int
     request_id: str
+    counted: Counted = "all_calls"
+    """What the standard fields of the usage count (`serving.usage`)."""
+    answer_is_shown: bool = True
+    """Whether the text that follows an echoed prompt is shown: not where no token was asked for."""
+
+    END = SSE_DONE
+    """What ends a stream."""
 
     @property
-    def run_id(self) -> str:
-        """Name of the run in the engines. The request id alone will not do: a client may send one twice."""
-        return f"{self.request_id}/{self.id}"
+    def call(self) -> ChatCall:
+        """The first call."""
+        return self.calls[0]
+
+    def usage(self, finished: Finished) -> dict[str, Any]:
+        return usage_object(finished.usage, self.counted, len(self.calls))
 
     def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
         """Return the plain reply: a `chat.completion` or `text_completion`."""
         body = self._envelope("chat.completion" if self.kind == "chat" else "text_completion")
         body["choices"] = [self._whole_choice(answer) for answer in finished.layers[-1]]
-        return body | {"usage": usage_object(finished.usage)} | self._aft(drafts)
+        return body | {"usage": self.usage(finished)} | self._aft(drafts)
 
     def _whole_choice(self, answer: Answer) -> dict[str, Any]:
-        content: dict[str, Any] = {"text": answer.text}
+        tokens = answer.logprobs
+        text = answer.text
+        if self.call.final.echo is not None:
+            shown = answer if self.answer_is_shown else dataclasses.replace(answer, text="", logprobs=())
+            call = self.calls[answer.index // self.call.final.num_choices]
+            text, tokens = call.messages[0]["content"] + shown.text, (*answer.prompt_logprobs, *shown.logprobs)
+        content: dict[str, Any] = {"text": text}
         if self.kind == "chat":
-            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        return self._choice(content, answer.index, answer.finish_reason, answer.logprobs)
+            content = {"message": message_object(answer)}
+        return self._choice(content, answer.index, finish_reason(answer), tokens)
 
-    def opening(self) -> dict[str, Any]:
+    def encoded(self, payload: dict[str, Any]) -> str:
+        """Return one chunk as it is sent."""
+        return sse_data(payload)
+
+    def failed(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the chunks of a run that failed after its stream had begun, from the `error` of its error object."""
+        return [{"error": error}]
+
+    def opening(self) -> list[dict[str, Any]]:
         """Return the first chunk, which holds the role."""
         content = {"delta": {"role": "assistant", "content": ""}} if self.kind == "chat" else {"text": ""}
-        return self._chunk([self._choice(content, index) for index in range(self.call.final.num_choices)])
+        num_choices = len(self.calls) * self.call.final.num_choices
+        return [self._chunk([self._choice(content, index) for index in range(num_choices)])]
 
-    def piece(self, delta: AnswerDelta) -> dict[str, Any]:
+    def piece(self, delta: AnswerDelta) -> list[dict[str, Any]]:
         """Return a chunk with the next piece of an answer."""
-        content = {"delta": {"content": delta.text}} if self.kind == "chat" else {"text": delta.text}
-        return self._chunk([self._choice(content, delta.index, None, delta.logprobs)])
+        content = {"delta": delta_object(delta)} if self.kind == "chat" else {"text": delta.text}
+        return [self._chunk([self._choice(content, delta.index, None, delta.logprobs)])]
 
     def progress(self, event: ProposalDone | LayerDone, drafts: Drafts) -> str:
         """Return a finished draft or layer as an `aft.progress` event: a chunk without choices, which clients skip."""
@@ -131,7 +237,7 @@ class Reply:
             "num_layers": self.call.plan.num_layers,
             "num_done": len(answers),
             "num_failed": sum(answer.error is not None for answer in answers),
-            "num_proposals": self.call.plan.num_proposals,
+            "num_proposals": len(self.calls) * self.call.plan.num_proposals,
         }
         if isinstance(event, LayerDone):
             progress["layer_usage"] = dataclasses.asdict(event.usage)
@@ -142,10 +248,10 @@ class Reply:
     def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
         """Return the last chunks: the finish reasons (and the drafts, if asked for), then usage if asked for."""
         end: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        ends = [self._choice(end, answer.index, answer.finish_reason) for answer in finished.layers[-1]]
+        ends = [self._choice(end, answer.index, finish_reason(answer)) for answer in finished.layers[-1]]
         chunks = [self._chunk(ends) | self._aft(drafts)]
         if self.call.include_usage:
-            chunks.append(self._chunk([]) | {"usage": usage_object(finished.usage)})
+            chunks.append(self._chunk([]) | {"usage": self.usage(finished)})
         return chunks
 
     def _aft(self, drafts: Drafts) -> dict[str, Any]:
@@ -165,7 +271,11 @@ class Reply:
         finish_reason: str | None = None,
         logprobs: Sequence[TokenLogprob] = (),
     ) -> dict[str, Any]:
-        tokens = {"content": [logprob_object(token) for token in logprobs], "refusal": None} if logprobs else None
+        tokens: dict[str, Any] | None = None
+        if logprobs and self.kind == "chat":
+            tokens = {"content": [logprob_object(token) for token in logprobs], "refusal": None}
+        elif logprobs:
+            tokens = text_logprobs(logprobs)
         return {"index": index, **content, "logprobs": tokens, "finish_reason": finish_reason}
 
     def _envelope(self, kind: str) -> dict[str, Any]:

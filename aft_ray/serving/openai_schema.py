@@ -71,10 +71,20 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
+class ReasoningTokens(BaseModel):
+    """The part of the completion tokens that are not the final answer: drafts, hidden layers, thinking."""
+
+    reasoning_tokens: int
+
+
 class AftUsage(BaseModel):
     """Usage by layer."""
 
     layers: list[LayerUsage]
+    prompt_tokens: int | None = None
+    """Sums over all calls, where the standard fields count the last one alone."""
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
 
 
 class Usage(BaseModel):
@@ -83,6 +93,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: ReasoningTokens
     prompt_tokens_details: CachedTokens
     aft: AftUsage
 
@@ -92,9 +103,10 @@ class Draft(BaseModel):
 
     index: int
     text: str
+    reasoning: str
     finish_reason: str
     num_tokens: int
-    error: str | None
+    error: Literal["empty_answer", "engine_error"] | None
     inputs: list[int]
     length_action: str | None
 
@@ -106,12 +118,29 @@ class AftReply(BaseModel):
     layers: list[list[Draft]]
 
 
+class CalledFunction(BaseModel):
+    """The function that a tool call names, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CalledTool(BaseModel):
+    """A tool call of the answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
     """The final answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[CalledTool] | None = None
 
 
 class TopLogprob(BaseModel):
@@ -156,12 +185,35 @@ class ChatCompletion(BaseModel):
     aft: AftReply | None = None
 
 
+class TextLogprobs(BaseModel):
+    """Log-probabilities of a text's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Tokens(BaseModel):
+    """The reply of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Text(BaseModel):
+    """The reply of `/detokenize`."""
+
+    prompt: str
+
+
 class TextChoice(BaseModel):
     """One of the n answers."""
 
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: str
 
 
@@ -174,6 +226,30 @@ class TextCompletion(BaseModel):
     model: str
     choices: list[TextChoice]
     usage: Usage
+    aft: AftReply | None = None
+
+
+class ResponseUsage(BaseModel):
+    """Tokens summed over all engine calls."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+    aft: AftUsage
+
+
+class ResponseObject(BaseModel):
+    """The reply of `/v1/responses`."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage
     aft: AftReply | None = None
 
 

@@ -1,31 +1,77 @@
-"""What every request needs, and the path of one call: admitted, billed, and answered over the engine pools."""
+"""What every request needs, and the path of one call: admitted, billed, and answered by the aggregators."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from aft_ray.config import ServingConfig
-from aft_ray.engines.base import EngineInfo, GenerateRequest, Sample, Sampling
-from aft_ray.errors import DeadlineExceeded, EngineError
-from aft_ray.inference import Role, propose_and_aggregate
-from aft_ray.inference.events import Event
-from aft_ray.inference.off_loop import num_characters, off_loop
-from aft_ray.records import Message, prompt_id_of
+from aft_ray.engines.base import SpanParent
+from aft_ray.errors import ConfigError, DeadlineExceeded
+from aft_ray.inference.layer import estimated_tokens
+from aft_ray.inference.plan import Plan
 from aft_ray.serving.admission import Ticket, cost_of
+from aft_ray.serving.aggregator import Answers, PoolInfo, RunRequest
 from aft_ray.serving.gate import Gate
 from aft_ray.serving.keys import Caller, KeyRing
 from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
-from aft_ray.serving.metrics import METRICS, count_layer
-from aft_ray.serving.openai_request import ChatCall, plan_name
-from aft_ray.templates import AggregatorTemplate
+from aft_ray.serving.metrics import count_layer
+from aft_ray.serving.openai_request import ChatCall, default_model, plan_name
+from aft_ray.serving.running_call import RunningCall
+from aft_ray.serving.traces import Traces
 
 READY_S = 5.0
-"""How long an engine may take for the one-token probe of `/ready`."""
+"""How long the engines may take for the one-token probe of `/ready`."""
+READY_FOR_S = 2.0
+"""How long the outcome of a probe holds for all who ask, so that asking often costs nothing."""
+
+
+def check_plan_fits(plan: Plan, info: PoolInfo) -> None:
+    """Raise ConfigError for a server's plan that leaves no room for any prompt."""
+    for layer in range(plan.num_layers + (plan.aggregator == "model" or not plan.num_layers)):
+        window = (info.aggregator if layer else info.single).max_model_len
+        max_tokens = plan.sampling_of(layer).max_tokens
+        if max_tokens >= window:
+            raise ConfigError(
+                f"serving.plan: layer {layer}: max_tokens {max_tokens} leaves no room for a prompt in the model's "
+                f"window of {window} tokens. Lower max_tokens, or raise the engine's max_model_len"
+            )
+
+
+class Readiness:
+    """Whether the engines answer. Those that have just answered somebody are not asked."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._probe: asyncio.Task[None] | None = None
+        self._probed = -READY_FOR_S
+        self.last_event = -READY_S
+        """When an engine was last heard of."""
+        self.num_running = 0
+        """Number of runs under way at this ingress replica."""
+
+    async def check(self) -> None:
+        """Return if the engines answer. Raises TimeoutError, or what the probe raised.
+
+        Engines that are too busy to answer the probe in time are ready as long as runs are under way: Serve itself
+        replaces a replica whose engine writes nothing.
+        """
+        now = time.monotonic()
+        if now - self.last_event < READY_S:
+            return
+        if self._probe is None or (self._probe.done() and now - self._probed > READY_FOR_S):
+            self._probed = now
+            self._probe = asyncio.create_task(self._ask())
+        await asyncio.shield(self._probe)
+
+    async def _ask(self) -> None:
+        try:
+            async with asyncio.timeout(READY_S):
+                await self._answers.probe()
+        except TimeoutError:
+            if not self.num_running:
+                raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +79,15 @@ class Service:
     """Everything that a request needs."""
 
     config: ServingConfig
-    proposers: tuple[Role, ...]
-    aggregator: Role
-    """With topology `shared` it is also the only proposer. The request's model selects the adapter."""
-    template: AggregatorTemplate
+    answers: Answers
     keys: KeyRing
     gate: Gate
     ledger: RequestLedger
+    traces: Traces | None = None
+    readiness: Readiness = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readiness", Readiness(self.answers))
 
     def caller(self, authorization: str | None) -> Caller:
         """Return the sender of a request from its `Authorization` header, or raise HttpError 401."""
@@ -49,17 +97,17 @@ class Service:
     def current_config(self) -> ServingConfig:
         """The config, with the adapters that are served now."""
         adapters = {name: adapter.path for name, adapter in self.gate.table.adapters.items()}
-        return self.config.model_copy(update={"adapters": adapters})
+        default = self.config.default_model or default_model(self.config)  # which no adapter that comes later replaces
+        return self.config.model_copy(update={"adapters": adapters, "default_model": default})
 
     async def open(self, call: ChatCall, key: Caller, request_id: str, reply_id: str) -> OpenRequest:
-        """Admit a call, or raise HttpError. The caller must close the open request that this returns."""
+        """Admit a call, or raise HttpError. Whoever gets the open request must start it or close it."""
         names = (self._adapter_name(call), self._proposer_adapter_name(call))
-        num_tokens = await off_loop(num_characters(call.messages), self.aggregator.format.count, call.messages)
-        cost = cost_of(call.plan, num_tokens, call.final.num_choices)
+        cost = cost_of(call.plan, estimated_tokens(call.messages), call.final.num_choices)
         ticket = Ticket(id=reply_id, key=key.name, num_tokens=cost)
         try:
             async with asyncio.timeout(call.plan.deadline_s):
-                ticket = await self.gate.enter(ticket, key.limits, names)
+                admitted = await self.gate.enter(ticket, key.limits, names)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"deadline_s {call.plan.deadline_s} passed before the request was admitted"
@@ -70,10 +118,10 @@ class Service:
             key=key.name,
             model=call.name,
             plan=plan_name(call.plan),
-            adapter=ticket.adapters[0],
+            adapter=admitted.ticket.adapters[0],
             on_usage=count_layer,
         )
-        return OpenRequest(self.gate, self.ledger, ticket, bill)
+        return OpenRequest(self.gate, self.ledger, admitted, bill)
 
     def _adapter_name(self, call: ChatCall) -> str | None:
         return None if call.name == self.config.base_name else call.name
@@ -84,61 +132,20 @@ class Service:
             return config.proposer_adapter
         return self._adapter_name(call) if config.proposers_take_adapters else None
 
-    @property
-    def single_proposer(self) -> Role:
-        """The proposer that writes a single sample (L=0): the one with the largest share."""
-        return max(self.proposers, key=lambda role: role.share)
-
-    def last_engine(self, call: ChatCall) -> EngineInfo:
-        """Return the engine that writes the final answer of a call."""
-        return (self.aggregator if call.plan.num_layers else self.single_proposer).engine.info
-
-    def run(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
-        """Yield the events of a call, and record its metrics."""
-        return METRICS.timed(self._events(call, run_id, opened), call)
-
-    def _events(self, call: ChatCall, run_id: str, opened: OpenRequest) -> AsyncGenerator[Event, None]:
+    def start(self, call: ChatCall, run_id: str, opened: OpenRequest, trace: SpanParent | None = None) -> RunningCall:
+        """Run a call, which closes its open request when it has ended."""
         adapter, proposer_adapter = opened.ticket.adapters
-        return propose_and_aggregate(
-            prompt_id=prompt_id_of(call.messages),
+        request = RunRequest(
+            run_id=run_id,
             messages=call.messages,
             plan=call.plan,
-            proposer=[dataclasses.replace(role, adapter=proposer_adapter) for role in self.proposers],
-            aggregator=dataclasses.replace(self.aggregator, adapter=adapter),
-            template=self.template,
-            run_seed=call.run_seed,
-            request_id=run_id,
-            on_usage=opened.bill.add,
             final=call.final,
+            template_arguments=call.template_arguments,
+            run_seed=call.run_seed,
+            adapter=adapter,
+            proposer_adapter=proposer_adapter,
+            cache_salt=opened.ticket.key or None,
+            shows_drafts=call.progress or call.include_proposals,
+            trace=trace,
         )
-
-    async def probe(self) -> None:
-        """Get one token from every pool. Raises TimeoutError or EngineError."""
-        async with asyncio.timeout(READY_S):
-            await asyncio.gather(
-                *(probe(role) for role in {id(r): r for r in (*self.proposers, self.aggregator)}.values())
-            )
-
-    async def try_adapter(self, path: str) -> None:
-        """Get one token with an adapter from every pool that will use it. Raises EngineError."""
-        roles = [self.aggregator]
-        if self.config.topology == "split" and self.config.proposers_take_adapters:
-            roles += self.proposers
-        await asyncio.gather(*(probe(dataclasses.replace(role, adapter=path)) for role in roles))
-
-
-async def probe(role: Role) -> None:
-    """Get one token from the engine of a role. Raises EngineError."""
-    messages: tuple[Message, ...] = ({"role": "user", "content": "Say yes."},)
-    request = GenerateRequest(
-        request_id=f"ready-{uuid.uuid4().hex}",
-        prompt_ids=tuple(role.format.prompt_ids(messages)),
-        messages=messages,
-        sampling=Sampling(temperature=0, max_tokens=1),
-        seeds=(0,),
-        adapter=role.adapter,
-    )
-    async with aclosing(role.engine.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, Sample) and event.error is not None:
-                raise EngineError(event.error)
+        return RunningCall(self.answers.run(request, opened.bill.add), call, opened, self.readiness)

@@ -118,6 +118,7 @@ class StallingEngine(ScriptedEngine):
         try:
             for _ in range(self.stall_after):
                 self.num_tokens += 1
+                request.count(index, 1)
                 if request.stream:
                     emit(TokenDelta(index=index, text="word ", num_tokens=1))
             await asyncio.Event().wait()
@@ -131,7 +132,6 @@ class BreakingEngine(ScriptedEngine):
     def __init__(self, num_samples: int, error: Exception | None, **knobs: Any) -> None:
         super().__init__(ScriptedEngineConfig(**knobs))
         self.num_samples, self.error = num_samples, error
-        self.num_tokens_streamed = 0
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
         num_done = 0
@@ -142,7 +142,6 @@ class BreakingEngine(ScriptedEngine):
                         raise self.error
                     return
                 num_done += isinstance(event, Sample)
-                self.num_tokens_streamed += event.num_tokens if isinstance(event, TokenDelta) else 0
                 yield event
 
 

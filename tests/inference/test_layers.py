@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from aft_ray.inference import (
 )
 from aft_ray.inference.plan import FinalLayer
 from aft_ray.records import derive_seed
-from aft_ray.templates import AggregatorTemplate, MessagesFormat
+from aft_ray.templates import AggregatorTemplate, ChatFormat, MessagesFormat
+from tests.templates.families import make_tokenizer
 
 
 def short(events: list[Event]) -> str:
@@ -191,9 +193,19 @@ def test_a_layer_starts_as_soon_as_the_one_below_is_over_and_not_before() -> Non
     run(look())
 
 
-def test_the_engine_knows_which_answers_no_client_reads() -> None:
-    """That is true of all drafts, and of the final answer where the reply is sent in one piece."""
+def test_only_a_final_answer_that_a_client_reads_is_streamed() -> None:
+    """Drafts are not, nor is the final answer where the reply is sent in one piece."""
     for is_read in (True, False):
         engine = scripted()
         run_plan(Plan(num_layers=2), engine, final=FinalLayer(is_read=is_read))
-        assert [request.is_unread for request in engine.requests] == [True, True, not is_read]
+        assert [request.stream for request in engine.requests] == [False, False, is_read]
+
+
+def test_every_request_ends_where_its_models_format_ends_turns(tmp_path: Path) -> None:
+    """Llama 3 writes <|eot_id|> after an answer, and its tokenizer's eos is <|end_of_text|>."""
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.save_pretrained(tmp_path)
+    engine = scripted(tokenizer=str(tmp_path))
+    ends = tuple(tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"]))
+    run_plan(Plan(num_layers=2, num_proposals=2), Role(engine=engine, format=ChatFormat.load(str(tmp_path))))
+    assert [request.stop_ids for request in engine.requests] == [ends] * 3

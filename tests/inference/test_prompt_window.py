@@ -137,6 +137,10 @@ def test_an_answer_as_long_as_the_window_leaves_no_room_for_a_prompt(words: Chat
     _, error = run_until_error(plan(num_layers=0, proposal=Sampling(max_tokens=64)), role(scripted(max_model_len=64)))
     assert isinstance(error, PromptTooLong)
     assert "layer 0: max_tokens 64 leaves no room for a prompt in the model's window of 64" in str(error)
+    assert "Lower max_tokens, or raise" in str(error)
+    wide = plan(num_layers=2, proposal=Sampling(max_tokens=8), aggregation=(Sampling(max_tokens=64),))
+    _, error = run_until_error(wide, role(scripted(max_model_len=64)))
+    assert "Lower max_tokens of the plan's aggregation, or raise" in str(error)
 
 
 def test_a_conversation_that_does_not_fit_is_refused_before_any_request() -> None:

@@ -112,12 +112,12 @@ def test_a_request_that_breaks_half_way_fails_only_its_unfinished_answers() -> N
     assert usage.prompt_tokens == engine.num_prompt_tokens  # it had begun: the prompts of the lost ones were read
 
 
-def test_tokens_of_lost_answers_are_counted_when_they_were_streamed() -> None:
+def test_tokens_of_lost_answers_are_counted() -> None:
     engine = BreakingEngine(num_samples=1, error=EngineError("connection lost"), num_tokens=4)
     events, error = run_until_error(Plan(num_proposals=3, deadline_s=20), engine)
     assert isinstance(error, QuorumNotMet)
     usage = layers_done(events)[0].usage
-    assert usage.completion_tokens == engine.num_tokens_streamed > 4
+    assert usage.completion_tokens == engine.num_tokens > 4
     assert usage.prompt_tokens == engine.num_prompt_tokens
 
 
@@ -151,10 +151,9 @@ def test_an_exception_that_is_not_the_engines_way_to_fail_comes_out_as_it_is() -
     ("knobs", "reason"),
     [
         ({"fail_on": (0,)}, "scripted failure of one sample"),
-        ({"empty_on": (0,)}, "empty answer"),
         ({"fail_requests": True}, "scripted failure of the whole request"),
     ],
-    ids=["failed", "empty", "request failed"],
+    ids=["failed", "request failed"],
 )
 def test_without_a_final_answer_the_run_ends_in_an_engine_error_that_names_the_layer(
     num_layers: int, knobs: dict[str, object], reason: str
@@ -166,6 +165,14 @@ def test_without_a_final_answer_the_run_ends_in_an_engine_error_that_names_the_l
     assert f"layer {num_layers} (the last): {reason}" in str(error)
     assert len(layers_done(events)) == num_layers
     assert not any(isinstance(event, AnswerDelta) for event in events)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_an_empty_final_answer_is_an_answer(num_layers: int) -> None:
+    good, empty = scripted(), scripted(empty_on=(0,))
+    engine = RoutingEngine(lambda request: empty if request.request_id.endswith(f"/{num_layers}/0") else good)
+    last = finished(run_plan(Plan(num_layers=num_layers), engine))
+    assert (last.answer.text, last.answer.error, last.answer.finish_reason) == ("", None, "stop")
 
 
 def test_duplicates_keep_their_slots_unless_they_are_dropped() -> None:

@@ -74,6 +74,23 @@ NAMES = (
 )
 
 
+COUNTS = (0, 1, 7, 300, 10**6, 2**63)
+KEYWORDS: dict[str, tuple[Any, ...]] = {
+    "pattern": (
+        "^[a-z]{1,20}$", "^(a|b|c){1,20000}$", "(a+)+$", "^(([^a]*b){1,64}c){1,64}$", r"^\w+@\w+\.com$", "(?=a)b", "[",
+        "(" * 200, r"\p{L}{9}", "a{9,1}",
+    ),
+    "format": ("email", "uuid", "date-time", "nonsense"),
+    "minLength": COUNTS, "maxLength": COUNTS, "minItems": COUNTS, "maxItems": COUNTS, "minProperties": COUNTS,
+    "minimum": (0, -5, 1.5, -(10**15)), "maximum": (0, 10**15, 2.5), "multipleOf": (3,),
+    "enum": ([], ["a", 1, None], [{"a": [1]}], list(range(2000))), "const": ("🦕", {"b": 1}, 1e300),
+    "additionalProperties": (True, False, {"type": "string"}), "required": (["p0", "absent"],),
+    "uniqueItems": (True,), "patternProperties": ({"^a": {}},), "prefixItems": ([{"type": "null"}] * 3,),
+    "$ref": ("#", "#/$defs/it", "#/$defs/none", "https://example.org/s"), "oneOf": ([{}, {"type": "null"}],),
+    "allOf": ([{"type": "string"}, {"type": "integer"}],), "not": ({},), "if": ({},), "title": ("x",),
+}  # fmt: skip
+
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ONLY_CHAT = {"messages", "logprobs", "top_logprobs", "response_format"}
 
@@ -83,7 +100,13 @@ def hostile_bodies(number: int, seed: int) -> Iterator[tuple[str, bytes]]:
     rng = random.Random(seed)
     for _ in range(number):
         path = rng.choice((CHAT, CHAT, TEXT))
-        yield path, _broken_json(rng) if rng.random() < 0.15 else _wrong_somewhere(path, rng)
+        kind = rng.random()
+        if kind < 0.15:
+            yield path, _broken_json(rng)
+        elif kind < 0.3:
+            yield CHAT, _strange_format(rng)
+        else:
+            yield path, _wrong_somewhere(path, rng)
 
 
 def _wrong_somewhere(path: str, rng: random.Random) -> bytes:
@@ -108,6 +131,31 @@ def _wrong_somewhere(path: str, rng: random.Random) -> bytes:
             break
     whole: Any = rng.choice(JUNK) if rng.random() < 0.03 else body
     return json.dumps(whole).encode()
+
+
+def _strange_format(rng: random.Random) -> bytes:
+    schema = {"name": "x", "schema": _strange_schema(rng, rng.choice((0, 0, 0, 1, 1, 2, 3, 60, 400)))}
+    asked = {"type": "json_schema", "json_schema": schema}
+    return json.dumps({"messages": VALID["messages"], "max_tokens": 4, "response_format": asked}).encode()
+
+
+def _strange_schema(rng: random.Random, depth: int) -> dict[str, Any]:
+    """Return a JSON schema of known keywords, with values that fit them, are too large for them, or are of no use."""
+    schema: dict[str, Any] = {"type": rng.choice(("object", "array", "string", "integer", "number", "null", "thing"))}
+    for keyword in rng.sample(sorted(KEYWORDS), rng.randrange(5)):
+        schema[keyword] = copy.deepcopy(rng.choice((*KEYWORDS[keyword], *KEYWORDS[keyword], rng.choice(JUNK))))
+    if depth > 0:
+        inner = _strange_schema(rng, depth - 1)
+        width = rng.choice((1, 2, 20)) if depth < 3 else 1
+        schema |= rng.choice(
+            (
+                {"type": "object", "properties": {f"p{i}": inner for i in range(width)}, "required": ["p0"]},
+                {"type": "array", "items": inner},
+                {"anyOf": [inner] * width},
+                {"$defs": {"it": inner}, "$ref": "#/$defs/it"},
+            )
+        )
+    return schema
 
 
 def _broken_json(rng: random.Random) -> bytes:

@@ -76,11 +76,12 @@ def server(request: pytest.FixtureRequest, truth: Truth, ray_cluster: None, tmp_
         adapters={"aft": str(write_adapter(tmp_path / "first", truth.model, 1))},
         plan=Plan(num_layers=0, proposal=GREEDY, final=GREEDY),
         port=0,
+        route_prefix="/swap",
         ingress=ReplicaConfig(num_cpus=0.1),
-        proposer=ReplicaConfig(num_cpus=0.5),
+        aggregator=ReplicaConfig(num_cpus=0.5),
         keys_file=str(tmp_path / "keys.yaml"),
     )
-    yield serve_app(config, name="swap", route_prefix="/swap")
+    yield serve_app(config, name="swap")
     stop("swap")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from aft_ray.config import AdmissionConfig, KeyLimits
@@ -34,13 +36,29 @@ def refused(refusal: Refusal | None) -> str:
     return refusal.message
 
 
-def test_the_cost_of_a_plan_is_all_that_it_may_write_and_its_prompt() -> None:
+def test_the_cost_of_a_plan_is_all_that_it_may_read_and_write() -> None:
     short, long = Sampling(max_tokens=100), Sampling(max_tokens=1000)
     plan = Plan(num_proposals=5, num_layers=2, proposal=short, aggregation=(short,), final=long)
-    assert cost_of(plan, 7) == 5 * 100 + 5 * 100 + 1000 + 7
-    assert cost_of(Plan(num_layers=0, proposal=short, final=long), 7) == 100 + 7
-    assert cost_of(plan, 7, num_choices=3) == 5 * 100 + 5 * 100 + 3 * 1000 + 7
-    assert cost_of(Plan(num_proposals=3, aggregator="vote", proposal=short, final=long), 0) == 300
+    drafts, aggregations, final = 5 * (7 + 100), 5 * (7 + 500 + 100), 7 + 500 + 1000
+    assert cost_of(plan, 7) == drafts + aggregations + final
+    assert cost_of(plan, 7, num_choices=3) == drafts + aggregations + 3 * final
+    assert cost_of(replace(plan, hedge_s=2), 7) == 2 * drafts + 2 * aggregations + final
+    assert cost_of(replace(plan, subset_size=2), 7) == drafts + 5 * (7 + 200 + 100) + 7 + 200 + 1000
+    assert cost_of(Plan(num_layers=0, proposal=short, final=long), 7) == 7 + 100
+    assert cost_of(Plan(num_proposals=3, aggregator="vote", proposal=short, final=long), 7) == 3 * (7 + 100)
+
+
+def test_what_was_used_beyond_the_reservation_is_a_debt() -> None:
+    clock = Clock()
+    gate, limits = admission(clock), KeyLimits(tokens_per_minute=600)
+    assert gate.admit("a", ticket("1", num_tokens=100), limits) is None
+    gate.release("a", "1", 1500)
+    room = gate.room("alice", limits)
+    assert (room.remaining_tokens, room.reset_tokens_s) == (0, 150)
+    refusal = gate.admit("a", ticket("2", num_tokens=100), limits)
+    assert refusal is not None and refusal.retry_after_s == 60
+    clock.now += 110
+    assert gate.admit("a", ticket("2", num_tokens=100), limits) is None
 
 
 def test_a_limit_holds_over_all_ingress_replicas() -> None:

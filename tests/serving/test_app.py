@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from aft_ray.config import ReplicaConfig, ScriptedEngineConfig, ServingConfig, TransformersEngineConfig, validate
+from aft_ray.config import (
+    ReplicaConfig,
+    ScriptedEngineConfig,
+    ServingConfig,
+    TransformersEngineConfig,
+    VllmEngineConfig,
+    validate,
+)
 from aft_ray.engines import Sampling
 from aft_ray.errors import ConfigError, EngineError, QuorumNotMet
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.app import application, build_app, scaling, serve_app
-from aft_ray.serving.handle_engine import as_aft_error
+from aft_ray.serving import scaling
+from aft_ray.serving.app import serve_app
+from aft_ray.serving.deployments import application, build_app, pool_options
 from aft_ray.serving.keys import KeyRing, digest, is_loopback
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S
 from aft_ray.serving.replica import check_adapters
+from aft_ray.serving.replica_calls import as_aft_error
+from aft_ray.serving.scaling import BySamples
 
 YAMLS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
 ENGINE = {"type": "scripted"}
@@ -51,8 +65,37 @@ def deployments(args: dict[str, Any]) -> list[str]:
 
 
 def test_a_shared_topology_has_one_pool_and_a_split_one_two() -> None:
-    assert deployments({"engine": ENGINE}) == ["Engine", "Ingress"]
+    assert deployments({"engine": ENGINE}) == ["Aggregator", "Ingress"]
     assert deployments({"engine": ENGINE, "topology": "split"}) == ["Aggregator", "Ingress", "Proposer"]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a deployment gets in place of a handle."""
+
+    to: str
+
+
+def graph(args: dict[str, Any]) -> dict[str, set[str]]:
+    """Return, for each deployment, those that it holds handles to."""
+    from ray.serve._private.build_app import build_app as built
+
+    app = built(build_app(args), name="test", make_deployment_handle=lambda deployment, _: Edge(deployment.name))
+    return {
+        deployment.name: {argument.to for argument in deployment.init_args if isinstance(argument, Edge)}
+        for deployment in app.deployments
+    }
+
+
+def test_proposers_feed_aggregators_and_the_ingress_knows_only_these() -> None:
+    assert graph({"engine": ENGINE}) == {"Ingress": {"Aggregator"}, "Aggregator": set()}
+    proposers = [{"name": name, "engine": ENGINE} for name in ("small", "large")]
+    assert graph({"engine": ENGINE, "topology": "split", "proposers": proposers}) == {
+        "Ingress": {"Aggregator"},
+        "Aggregator": {"Proposer-small", "Proposer-large"},
+        "Proposer-small": set(),
+        "Proposer-large": set(),
+    }
 
 
 def test_several_models_that_draft_have_a_pool_each() -> None:
@@ -121,17 +164,73 @@ def test_loopback_hosts_are_recognised(host: str, loopback: bool) -> None:
 
 
 def test_replicas_scale_between_their_bounds_and_drain_longer_than_the_longest_request() -> None:
-    options = scaling(ReplicaConfig(min_replicas=2, max_replicas=8, max_ongoing_requests=32, num_gpus=1))
-    assert options["autoscaling_config"] == {
-        "min_replicas": 2, "initial_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 32,
-    }  # fmt: skip
+    config = ServingConfig(
+        engine=VllmEngineConfig(model="some/model", max_num_seqs=100),
+        aggregator=ReplicaConfig(min_replicas=2, max_replicas=8, num_gpus=1, upscale_delay_s=1, downscale_delay_s=20),
+    )
+    assert config.engine is not None
+    options = pool_options(config, "aggregator", config.engine, config.aggregator)
+    found = AutoscalingConfig(**options["autoscaling_config"])
+    assert (found.min_replicas, found.initial_replicas, found.max_replicas) == (2, 2, 8)
+    assert (found.upscale_delay_s, found.downscale_delay_s) == (1, 20)
+    assert found.policy.policy_kwargs == {"target_samples": 70, "samples_per_request": 5}
     assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1}
     assert options["graceful_shutdown_timeout_s"] > LONGEST_REQUEST_S
 
 
+@pytest.mark.parametrize(
+    ("samples", "waiting", "replicas"), [([], 0, 0), ([30, 41], 0, 2), ([69], 0, 1), ([70], 14, 2), ([0, 0], 0, 0)]
+)
+def test_a_pool_has_as_many_replicas_as_its_samples_need(samples: list[int], waiting: int, replicas: int) -> None:
+    context = AutoscalingContext(
+        **dict.fromkeys(signature(AutoscalingContext).parameters)
+        | {
+            "aggregated_metrics": {"num_samples": dict(enumerate(samples))},
+            "total_queued_requests": waiting,
+            "policy_state": {},
+        }
+    )
+    assert BySamples(target_samples=70, samples_per_request=5)(context) == (replicas, {})
+
+
+def test_what_the_controller_runs_needs_nothing_of_this_package() -> None:
+    """Serve's controller may run where the package is not installed."""
+    source = Path(scaling.__file__).read_text()
+    assert "aft_ray" not in {name.split(".")[0] for name in imported(source)}
+
+
+def imported(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"aggregator": {"max_replicas": 16}, "admission": {"max_requests": 500}},
+            "aggregator.max_replicas 16: .* 538",
+        ),
+        ({"aggregator": {"max_replicas": 2, "max_ongoing_requests": 8}}, "aggregator.max_ongoing_requests 8"),
+        ({"ingress": {"max_replicas": 8, "max_ongoing_requests": 1000}}, "ingress.max_replicas 8: .* 700"),
+        ({"ingress": {"target_samples": 5}}, "the ingress writes none"),
+        ({"aggregator": {"target_ongoing_requests": 5}}, "engines scale by samples"),
+    ],
+)
+def test_replicas_that_could_never_be_reached_are_refused(changes: dict[str, Any], message: str) -> None:
+    vllm = {"type": "vllm", "model": "some/model"}
+    with pytest.raises(ConfigError, match=rf"serving\.{message}" if "." in message[:12] else message):
+        build_app({"engine": vllm, **changes})
+
+
 def test_a_missing_adapter_is_named_with_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"serving\.adapters\.aft: .*has no adapter_config\.json"):
-        check_adapters({"aft": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"serving\.adapters\.aft: .*no adapter_config\.json"):
+        check_adapters({"aft": str(tmp_path)}, TransformersEngineConfig(model="never-loaded"))
 
 
 def test_an_application_that_cannot_start_says_what_its_replica_said(served: tuple[str, str]) -> None:
@@ -139,16 +238,17 @@ def test_an_application_that_cannot_start_says_what_its_replica_said(served: tup
         engine=TransformersEngineConfig(model="never-loaded"),
         adapters={"aft": "/nowhere"},
         port=0,
+        route_prefix="/broken",
         ingress=ReplicaConfig(num_cpus=0),
-        proposer=ReplicaConfig(num_cpus=0.1),
+        aggregator=ReplicaConfig(num_cpus=0.1),
     )
-    with pytest.raises(EngineError, match=r"serving\.adapters\.aft: /nowhere has no adapter_config\.json"):
-        serve_app(config, name="broken", route_prefix="/broken")
+    with pytest.raises(EngineError, match=r"serving\.adapters\.aft: adapter /nowhere: no adapter_config\.json"):
+        serve_app(config, name="broken")
 
 
 def test_a_second_address_in_one_cluster_is_refused(served: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match="one cluster has one HTTP address"):
-        serve_app(ServingConfig(engine=ScriptedEngineConfig(), port=1), name="elsewhere", route_prefix="/elsewhere")
+        serve_app(ServingConfig(engine=ScriptedEngineConfig(), port=1), name="elsewhere")
 
 
 def test_a_default_plan_within_the_caps_is_accepted() -> None:

@@ -103,7 +103,7 @@ def test_the_async_client_asks_many_questions_at_once(url: str) -> None:
     ("asked", "raised", "code"),
     [
         ({"temperature": 3}, openai.BadRequestError, "invalid_value"),
-        ({"tool_choice": "required"}, openai.BadRequestError, "unsupported_parameter"),
+        ({"functions": [{"name": "weather"}]}, openai.BadRequestError, "unsupported_parameter"),
         ({"extra_body": {"aft": {"num_layer": 1}}}, openai.BadRequestError, "unknown_parameter"),
         (
             {"messages": saying("word " * 18_000)},

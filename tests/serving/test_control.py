@@ -69,14 +69,15 @@ def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         default_model="base",
         plan=Plan(num_proposals=2, num_layers=1, proposal=SHORT, aggregation=(SHORT,), final=SHORT),
         port=0,
+        route_prefix="/guarded",
         ingress=ReplicaConfig(num_cpus=0.1, min_replicas=2, max_replicas=2),
-        proposer=ReplicaConfig(num_cpus=0.1),
+        aggregator=ReplicaConfig(num_cpus=0.1),
         keys_file=str(folder / "keys.yaml"),
         admission=AdmissionConfig(max_requests=6, max_tokens=10_000),
         adapters_dir=str(folder / "watched"),
         ledger=str(folder / "ledger"),
     )
-    url = serve_app(config, name="guarded", route_prefix="/guarded")
+    url = serve_app(config, name="guarded")
     yield Server(url, folder)
     stop("guarded")
 
@@ -139,7 +140,7 @@ def test_the_clients_own_error_class_is_raised(server: Server) -> None:
         plan = {"num_proposals": 16, "proposal": {"max_tokens": 1000}}
         with pytest.raises(
             openai.BadRequestError,
-            match=r"may cost 160\d\d tokens, more than the limit of 10000 tokens of concurrent requests",
+            match=r"may cost 32\d\d\d tokens, more than the limit of 10000 tokens of concurrent requests",
         ):
             client.chat.completions.create(**BODY, extra_body={"aft": plan})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -70,8 +71,8 @@ def test_include_proposals_returns_the_drafts_and_the_plan(client: openai.OpenAI
     assert [[draft["index"] for draft in layer] for layer in layers] == [[0, 1], [0]]
     assert layers[0][0]["text"] != layers[0][1]["text"]
     assert layers[1][0] | {"text": ""} == {
-        "index": 0, "text": "", "finish_reason": "stop", "num_tokens": 8, "error": None, "inputs": [0, 1],
-        "length_action": None,
+        "index": 0, "text": "", "reasoning": "", "finish_reason": "stop", "num_tokens": 8, "error": None,
+        "inputs": [0, 1], "length_action": None,
     }  # fmt: skip
     assert layers[1][0]["text"] == text_of(completion)
 
@@ -83,8 +84,20 @@ def test_drafts_are_returned_only_on_request(client: openai.OpenAI) -> None:
 def test_a_failed_draft_is_returned_with_its_error(client: openai.OpenAI) -> None:
     completion: Any = ask(client, aft={"num_proposals": 4, "include_proposals": True})
     drafts = completion.aft["layers"][0]
-    assert [bool(draft["error"]) for draft in drafts] == [False, False, False, True]
+    assert [draft["error"] for draft in drafts] == [None, None, None, "engine_error"]  # not in the engine's words
     assert completion.usage.aft["layers"][0]["num_failed"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompts_of_a_list_are_answered_by_the_replicas_at_once(client: openai.OpenAI, stream: bool) -> None:
+    prompts = [f"Name {number} rivers." for number in range(6)]
+    answer: Any = client.completions.create(model="aft", prompt=prompts, seed=5, stream=stream, timeout=20)
+    texts: Counter[int] = Counter()
+    for chunk in answer if stream else [answer]:
+        texts.update({choice.index: len(choice.text) for choice in chunk.choices})
+    assert sorted(texts) == list(range(6)) and all(texts.values())
+    with pytest.raises(openai.BadRequestError, match="tokenizer is not known"):
+        client.completions.create(model="aft", prompt=[[1], [2], [3]], timeout=20)
 
 
 @pytest.mark.parametrize(("alias", "num_layers"), [("base@single", 1), ("base", 2), ("base@k2-l2", 3)])
@@ -115,9 +128,9 @@ def test_an_unknown_model_is_the_clients_not_found_error(client: openai.OpenAI) 
 
 
 def test_an_unsupported_parameter_is_the_clients_bad_request_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="'tool_choice' is not supported") as caught:
-        ask(client, tool_choice="required")
-    assert (caught.value.param, caught.value.type) == ("tool_choice", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match="'functions' is not supported") as caught:
+        ask(client, functions=[{"name": "weather"}])
+    assert (caught.value.param, caught.value.type) == ("functions", "invalid_request_error")
 
 
 def test_an_unknown_plan_key_is_refused_with_the_nearest_name(client: openai.OpenAI) -> None:

@@ -158,6 +158,8 @@ def test_a_plan_that_may_settle_without_writing_refuses_what_only_writing_can_gi
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": "yes please"}, "logprobs"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         (
             {
@@ -175,14 +177,6 @@ def test_a_wrong_value_names_its_parameter(body: dict[str, Any], param: str) -> 
     assert refused(post(service_over(engine()), **body)) == (400, param)
 
 
-def test_text_completions_refuse_log_probabilities_by_name() -> None:
-    from tests.serving.test_ingress import over_http
-
-    body = {"prompt": "Name three rivers.", "logprobs": 2}
-    response = over_http(service_over(engine()), lambda client: client.post("/v1/completions", json=body))
-    assert refused(response) == (400, "logprobs")
-
-
 def test_sampling_parameters_reach_the_engine_in_the_final_layer_alone() -> None:
     scripted = engine()
     asked = {"temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "max_tokens": 5, "stop": ["END"]}
@@ -194,6 +188,34 @@ def test_sampling_parameters_reach_the_engine_in_the_final_layer_alone() -> None
         "length",
         5,
     )
+
+
+PENALTIES = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "repetition_penalty": 1.1, "ignore_eos": True}
+
+
+def test_penalties_and_biases_reach_the_engine_in_the_final_layer_alone() -> None:
+    scripted = engine()
+    assert post(service_over(scripted), logit_bias={"17": -100, "5": 2.5}, **PENALTIES).status_code == 200
+    drafts, final = (request.sampling for request in scripted.requests)
+    assert final == replace(Plan().final, logit_bias=((17, -100.0), (5, 2.5)), **PENALTIES)
+    assert drafts == Plan().proposal
+
+
+class PlainEngine(ScriptedEngine):
+    """An engine that honours the usual settings only."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, honours=frozenset())
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_an_engine_that_cannot_punish_refuses_it_by_name(name: str) -> None:
+    plain = PlainEngine(ScriptedEngineConfig())
+    assert refused(post(service_over(plain), **{name: PENALTIES[name]})) == (400, name)
+    assert refused(post(service_over(plain), aft={"proposal": {name: PENALTIES[name]}})) == (400, name)
+    unchanged = {"frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "ignore_eos": False}
+    assert post(service_over(plain), logit_bias={}, **unchanged).status_code == 200
 
 
 def test_a_seed_fixes_every_request_to_the_engine() -> None:

@@ -24,7 +24,9 @@ MESSAGES = [{"role": "user", "content": "Name three rivers."}]
 
 
 def service(**settings: Any) -> Service:
-    return service_over(ScriptedEngine(ScriptedEngineConfig(num_tokens=2)), Plan(num_proposals=2), **settings)
+    return service_over(
+        ScriptedEngine(ScriptedEngineConfig(num_tokens=2, follows_json_schema=True)), Plan(num_proposals=2), **settings
+    )
 
 
 def complaint(status: int, kind: str, text: str, sent: bytes) -> str | None:
@@ -66,7 +68,10 @@ def test_thousands_of_hostile_bodies_get_an_answer_or_a_typed_refusal(num_bodies
     assert not complaints, "\n".join([f"{len(complaints)} complaints", *complaints[:5]])
     assert statuses[200] > num_bodies / 50, f"the bodies are too broken to test much: {statuses}"
     assert statuses[400] > num_bodies / 5
-    assert served.aggregator.engine.num_running == 0  # type: ignore[attr-defined]
+    engine: ScriptedEngine = served.answers.aggregator.engine  # type: ignore[attr-defined]
+    followed = {request.json_schema for request in engine.requests}
+    assert len(followed) > num_bodies / 100, "too few schemas reach the engine to test much"
+    assert engine.num_running == 0
 
 
 @pytest.mark.timeout(600)

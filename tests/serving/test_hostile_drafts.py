@@ -29,10 +29,11 @@ def url(ray_cluster: None, chatml_tokenizer: str) -> Iterator[str]:
         engine=ScriptedEngineConfig(tokenizer=chatml_tokenizer, answers=HOSTILE),
         plan=Plan(num_proposals=3, num_layers=1, proposal=LONG, aggregation=(LONG,), final=LONG),
         port=0,
+        route_prefix="/hostile",
         ingress=ReplicaConfig(num_cpus=0.1),
-        proposer=ReplicaConfig(num_cpus=0.1),
+        aggregator=ReplicaConfig(num_cpus=0.1),
     )
-    yield serve_app(config, name="hostile", route_prefix="/hostile")
+    yield serve_app(config, name="hostile")
     stop("hostile")
 
 

@@ -8,25 +8,26 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import httpx
 import pytest
 
-from aft_ray.config import ScriptedEngineConfig, ServingConfig
+from aft_ray.config import KeyLimits, ScriptedEngineConfig, ServingConfig
 from aft_ray.engines.base import EngineEvent, GenerateRequest
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference import Role
-from aft_ray.inference.events import AnswerDelta, Event
+from aft_ray.inference.events import AnswerDelta, Event, LayerUsage
 from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
+from aft_ray.serving.aggregator import Aggregator, RunRequest
 from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
 from aft_ray.serving.gate import ControlClient, Gate
-from aft_ray.serving.keys import KeyRing
-from aft_ray.serving.ledger import RequestLedger
-from aft_ray.serving.replies import with_keep_alives
+from aft_ray.serving.keys import Caller, KeyRing
+from aft_ray.serving.ledger import OpenRequest, RequestLedger
+from aft_ray.serving.openai_body import ChatBody
+from aft_ray.serving.openai_request import call_of
 from aft_ray.serving.service import Service
 from aft_ray.templates import AggregatorTemplate, MessagesFormat
 
@@ -54,12 +55,9 @@ def local_ask(control: Control) -> ControlClient:
 def service_over(engine: ScriptedEngine, plan: Plan | None = None, **settings: Any) -> Service:
     role = Role(engine=engine, format=MessagesFormat())
     config = ServingConfig(engine=engine.config, plan=plan or Plan(num_proposals=2), **settings)
-    template = AggregatorTemplate.load("aft")
     return Service(
         config=config,
-        proposers=(role,),
-        aggregator=role,
-        template=template,
+        answers=Aggregator(proposers=(role,), aggregator=role, template=AggregatorTemplate.load("aft")),
         keys=KeyRing(file=config.keys_file),
         gate=Gate(local_ask(Control(config.admission, config.adapters or {})), config),
         ledger=RequestLedger(config.ledger),
@@ -95,7 +93,7 @@ def test_an_unforeseen_error_tells_the_client_nothing_and_the_log_no_prompt(
             "/v1/chat/completions", json=BODY | {"stream": stream}, headers={"x-request-id": "r-17"}
         ),
     )
-    assert response.status_code == (200 if stream else 500)
+    assert response.status_code == 500
     assert "r-17" in response.text
     assert "ZeroDivision" not in response.text
     assert SECRET not in response.text
@@ -110,6 +108,17 @@ def test_a_stream_over_a_dead_engine_still_ends_with_done() -> None:
     assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
     assert "error" in json.loads(lines[-2].removeprefix("data: "))
     assert lines[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_answer_is_an_answer(stream: bool) -> None:
+    plan = Plan(num_proposals=2, num_layers=0)
+    reply = post(service_over(ScriptedEngine(ScriptedEngineConfig(empty_on=(0,))), plan), stream=stream)
+    assert reply.status_code == 200
+    if stream:
+        assert '"error":{' not in reply.text and '"finish_reason":"stop"' in reply.text
+    else:
+        assert reply.json()["choices"][0]["message"]["content"] == ""
 
 
 def test_not_ready_while_the_engine_does_not_answer() -> None:
@@ -153,43 +162,55 @@ def test_a_conversation_keeps_its_turns_and_roles() -> None:
     assert list(engine.requests[1].messages)[-3:] == turns[-3:]
 
 
-def test_closing_a_watched_run_closes_the_run_before_it_returns() -> None:
-    closed: list[str] = []
+def test_a_run_whose_reply_is_gone_is_closed_before_its_request() -> None:
+    order: list[str] = []
 
-    async def endless() -> AsyncGenerator[Event, None]:
-        try:
-            yield AnswerDelta(text="a", num_tokens=1)
-            await asyncio.sleep(60)
-        finally:
-            closed.append("run")
+    class Endless(Aggregator):
+        async def run(self, request: RunRequest, on_usage: Callable[[LayerUsage], None]) -> AsyncGenerator[Event, None]:
+            try:
+                yield AnswerDelta(text="a", num_tokens=1)
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)  # the engines need a moment to stop and to say what they have written
+                on_usage(LayerUsage(layer=0, completion_tokens=7))
+                order.append("run")
 
-    async def look_once() -> list[Event | None]:
-        seen: list[Event | None] = []
-        async with aclosing(with_keep_alives(endless(), interval_s=0.01)) as events:
-            async for event in events:
-                seen.append(event)
-                if event is None:
-                    break
-        assert closed == ["run"]
-        return seen
+    service = service_over(ScriptedEngine(ScriptedEngineConfig()))
+    service = dataclasses.replace(service, answers=Endless(**vars(service.answers)))
 
-    assert asyncio.run(look_once()) == [AnswerDelta(text="a", num_tokens=1), None]
+    async def look_once() -> OpenRequest:
+        call = call_of(ChatBody.model_validate(BODY), service.config)
+        opened = await service.open(call, Caller(name="", limits=KeyLimits()), "r-1", "chatcmpl-1")
+        running = service.start(call, "r-1/chatcmpl-1", opened)
+        assert await running.next(1.0) == AnswerDelta(text="a", num_tokens=1)
+        assert await running.next(0.01) is None
+        running.stop()
+        await asyncio.sleep(0.1)
+        order.append("later")
+        return opened
+
+    opened = asyncio.run(look_once())
+    assert order == ["run", "later"]
+    assert (opened.bill.status, opened.bill.num_tokens) == ("cancelled", 7)
 
 
-class SlowlyCounted(MessagesFormat):
+class SlowFormat(MessagesFormat):
     """A tokenizer that takes a second for a megabyte."""
 
-    def count(self, messages: Sequence[Message]) -> int:
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         time.sleep(len(messages[-1]["content"]) / 1e6)
-        return super().count(messages)
+        return super().prompt_ids(messages)
 
 
 def test_a_long_prompt_delays_no_other_request() -> None:
     service = service_over(
         ScriptedEngine(ScriptedEngineConfig(num_tokens=1, max_model_len=9_999_999)), max_body_bytes=4_000_000
     )
-    slow = dataclasses.replace(service.aggregator, format=SlowlyCounted())
-    service = dataclasses.replace(service, proposers=(slow,), aggregator=slow)
+    assert isinstance(service.answers, Aggregator)
+    slow = dataclasses.replace(service.answers.aggregator, format=SlowFormat())
+    service = dataclasses.replace(
+        service, answers=dataclasses.replace(service.answers, proposers=(slow,), aggregator=slow)
+    )
 
     async def ask(client: httpx.AsyncClient, content: str) -> float:
         body = {"messages": [{"role": "user", "content": content}], "aft": {"num_layers": 0}}

@@ -1,4 +1,4 @@
-"""The load script in its short form, over each transport of Serve: many clients, killed replicas, and no leaks."""
+"""The load script in its short form: many clients, killed replicas of both topologies, and no leaks."""
 
 from __future__ import annotations
 
@@ -15,27 +15,40 @@ from aft_ray.serving.app import free_port
 pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parents[2]
-WAYS = {
-    "proxy": {},
-    "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"},
-    "haproxy": {
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    },
-}
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 """What docs/operations.md (A faster way through Serve) names."""
 
 
-@pytest.mark.parametrize("way", WAYS if sys.platform == "linux" else ["proxy", "grpc"])
-def test_every_request_ends_typed_and_in_time_while_replicas_are_killed(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    ("topology", "way"),
+    [
+        ("shared", {}),
+        ("split", {}),
+        pytest.param("shared", HAPROXY, marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux only")),
+    ],
+    ids=["shared", "split", "haproxy"],
+)
+def test_every_request_ends_typed_and_in_time_while_replicas_are_killed(
+    tmp_path: Path, topology: str, way: dict[str, str]
+) -> None:
     """The same for half a minute that RESULTS.md reports for five minutes and 200 clients."""
     report = tmp_path / "report.json"
-    settings = ["--minutes", "0.5", "--clients", "40", "--kill-every", "6", "--json", str(report)]
+    settings = [
+        "--topology",
+        topology,
+        "--minutes",
+        "0.5",
+        "--clients",
+        "40",
+        "--kill-every",
+        "6",
+        "--json",
+        str(report),
+    ]
     command = [sys.executable, "benchmarks/serving_load.py", *settings]
     own = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port("127.0.0.1")) for name in ("METRICS", "STATS")}
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **WAYS[way], **own}, capture_output=True, text=True, timeout=280,
+        command, cwd=ROOT, env={**os.environ, **way, **own}, capture_output=True, text=True, timeout=280,
         check=False,
     )  # fmt: skip
     assert report.exists(), done.stderr[-2000:]

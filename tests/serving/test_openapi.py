@@ -78,4 +78,4 @@ def test_the_document_says_that_a_key_is_needed_where_one_is(tmp_path: Path) -> 
         ]
         assert document["paths"]["/v1/chat/completions"]["post"].get("security") == schemes
         assert document["paths"]["/health"]["get"].get("security") is None
-        assert needed.count(schemes) == (4 if schemes else len(needed))
+        assert needed.count(schemes) == (7 if schemes else len(needed))

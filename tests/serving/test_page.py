@@ -62,7 +62,7 @@ def test_a_question_shows_its_drafts_its_layers_its_answer_and_what_they_cost(wi
     assert texts(window, "#drafts h2") == ["Drafts", "Aggregations, layer 1"]
     assert len(texts(window, "#drafts .card")) == 8
     assert texts(window, "#drafts .card .text")[:2] == [HOSTILE, PLAIN]
-    assert texts(window, "#drafts .failed .facts") == ["failed: scripted failure of one sample"] * 2
+    assert texts(window, "#drafts .failed .facts") == ["failed: engine error"] * 2
     assert window.text("#answer") == HOSTILE
     rows = [row.split("|") for row in window.run(
         "return [...document.querySelectorAll('#usage-rows tr')]"

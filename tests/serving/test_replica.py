@@ -20,9 +20,10 @@ SILENT = ScriptedEngineConfig(seconds_per_token=3600, tokenizer="any: so it take
 def silent_replica(monkeypatch: pytest.MonkeyPatch) -> tuple[EngineReplica, ScriptedEngine]:
     monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(module, "SILENT_S", 0.2)
-    replica = EngineReplica(SILENT, {}, "Engine")
-    assert isinstance(replica.engine, ScriptedEngine)
-    return replica, replica.engine
+    replica = EngineReplica(SILENT, {}, "Proposer")
+    engine = replica.hosted.engine
+    assert isinstance(engine, ScriptedEngine)
+    return replica, engine
 
 
 def test_an_engine_that_writes_nothing_fails_its_health_check_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

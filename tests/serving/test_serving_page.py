@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aft_ray.config import ServingConfig
+from aft_ray.config import ReplicaConfig, ServingConfig
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.metrics import DEFINITIONS
 from aft_ray.serving.openai_request import SWITCHES, ChatBody
@@ -35,4 +35,4 @@ def test_every_limit_is_named_and_exists() -> None:
     named = set(re.findall(r"`(max_\w+|cors_origins|api_keys_env)", PAGE))
     limits = {name for name in ServingConfig.model_fields if name.startswith("max_")}
     assert limits <= named
-    assert named - {"max_completion_tokens"} <= set(ServingConfig.model_fields)
+    assert named - {"max_completion_tokens"} <= {*ServingConfig.model_fields, *ReplicaConfig.model_fields}

@@ -28,10 +28,11 @@ def url(ray_cluster: None) -> Iterator[str]:
         topology="split",
         plan=Plan(num_proposals=4, num_layers=1),
         port=0,
+        route_prefix="/several",
         ingress=SMALL,
         aggregator=SMALL,
     )
-    yield serve_app(config, name="several", route_prefix="/several")
+    yield serve_app(config, name="several")
     stop("several")
 
 

@@ -64,7 +64,8 @@ def test_drafts_and_layers_are_reported_as_progress_on_request(base_url: str) ->
     assert [(progress["layer"], progress["num_done"]) for progress in drafts] == [
         (layer, done) for layer in (0, 1) for done in (1, 2, 3, 4)
     ]
-    assert sum(bool(progress["draft"]["error"]) for progress in drafts) == 2  # of each layer the fourth sample
+    errors = [progress["draft"]["error"] for progress in drafts]
+    assert errors.count("engine_error") == 2 and errors.count(None) == 6  # of each layer the fourth sample fails
     ends = [progress for progress in told if "layer_usage" in progress]
     assert [(end["layer"], end["num_done"], end["num_failed"]) for end in ends] == [(0, 4, 1), (1, 4, 1)]
     usage = payloads(lines)[-1]["usage"]["aft"]["layers"]
@@ -133,15 +134,22 @@ def test_a_slow_first_token_is_announced_by_keep_alive_comments(base_url: str) -
 
 
 def test_an_error_after_the_first_byte_is_an_event_and_the_stream_still_ends_with_done(base_url: str) -> None:
-    lines = stream_lines(base_url, aft={"num_proposals": 4, "quorum": 4})
+    lines = stream_lines(base_url, aft={"num_proposals": 4, "quorum": 4, "progress": True})
     [error] = [payload["error"] for payload in payloads(lines) if "error" in payload]
     assert error["code"] == "quorum_not_met"
     assert lines[-1] == "data: [DONE]"
 
 
+def test_an_error_before_the_first_byte_is_a_status_also_of_a_stream(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError, match="answers usable") as raised:
+        client.chat.completions.create(**BODY, stream=True, extra_body={"aft": {"num_proposals": 4, "quorum": 4}})
+    assert raised.value.status_code == 503
+
+
 def test_the_client_raises_its_api_error_for_an_error_event(client: openai.OpenAI) -> None:
+    aft = {"num_proposals": 4, "quorum": 4, "progress": True}
     with pytest.raises(openai.APIError, match="answers usable"):
-        list(client.chat.completions.create(**BODY, stream=True, extra_body={"aft": {"num_proposals": 4, "quorum": 4}}))
+        list(client.chat.completions.create(**BODY, stream=True, extra_body={"aft": aft}))
 
 
 def test_a_bad_request_is_refused_before_any_stream_begins(client: openai.OpenAI) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from aft_ray.config import AdmissionConfig, ScriptedEngineConfig
+from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig
 from aft_ray.engines.base import EngineEvent, GenerateRequest
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.serving import admin, admission, gate
@@ -146,5 +147,49 @@ def test_an_adapter_that_cannot_be_served_is_logged_once_and_delays_no_other(
             assert caplog.text.count("cannot serve the adapter") == 1
             put(folder, "bad", "mended weights")
             await until(lambda: names(service) == {"bad", "good"})
+
+    asyncio.run(run())
+
+
+def test_old_versions_are_pruned_but_none_that_is_needed(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six versions of `aft`, of which one is named by the config, one is used by a request, one by another name."""
+    monkeypatch.setattr(admin.logger, "propagate", True)
+    versions: list[Path] = []
+
+    def made(weights: str, name: str = "aft") -> Path:
+        put(folder / "new", name, weights)
+        versions.append(folder / VERSIONS / version_of(folder / "new" / name))
+        return folder / "new" / name
+
+    async def run() -> None:
+        control = Control(AdmissionConfig(), {})
+        service = replica(control, folder)
+        for weights in ("configured", "old", "named", "used"):
+            await admin.install(service, "aft", made(weights))
+            if weights == "named":
+                await service.gate.change(move={"other": service.gate.table.adapters["aft"]})
+        config = service.config.model_copy(update={"adapters": {"mine": str(versions[0])}, "keep_adapter_versions": 1})
+        service = dataclasses.replace(service, config=config)
+        ticket = admission.Ticket(id="r-1", key="", num_tokens=1)
+        used = await service.gate.enter(ticket, KeyLimits(), ["aft"])
+        (folder / VERSIONS / "notes").mkdir()
+        (folder / VERSIONS / "0123456789ab.01234567.partial").mkdir()
+        await admin.install(service, "aft", made("newer"))
+        assert all(version.is_dir() for version in versions)  # a request that nobody reports may still use one
+        for version in (folder / VERSIONS).iterdir():
+            os.utime(version, (1, 1))
+        await admin.install(service, "aft", made("newest"))
+        configured, old, named, in_use, newer, newest = versions
+        assert not old.exists() and not (folder / VERSIONS / "0123456789ab.01234567.partial").exists()
+        kept = (configured, named, in_use, newer, newest, folder / VERSIONS / "notes")
+        assert all(version.is_dir() for version in kept)  # the name has just left `newer`
+        assert str(old) in caplog.text and str(newer) not in caplog.text.partition("removed")[2].partition("\n")[0]
+        service.gate.leave(used.ticket, 0)
+        for version in (folder / VERSIONS).iterdir():
+            os.utime(version, (1, 1))
+        await admin.install(service, "aft", made("last"))
+        assert [version.is_dir() for version in versions] == [True, False, True, False, False, True, True]
 
     asyncio.run(run())

@@ -95,7 +95,7 @@ function showDraft(layer, draft) {
   const card = cards.get(`${layer}/${draft.index}`);
   if (!card) return;
   card.classList.remove("waiting");
-  card.querySelector(".facts").textContent = draft.error ? `failed: ${draft.error}` : `${draft.num_tokens} tokens`;
+  card.querySelector(".facts").textContent = draft.error ? `failed: ${draft.error.replace("_", " ")}` : `${draft.num_tokens} tokens`;
   if (draft.error) card.classList.add("failed");
   const text = made("p", "text", draft.text);
   text.tabIndex = 0;

@@ -1,0 +1,60 @@
+"""A pool of engines grows by the samples under way, however few requests they belong to, and shrinks again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from aft_ray.config import ReplicaConfig, ScriptedEngineConfig, ServingConfig
+from aft_ray.inference.plan import Plan
+from aft_ray.serving import serve_app, stop
+
+pytestmark = pytest.mark.soak
+APP = "growing"
+
+
+@pytest.fixture
+def url(ray_cluster: None) -> Iterator[str]:
+    small = ReplicaConfig(num_cpus=0.1)
+    config = ServingConfig(
+        engine=ScriptedEngineConfig(seconds_per_token=0.2, num_tokens=60),
+        plan=Plan(num_proposals=8, num_layers=1),
+        port=0,
+        route_prefix=f"/{APP}",
+        ingress=small,
+        aggregator=small.model_copy(
+            update={"max_replicas": 3, "target_samples": 6, "upscale_delay_s": 1, "downscale_delay_s": 2}
+        ),
+    )
+    yield serve_app(config, name=APP)
+    stop(APP)
+
+
+def num_replicas() -> int:
+    from ray import serve
+
+    return serve.status().applications[APP].deployments["Aggregator"].replica_states.get("RUNNING", 0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, f"{num_replicas()} replicas are running"
+        time.sleep(0.2)
+
+
+def test_two_requests_of_eight_samples_need_three_replicas(url: str) -> None:
+    def ask(number: int) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": f"question {number}"}]}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+
+    assert num_replicas() == 1
+    with ThreadPoolExecutor(2) as clients:
+        replies = [clients.submit(ask, number) for number in range(2)]
+        wait_for(lambda: num_replicas() == 3, seconds=90)
+        assert [reply.result().status_code for reply in replies] == [200, 200]
+    wait_for(lambda: num_replicas() == 1, seconds=90)

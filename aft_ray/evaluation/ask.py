@@ -10,7 +10,8 @@
      "usage": {..., "aft": {"layers": [{"layer": 0, "prompt_tokens": 300, "completion_tokens": 210, ...}, ...]}}}
 
 One answered prompt is one row of `ANSWERS` (`answer_row`). A prompt that could not be answered raises EngineError with
-the status and the server's own words. Timeouts and keys belong to the client that is passed in.
+the status and the server's own words. A pause that the server asks for (`Retry-After`) holds all prompts that share the
+limit. Timeouts and keys belong to the client that is passed in.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
+from aft_ray.engines.adaptive_limit import AdaptiveLimit, pause_asked_for
+from aft_ray.engines.endpoint_reply import reason_of
 from aft_ray.errors import EngineError
 from aft_ray.inference.events import LayerUsage
 from aft_ray.inference.plan import Plan
@@ -33,6 +36,7 @@ ANSWER = pa.struct(
     [
         ("index", pa.int64()),
         ("text", pa.string()),
+        ("reasoning", pa.string()),
         ("finish_reason", pa.string()),
         ("num_tokens", pa.int64()),
         ("error", pa.string()),
@@ -45,6 +49,7 @@ LAYER_USAGE = pa.struct(
         ("layer", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
+        ("reasoning_tokens", pa.int64()),
         ("cached_tokens", pa.int64()),
         ("num_answers", pa.int64()),
         ("num_failed", pa.int64()),
@@ -67,8 +72,11 @@ ANSWERS = pa.schema(
 )
 """`evaluation/<system>/answers/*.parquet`: one row per prompt, every draft of every layer nested in it."""
 
-MAX_QUOTED = 500
-"""Characters of a server's message that an error repeats."""
+ASKS_TO_WAIT = frozenset({429, 503})
+"""Statuses of a server that is busy and says for how long."""
+MAX_TRIES = 6
+MAX_PAUSE_S = 3600.0
+"""A server that asks for a longer pause is not waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +109,34 @@ class AskedAnswer:
 
 
 async def ask(
-    client: httpx.AsyncClient, base_url: str, model: str, messages: Sequence[Message], plan: Plan, seed: int
+    client: httpx.AsyncClient,
+    base_url: str,
+    model: str,
+    messages: Sequence[Message],
+    plan: Plan,
+    seed: int,
+    limit: AdaptiveLimit | None = None,
 ) -> AskedAnswer:
     """Ask one prompt under one plan. Raises EngineError when the endpoint does not answer it.
 
-    `base_url` may end in `/v1` or not.
+    `base_url` may end in `/v1` or not. `limit` is shared by the prompts that are asked at a time.
     """
     url = f"{base_url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
-    started = time.perf_counter()
-    try:
-        response = await client.post(url, json=request_body(model, messages, plan, seed))
-    except httpx.HTTPError as error:
-        raise EngineError(f"{url}: no answer: {type(error).__name__}: {error}") from error
+    limit, body = limit or AdaptiveLimit(1), request_body(model, messages, plan, seed)
+    for _ in range(MAX_TRIES):
+        async with limit:
+            started = time.perf_counter()
+            try:
+                response = await client.post(url, json=body)
+            except httpx.HTTPError as error:
+                raise EngineError(f"{url}: no answer: {type(error).__name__}: {error}") from error
+            limit.adapt(response.status_code)
+        pause = pause_asked_for(response.headers) if response.status_code in ASKS_TO_WAIT else None
+        if pause is None or pause > MAX_PAUSE_S:
+            break
+        limit.hold(pause)
     if response.status_code != httpx.codes.OK:
-        raise EngineError(f"{url}: status {response.status_code}: {_server_message(response)}")
+        raise EngineError(f"{url}: status {response.status_code}: {reason_of(response.text)}")
     return _read_answer(url, response, plan, time.perf_counter() - started)
 
 
@@ -135,15 +157,6 @@ def answer_row(system: str, prompt: Mapping[str, Any], asked: AskedAnswer) -> di
     return {**columns, "system": system, **dataclasses.asdict(asked)}
 
 
-def _server_message(response: httpx.Response) -> str:
-    try:
-        body = response.json()
-        message = body["error"]["message"] if isinstance(body["error"], dict) else body["error"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text
-    return str(message)[:MAX_QUOTED] or "(empty reply)"
-
-
 def _read_answer(url: str, response: httpx.Response, plan: Plan, seconds: float) -> AskedAnswer:
     try:
         body = response.json()
@@ -158,7 +171,7 @@ def _read_answer(url: str, response: httpx.Response, plan: Plan, seconds: float)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(
             f"{url}: the reply lacks what an aft_ray endpoint says (choices, aft.layers, usage.aft.layers): "
-            f"{type(error).__name__}: {error}; reply: {response.text[:MAX_QUOTED]}"
+            f"{type(error).__name__}: {error}; reply: {reason_of(response.text)}"
         ) from error
     _check_depth(url, asked, plan)
     return asked

@@ -1,6 +1,6 @@
 """Drafts and answers side by side for a reader: the prompt, each draft, and the answer that was written from them.
 
-    examples = choose_examples("aft", rows, score, checks, num_examples=3)
+    examples = choose_examples("aft", rows, checks, num_examples=3)
 
 Which prompts are shown is decided by a hash of the prompt id, before anyone has looked at an answer: the examples are
 a small sample, not a choice of the best ones.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aft_ray.evaluation.metrics import Score
 from aft_ray.records import Message, fingerprint
 
 
@@ -58,23 +57,22 @@ class Example:
 def choose_examples(
     system: str,
     rows: Sequence[Mapping[str, Any]],
-    score: Score,
     checks: Checks | None = None,
     *,
     num_examples: int = 3,
     seed: int = 0,
 ) -> list[Example]:
-    """Choose `num_examples` rows of `ANSWERS`: the same prompts for every system that answered them."""
+    """Choose `num_examples` rows of `SCORED_ANSWERS`: the same prompts for every system that answered them."""
     order = sorted(rows, key=lambda row: fingerprint([seed, row["prompt_id"]]))
-    return [_example_of(system, row, score, checks) for row in order[:num_examples]]
+    return [_example_of(system, row, checks) for row in order[:num_examples]]
 
 
-def _example_of(system: str, row: Mapping[str, Any], score: Score, checks: Checks | None) -> Example:
+def _example_of(system: str, row: Mapping[str, Any], checks: Checks | None) -> Example:
     def shown(answer: Mapping[str, Any]) -> ShownAnswer:
         failed = answer.get("error") is not None
         return ShownAnswer(
             text=answer["text"],
-            score=None if failed else score(row, answer["text"]),
+            score=answer["score"],
             checks=() if failed or checks is None else tuple(checks(row, answer["text"])),
             finish_reason=answer.get("finish_reason"),
             num_tokens=answer.get("num_tokens"),
@@ -91,6 +89,7 @@ def _example_of(system: str, row: Mapping[str, Any], score: Score, checks: Check
         answer=shown(
             {
                 "text": row["answer"],
+                "score": row["answer_score"],
                 "finish_reason": row["finish_reason"],
                 "num_tokens": row["usage"][-1]["completion_tokens"],
             }

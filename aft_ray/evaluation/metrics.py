@@ -1,7 +1,7 @@
 """Quality and cost of one system's answers.
 
-    scored = score_answers(rows, score)              rows of `ANSWERS`; score(row, text) -> float | None
-    metrics = system_metrics("aft", scored)
+    answers = score_answers(rows)                    rows of `SCORED_ANSWERS`
+    metrics = system_metrics("aft", answers)
 
 `single` is the mean over all layer-0 drafts, taken per prompt and then over prompts. A draft of layer 0 is sampled
 exactly as a plain answer of the same model is (same prompt, same `proposal` sampling), so this is an unbiased estimate
@@ -11,23 +11,22 @@ no draft failed, came back empty, or was cancelled by a deadline; those are coun
 `best_draft` takes the best-scored draft of each prompt: an *oracle*, since picking it needs the score. It bounds what
 choosing among the drafts could give; it is no system.
 
-An answer is right when its score reaches `PASS_SCORE`. None (no score) stays out of every mean and is counted.
+Where a verifier scores, an answer is right when its score reaches `PASS_SCORE`; a reward model or a length says nothing
+about right and wrong. None (no score) stays out of every mean and is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aft_ray.config.data import is_verifier
 from aft_ray.evaluation.statistics import Estimate, estimate, estimate_share, paired_difference
 from aft_ray.inference.events import LayerUsage
 
-Score = Callable[[Mapping[str, Any], str], float | None]
-"""score(row, text): the reward of one answer to the row's prompt, or None where there is none."""
-
 PASS_SCORE = 1.0
-"""Scores are shares of what was asked for, in 0..1; an answer is right when all of it is met."""
+"""A verifier's scores are shares of what was asked for, in 0..1; an answer is right when all of it is met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,8 @@ class ScoredAnswer:
     final_tokens: int
     usage: tuple[LayerUsage, ...]
     seconds: float
+    is_checked: bool = True
+    """Whether a verifier gave the scores, so that one of `PASS_SCORE` means a right answer."""
 
     @property
     def single_score(self) -> float | None:
@@ -94,6 +95,7 @@ class SystemMetrics:
     gain: Estimate
     """final - single, paired by prompt. Empty at L=0."""
     single_pass: Estimate
+    """Share of right answers, over the prompts that a verifier checks, as in the two fields below."""
     final_pass: Estimate
     best_draft_pass: Estimate
     flips: Flips
@@ -116,23 +118,24 @@ class Comparison:
     """first - second."""
 
 
-def score_answers(rows: Iterable[Mapping[str, Any]], score: Score) -> list[ScoredAnswer]:
-    """Score every usable draft of layer 0 and every final answer."""
-    return [_score_answer(row, score) for row in rows]
+def score_answers(rows: Iterable[Mapping[str, Any]]) -> list[ScoredAnswer]:
+    """Return the scores of every usable draft of layer 0 and of every final answer."""
+    return [_score_answer(row) for row in rows]
 
 
-def _score_answer(row: Mapping[str, Any], score: Score) -> ScoredAnswer:
+def _score_answer(row: Mapping[str, Any]) -> ScoredAnswer:
     usage = tuple(LayerUsage(**layer) for layer in row["usage"])
     drafts = [draft for draft in row["layers"][0] if not draft["error"]] if len(usage) > 1 else []
     return ScoredAnswer(
         prompt_id=row["prompt_id"],
-        draft_scores=tuple(score(row, draft["text"]) for draft in drafts),
+        draft_scores=tuple(draft["score"] for draft in drafts),
         num_missing_drafts=usage[0].num_failed + usage[0].num_cancelled if len(usage) > 1 else 0,
         draft_tokens=tuple(draft["num_tokens"] for draft in drafts),
-        final_score=score(row, row["answer"]),
+        final_score=row["answer_score"],
         final_tokens=usage[-1].completion_tokens,
         usage=usage,
         seconds=row["seconds"],
+        is_checked=is_verifier(row["scorer"]),
     )
 
 
@@ -147,6 +150,8 @@ def system_metrics(
     aggregated = [answer for answer in answers if len(answer.usage) > 1]
     best = [max(_present(answer.draft_scores), default=None) for answer in aggregated]
     single, final = [answer.single_score for answer in answers], [answer.final_score for answer in answers]
+    checked = [answer for answer in answers if answer.is_checked]
+    checked_best = [max(_present(a.draft_scores), default=None) for a in checked if len(a.usage) > 1]
     return SystemMetrics(
         system=system,
         num_layers=max((len(answer.usage) - 1 for answer in answers), default=0),
@@ -165,10 +170,10 @@ def system_metrics(
             num_resamples=num_resamples,
             seed=seed,
         ),
-        single_pass=over_prompts([_pass_share(answer) for answer in answers]),
-        final_pass=estimate_share([_is_right(value) for value in final]),
-        best_draft_pass=estimate_share([_is_right(value) for value in best]),
-        flips=count_flips(aggregated),
+        single_pass=over_prompts([_pass_share(answer) for answer in checked]),
+        final_pass=estimate_share([_is_right(answer.final_score) for answer in checked]),
+        best_draft_pass=estimate_share([_is_right(value) for value in checked_best]),
+        flips=count_flips(answer for answer in aggregated if answer.is_checked),
         draft_tokens=over_prompts([_mean(answer.draft_tokens) for answer in aggregated]),
         final_tokens=over_prompts([float(answer.final_tokens) for answer in answers]),
         seconds=over_prompts([answer.seconds for answer in answers]),
@@ -226,6 +231,7 @@ def sum_usage(usages: Iterable[Sequence[LayerUsage]]) -> tuple[LayerUsage, ...]:
             layer=layer,
             prompt_tokens=sum(part.prompt_tokens for part in parts),
             completion_tokens=sum(part.completion_tokens for part in parts),
+            reasoning_tokens=sum(part.reasoning_tokens for part in parts),
             cached_tokens=sum(part.cached_tokens for part in parts),
             num_answers=sum(part.num_answers for part in parts),
             num_failed=sum(part.num_failed for part in parts),

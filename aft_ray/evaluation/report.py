@@ -1,6 +1,6 @@
 """The report of a run: `report.html`, one file that needs nothing else, and the same numbers in `results.json`.
 
-    write_report(data, Path("runs/demo/report"))
+    write_report(data, Folder.at("runs/demo/report"))
 
 `ReportData` holds plain values that the jobs fill; nothing is computed here but wording and charts. The page is
 `report.html` beside this file: rendered by jinja2 with autoescaping, since prompts and answers may hold HTML. It loads
@@ -24,12 +24,13 @@ from aft_ray.evaluation.metrics import Comparison, SystemMetrics
 from aft_ray.evaluation.perplexity import ConditionPerplexity
 from aft_ray.evaluation.statistics import Estimate
 from aft_ray.inference.plan import Plan
-from aft_ray.storage import write_text
+from aft_ray.storage import Folder
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-TEMPLATE = Path(__file__).with_name("report.html")
+PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name(PAGE)
 SMALL_MODEL = 1_000_000_000
 """Parameters below which the paper's gains are out of reach: it measured them on 7B and 8B models."""
 SYSTEMS = {
@@ -136,6 +137,7 @@ class ReportData:
     reward: str
     """The meaning of a score, such as `share of the prompt's constraints that the answer meets`."""
     plan: Plan
+    """The evaluation's plan, which all systems have but those of `plans`."""
     seed: int
     hardware: str
     versions: Mapping[str, str]
@@ -146,6 +148,8 @@ class ReportData:
     perplexity_targets: str = "held-out prompts"
     """The prompts whose targets were scored."""
     systems: tuple[SystemMetrics, ...]
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    """Plans of systems that have one of their own, by system."""
     base_system: str | None
     """Which of `systems` is the untrained model."""
     comparisons: tuple[Comparison, ...] = ()
@@ -156,13 +160,11 @@ class ReportData:
     """Anything a reader must know, such as prompts that failed."""
 
 
-def write_report(data: ReportData, folder: Path) -> Path:
-    """Write `report.html` and `results.json` into the folder and return the path of the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", json.dumps(results(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n")
-    page = folder / "report.html"
-    write_text(page, render(data))
-    return page
+def write_report(data: ReportData, folder: Folder) -> None:
+    """Write `report.html` and `results.json` into the folder."""
+    numbers = json.dumps(results(data), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    folder.write_bytes("results.json", numbers.encode())
+    folder.write_bytes(PAGE, render(data).encode())
 
 
 def results(data: ReportData) -> dict[str, Any]:

@@ -16,7 +16,7 @@ app = typer.Typer(help="The miniature.", no_args_is_help=True, add_completion=Fa
 
 @app.command()
 def study(
-    config: ConfigFile = Path("configs/miniature/method.yaml"),
+    config: ConfigFile = "configs/miniature/method.yaml",
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs, with seeds run.seed, run.seed + 1, ...")] = 3,
 ) -> None:
@@ -30,13 +30,13 @@ def study(
     from aft_ray.pipeline.steps import run_steps
 
     print_study(run_study(loaded, num_seeds, run_line=partial(run_steps, names=LINE)))
-    print(f"\npage: {Path(loaded.run.dir, 'report', PAGE)}")
+    print(f"\npage: {loaded.run.dir}/report/{PAGE}")
 
 
 @app.command()
 def base(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the base model to.")],
-    config: ConfigFile = Path("configs/miniature/base.yaml"),
+    config: ConfigFile = "configs/miniature/base.yaml",
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Pretrain the base model. Called again, it continues."""

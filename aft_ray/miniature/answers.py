@@ -1,8 +1,8 @@
 """The paper's questions, and how the answers of all seeds decide them.
 
-One evaluation with L=2 holds every way of answering: the drafts are single samples, the answers of layer 1 are
-aggregations at L=1, and the final answer is an aggregation at L=2. The votes and the oracle are taken over the same K
-drafts, or over the K aggregations of layer 1.
+Every model is evaluated twice. At L=2, the answers of layer 1 are aggregations at L=1, and the final answer is an
+aggregation at L=2; votes and oracle are taken over the same K drafts, or over the K aggregations of layer 1. At L=0 it
+answers once, sampled as the aggregations are: drafts have a higher temperature, so that they differ, and are worse.
 
 A difference is called higher or lower when its 95 % interval over the questions of all seeds excludes zero and every
 seed alone has the same sign. Each seed draws its own questions, so the interval covers questions and seeds.
@@ -20,9 +20,10 @@ from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.evaluation.statistics import Estimate, estimate, estimate_ratio, paired_difference
 from aft_ray.inference.answers import final_number
 
-Way = Literal["single", "vote", "best", "L=1", "vote L=1", "L=2"]
-WAYS: tuple[Way, ...] = ("single", "vote", "L=1", "vote L=1", "L=2", "best")
-"""`single` is the mean over the K drafts, and `vote` the answer that most of them give (the first of them in a tie).
+Way = Literal["draft", "single", "vote", "best", "L=1", "vote L=1", "L=2"]
+WAYS: tuple[Way, ...] = ("draft", "single", "vote", "L=1", "vote L=1", "L=2", "best")
+"""`draft` is the mean over the K drafts, and `vote` the answer that most of them give (the first of them in a tie).
+`single` is the answer at L=0.
 `L=1` is the mean over the K aggregations of layer 1, and `vote L=1` the answer that most of those give. `L=2` is the
 final answer. `best` says whether any draft is right, which only an oracle knows."""
 
@@ -37,12 +38,13 @@ class Answered:
     right: Mapping[Way, float]
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], system: str, seed: int) -> Answered:
-        """Read a row of `ANSWERS` at L=2. A draft that failed counts as wrong."""
+    def of(cls, row: Mapping[str, Any], single: str, system: str, seed: int) -> Answered:
+        """Read a row of `ANSWERS` at L=2 and the answer at L=0. A draft that failed counts as wrong."""
         wanted = final_number(row["reference"])
         drafts, aggregations = ([final_number(draft["text"]) for draft in layer] for layer in row["layers"][:2])
         right: dict[Way, float] = {
-            "single": sum(number == wanted for number in drafts) / len(drafts),
+            "draft": sum(number == wanted for number in drafts) / len(drafts),
+            "single": float(final_number(single) == wanted),
             "vote": float(_winner(drafts) == wanted),
             "best": float(wanted in drafts),
             "L=1": sum(number == wanted for number in aggregations) / len(aggregations),
@@ -207,12 +209,12 @@ def study_of(
 
 
 def _surprises(scores: Mapping[int, Sequence[TargetScore]], num_resamples: int) -> tuple[Surprise, ...]:
-    by_condition: dict[str, dict[tuple[int, int], TargetScore]] = {}
+    by_condition: dict[str, dict[tuple[int, str], TargetScore]] = {}
     for seed, of_seed in scores.items():
         for score in of_seed:
-            by_condition.setdefault(score.condition, {})[seed, score.row] = score
+            by_condition.setdefault(score.condition, {})[seed, score.prompt_id] = score
     first = next(iter(by_condition.values()), {})
-    rows = sorted(row for row in first if all(one[row].nats is not None for one in by_condition.values()))
+    rows = sorted(row for row in first if all(row in of and of[row].nats is not None for of in by_condition.values()))
     num_tokens = [float(first[row].num_tokens) for row in rows]
 
     def per_token(nats: Sequence[float]) -> Estimate:

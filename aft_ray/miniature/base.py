@@ -21,6 +21,7 @@ from typing import Any
 
 from aft_ray.config import Config
 from aft_ray.data.arithmetic import MODULUS, Pair, documents
+from aft_ray.errors import ConfigError
 from aft_ray.pipeline.cluster import RaySession
 from aft_ray.pipeline.steps import show_training
 from aft_ray.progress import Progress
@@ -52,6 +53,8 @@ def make_base(config: Config, output: Path) -> None:
 
     Read from the config: `run`, `prompts.limit` (documents) and `training`.
     """
+    if not Folder.at(config.run.dir).is_local:
+        raise ConfigError(f"run.dir {config.run.dir}: the base model of the miniature is made in a local folder")
     run = Run.open(config)
     folder = Path(run.folder.path)
     fresh = folder / "fresh"
@@ -62,9 +65,9 @@ def make_base(config: Config, output: Path) -> None:
     job = TrainingJob(
         config=config.training,
         model=str(fresh),
-        training_set=folder / "training_set",
-        outputs={VARIANT: folder / "model" / VARIANT},
-        checkpoints=folder / "checkpoints",
+        training_set=run.folder.child("training_set"),
+        outputs={VARIANT: run.folder.child(f"model/{VARIANT}")},
+        checkpoints=run.folder.child("checkpoints"),
         seed=config.run.seed,
     )
     with RaySession(config) as session, Progress("pretraining", total=0, unit="steps") as progress:
@@ -142,7 +145,8 @@ def document_row(name: str, pairs: Sequence[Pair], tokenizer: Any) -> dict[str, 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     row = dict.fromkeys(TRAINING_SET.names)
     identity = {"example_id": name, "prompt_id": name, "variant": VARIANT, "split": TRAIN}
-    return {**row, **identity, "input_ids": ids, "labels": [IGNORE, *ids[1:]], "prompt_text": "", "target_text": text}
+    tokens = {"input_ids": ids, "labels": [IGNORE, *ids[1:]], "num_tokens": len(ids)}
+    return {**row, **identity, **tokens, "prompt_text": "", "target_text": text}
 
 
 def write_base(trained: Path, output: Path) -> None:

@@ -13,10 +13,12 @@ from aft_ray.evaluation.report import environment
 from aft_ray.evaluation.statistics import Estimate
 from aft_ray.miniature.answers import Study, Way
 from aft_ray.miniature.headline import headline, headline_chart
+from aft_ray.storage import Folder
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE = "miniature.html"
 NAMES: dict[Way, str] = {
+    "draft": "one draft",
     "single": "single answer",
     "vote": "vote over K drafts",
     "L=1": "aggregated, L=1",
@@ -26,11 +28,10 @@ NAMES: dict[Way, str] = {
 }
 
 
-def write_page(study: Study, folder: Path, config: Config, commit: str | None, minutes: float) -> Path:
-    """Write `miniature.html` and `results.json`; returns the path of the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results(study, commit, minutes), indent=1) + "\n")
-    page = folder / PAGE
+def write_page(study: Study, folder: Folder, config: Config, commit: str | None, minutes: float) -> None:
+    """Write `miniature.html` and `results.json`."""
+    numbers = json.dumps(results(study, commit, minutes), indent=1) + "\n"
+    folder.write_bytes("results.json", numbers.encode())
     html = (
         environment(TEMPLATE.parent)
         .get_template(TEMPLATE.name)
@@ -50,8 +51,7 @@ def write_page(study: Study, folder: Path, config: Config, commit: str | None, m
             },
         )
     )
-    page.write_text(html, encoding="utf-8")
-    return page
+    folder.write_bytes(PAGE, html.encode())
 
 
 def results(study: Study, commit: str | None, minutes: float) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The study: the whole method from one base model, with several seeds, through the ordinary steps of a run.
 
-    folder = Path("runs/miniature")
     run_study(load_config(Path("configs/miniature/method.yaml")), num_seeds=3)
 
     runs/miniature/seed-1/        a whole run, with its own report
@@ -13,19 +12,20 @@ Run again, it continues: each seed's run resumes where it stopped.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from aft_ray.config import Config, load_config
+import yaml
+
+from aft_ray.config import Config, load_config, validate
 from aft_ray.errors import InputError
 from aft_ray.evaluation.perplexity import TargetScore
+from aft_ray.evaluation.perplexity_stage import read_scores
 from aft_ray.miniature.answers import Answered, Study, study_of
 from aft_ray.pipeline.cluster import RaySession
-from aft_ray.pipeline.evaluate import PERPLEXITY, systems_of
+from aft_ray.pipeline.evaluate import SINGLE, scored_models, systems_of
 from aft_ray.runs import RESOLVED, Run, commit
 from aft_ray.storage import Folder
 
@@ -57,7 +57,7 @@ def run_study(config: Config, num_seeds: int, run_line: Callable[[Config], objec
             run_line(one)
     minutes = (time.monotonic() - started) / 60
     study = collect(configs)
-    write_page(study, Path(config.run.dir) / "report", config, commit(), minutes)
+    write_page(study, Folder.at(config.run.dir).child("report"), config, commit(), minutes)
     return study
 
 
@@ -67,15 +67,23 @@ def _of_seed(config: Config, seed: int) -> Config:
 
 
 def _has_report(config: Config) -> bool:
-    return Path(config.run.dir, "report", "report.html").is_file()
+    return Folder.at(config.run.dir).child("report").exists("report.html")
 
 
-def load_study(folder: Path) -> Study:
+def load_study(folder: Folder) -> Study:
     """Return the finished study below `folder`, read from the runs of its seeds again."""
-    runs = sorted(folder.glob("seed-*"), key=lambda run: int(run.name.removeprefix("seed-")))
+    names = [name for name in folder.folder_names() if name.startswith("seed-")]
+    runs = [folder.child(name) for name in sorted(names, key=lambda name: int(name.removeprefix("seed-")))]
     if not runs:
-        raise InputError(f"{folder}: no finished study there (no folder seed-N)")
-    return collect([load_config(run / RESOLVED, [f"run.dir={run}"]) for run in runs])
+        raise InputError(f"{folder.location}: no finished study there (no folder seed-N)")
+    return collect([_resolved(run) for run in runs])
+
+
+def _resolved(run: Folder) -> Config:
+    settings = yaml.safe_load(run.read_bytes(RESOLVED))
+    settings["run"]["dir"] = run.location
+    config: Config = validate(Config, settings, origin=f"{run.location}/{RESOLVED}")
+    return config
 
 
 def collect(configs: list[Config]) -> Study:
@@ -86,11 +94,12 @@ def collect(configs: list[Config]) -> Study:
     for config in configs:
         run = Run(config, Folder.at(config.run.dir))
         evaluation = run.folder.child("evaluation")
-        for system in systems_of(run):
-            rows = evaluation.child(system.name).child("answers").rows()
-            answered += [Answered.of(row, system.name, config.run.seed) for row in rows]
-        stored: list[dict[str, Any]] = json.loads(evaluation.read_bytes(PERPLEXITY))
-        scores[config.run.seed] = [TargetScore(**score) for score in stored]
+        for model in dict.fromkeys(system.model for system in systems_of(run)):
+            alone = evaluation.child(f"{model}{SINGLE}").child("answers").rows()
+            singles = {row["prompt_id"]: row["answer"] for row in alone}
+            rows = evaluation.child(model).child("answers").rows()
+            answered += [Answered.of(row, singles[row["prompt_id"]], model, config.run.seed) for row in rows]
+        scores[config.run.seed] = read_scores(run, scored_models(run))
         targets = [row["pseudo_target"] for row in run.folder.child("targets").rows()]
         pseudo += [bool(target["verified"]) for target in targets if target]
     return study_of(answered, scores, pseudo, configs[0].evaluation.num_bootstrap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aft_ray.inference.events import LayerUsage
@@ -35,11 +35,14 @@ def draft(index: int, text: str, error: str | None = None) -> dict[str, Any]:
         "error": error,
         "inputs": [],
         "length_action": None,
+        "reasoning": "",
+        "score": None if error else score_of(text),
+        "score_error": error,
     }
 
 
 def answered(prompt_id: str, drafts: Sequence[str], answer: str, **changes: Any) -> dict[str, Any]:
-    """A row of ANSWERS at L=1, or at L=0 when there are no drafts."""
+    """A row of SCORED_ANSWERS at L=1, or at L=0 when there are no drafts."""
     words = len(answer.split())
     num_draft_tokens = sum(len(text.split()) for text in drafts)
     final = usage(1 if drafts else 0, 1, words)
@@ -54,10 +57,13 @@ def answered(prompt_id: str, drafts: Sequence[str], answer: str, **changes: Any)
         "finish_reason": "stop",
         "usage": [usage(0, len(drafts), num_draft_tokens), final] if drafts else [final],
         "seconds": 2.0,
+        "answer_score": score_of(answer),
+        "answer_score_error": None,
+        "scorer": "numeric",
     }
     return {**row, **changes}
 
 
-def score(row: Mapping[str, Any], text: str) -> float | None:
+def score_of(text: str) -> float | None:
     """`right` 1, `half` 0.5, `wrong` 0, anything else cannot be scored."""
-    return {"right": 1.0, "half": 0.5, "wrong": 0.0}.get(text.split()[0])
+    return {"right": 1.0, "half": 0.5, "wrong": 0.0}.get(text.partition(" ")[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from aft_ray.evaluation.examples import Check, choose_examples
 
-from .rows import answered, draft, score
+from .rows import answered, draft
 
 
 def two_words(row: Mapping[str, Any], text: str) -> list[Check]:
@@ -16,7 +16,7 @@ def two_words(row: Mapping[str, Any], text: str) -> list[Check]:
 
 def test_an_example_holds_drafts_and_answer_with_their_scores_and_checks() -> None:
     row = answered("p-1", ["right now", "wrong"], "half done")
-    [example] = choose_examples("aft", [row], score, two_words)
+    [example] = choose_examples("aft", [row], two_words)
     [drafts] = example.layers
     assert [(one.text, one.score, one.checks[0].met) for one in drafts] == [
         ("right now", 1.0, True),
@@ -29,7 +29,7 @@ def test_an_example_holds_drafts_and_answer_with_their_scores_and_checks() -> No
 def test_a_failed_draft_is_shown_with_its_error_and_without_score_or_checks() -> None:
     row = answered("p-1", ["right", "wrong"], "right")
     row["layers"][0][1] = draft(1, "", error="engine died")
-    [example] = choose_examples("aft", [row], score, two_words)
+    [example] = choose_examples("aft", [row], two_words)
     failed = example.layers[0][1]
     assert (failed.error, failed.score, failed.checks) == ("engine died", None, ())
 
@@ -37,15 +37,15 @@ def test_a_failed_draft_is_shown_with_its_error_and_without_score_or_checks() ->
 def test_the_final_layer_is_not_shown_twice() -> None:
     row = answered("p-1", ["right"], "right")
     row["layers"].append([draft(0, "right")])
-    [example] = choose_examples("aft", [row], score)
+    [example] = choose_examples("aft", [row])
     assert len(example.layers) == 1
 
 
 def test_every_system_shows_the_same_prompts_whatever_their_order_and_answers() -> None:
     ids = [f"p-{n}" for n in range(20)]
-    one = choose_examples("a", [answered(i, ["right"], "right") for i in ids], score, num_examples=3)
-    two = choose_examples("b", [answered(i, ["wrong"], "wrong") for i in reversed(ids)], score, num_examples=3)
+    one = choose_examples("a", [answered(i, ["right"], "right") for i in ids], num_examples=3)
+    two = choose_examples("b", [answered(i, ["wrong"], "wrong") for i in reversed(ids)], num_examples=3)
     assert [example.prompt_id for example in one] == [example.prompt_id for example in two]
     assert [example.prompt_id for example in one] != ids[:3]
-    other = choose_examples("a", [answered(i, ["right"], "right") for i in ids], score, num_examples=3, seed=1)
+    other = choose_examples("a", [answered(i, ["right"], "right") for i in ids], num_examples=3, seed=1)
     assert [example.prompt_id for example in one] != [example.prompt_id for example in other]

@@ -33,8 +33,9 @@ from aft_ray.evaluation.report import (
 )
 from aft_ray.evaluation.statistics import Estimate
 from aft_ray.inference.plan import Plan
+from aft_ray.storage import Folder
 
-from .rows import answered, score
+from .rows import answered
 
 HOSTILE = (
     "right </div></article><script>alert(1)</script><img src=http://example.org/x onerror='alert(2)'> {{ 7*7 }} \x00"
@@ -85,7 +86,7 @@ def report_data(**changes: Any) -> ReportData:
         answered("p-2", ["wrong", "wrong"], "right"),
         answered("p-3", [HOSTILE, "half"], HOSTILE),
     ]
-    base, aft = score_answers(base_rows, score), score_answers(aft_rows, score)
+    base, aft = score_answers(base_rows), score_answers(aft_rows)
     nats = {"base, prompt only": [4.0, 12.0], "AFT, prompt + proposals": [2.0, 4.0]}
     data = ReportData(
         title="A small run",
@@ -140,7 +141,7 @@ def report_data(**changes: Any) -> ReportData:
         perplexities=tuple(
             summarise(
                 [
-                    TargetScore(condition=name, row=row, nats=value, num_tokens=4)
+                    TargetScore(condition=name, prompt_id=f"p-{row}", nats=value, num_tokens=4)
                     for name, values in nats.items()
                     for row, value in enumerate(values)
                 ]
@@ -150,7 +151,7 @@ def report_data(**changes: Any) -> ReportData:
         base_system="base",
         comparisons=(compare(("aft", aft), ("base", base)),),
         examples=tuple(
-            choose_examples("aft", aft_rows, score, lambda row, text: [Check(name="<b>kind</b>", met=text[0] == "r")])
+            choose_examples("aft", aft_rows, lambda row, text: [Check(name="<b>kind</b>", met=text[0] == "r")])
         ),
     )
     return dataclasses.replace(data, **changes)
@@ -283,9 +284,9 @@ def test_the_same_data_gives_the_same_page() -> None:
 
 def test_both_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     data = report_data()
-    path = write_report(data, tmp_path / "report")
+    write_report(data, Folder.at(tmp_path / "report"))
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["report.html", "results.json"]
-    assert path.read_text(encoding="utf-8") == render(data)
+    assert (tmp_path / "report" / "report.html").read_text(encoding="utf-8") == render(data)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["systems"][1]["final"] == {"mean": 1.0, "low": None, "high": None, "num": 3, "num_missing": 0}
     assert results["perplexities"][0]["perplexity"] == pytest.approx(7.389, abs=1e-3)
@@ -296,9 +297,9 @@ def test_both_files_are_written_and_nothing_else(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null_and_text_that_utf8_cannot_hold_is_replaced(tmp_path: Path) -> None:
     run = dataclasses.replace(report_data().training[0], curve=((1, float("nan")), (2, 1.0)))
-    page = write_report(report_data(training=(run,), title="half a pair \ud83d"), tmp_path)
+    write_report(report_data(training=(run,), title="half a pair \ud83d"), Folder.at(tmp_path))
     assert json.loads((tmp_path / "results.json").read_text())["training"][0]["curve"] == [[1, None], [2, 1.0]]
-    assert "half a pair \ufffd" in page.read_text(encoding="utf-8")
+    assert "half a pair \ufffd" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_measured_nothing_still_has_a_page() -> None:
@@ -312,7 +313,7 @@ def test_a_run_that_measured_nothing_still_has_a_page() -> None:
 
 
 def test_systems_without_any_score_have_dashes() -> None:
-    nothing = system_metrics("mute", score_answers([answered("p-1", ["?", "?"], "?")], score))
+    nothing = system_metrics("mute", score_answers([answered("p-1", ["?", "?"], "?")]))
     page = Page(render(report_data(systems=(nothing,), base_system="mute", comparisons=())))
     assert "mute n = 0, K = 2, L = 1 – – – cannot tell" in page.words
 

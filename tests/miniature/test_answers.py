@@ -12,7 +12,8 @@ import pytest
 from aft_ray.config import load_config
 from aft_ray.evaluation.perplexity import TargetScore
 from aft_ray.miniature.answers import WAYS, Answered, Study, study_of
-from aft_ray.miniature.page import write_page
+from aft_ray.miniature.page import PAGE, write_page
+from aft_ray.storage import Folder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,9 +26,12 @@ def row(drafts: list[str], aggregations: list[str], answer: str, name: str = "p-
 
 def test_one_row_holds_every_way_of_answering() -> None:
     answered = Answered.of(
-        row(["070506", "070504", "070504", "070506"], ["070506", "01", "01"], "070506"), "aft", seed=1
+        row(["070506", "070504", "070504", "070506"], ["070506", "01", "01"], "070506"),
+        "070504",
+        "aft",
+        seed=1,
     )
-    rates = {"single": 0.5, "vote": 1.0, "L=1": 1 / 3, "vote L=1": 0.0, "L=2": 1.0, "best": 1.0}
+    rates = {"draft": 0.5, "single": 0.0, "vote": 1.0, "L=1": 1 / 3, "vote L=1": 0.0, "L=2": 1.0, "best": 1.0}
     assert answered.right == pytest.approx(rates)
 
 
@@ -43,7 +47,7 @@ def test_one_row_holds_every_way_of_answering() -> None:
     ],
 )
 def test_the_vote_is_over_whole_answers(drafts: list[str], vote: float, best: float) -> None:
-    right = Answered.of(row(drafts, ["070506"], "070506"), "aft", seed=1).right
+    right = Answered.of(row(drafts, ["070506"], "070506"), "070506", "aft", seed=1).right
     assert (right["vote"], right["best"]) == (vote, best)
 
 
@@ -57,7 +61,7 @@ def study(aft_by_seed: list[float], num: int = 40) -> Study:
             ids = {"seed": seed, "prompt_id": f"p-{number}"}
             answered += [Answered(system="sft", right=sft, **ids), Answered(system="aft", right=aft, **ids)]
     scores = [
-        TargetScore(condition=name, row=line, nats=nats, num_tokens=2)
+        TargetScore(condition=name, prompt_id=f"p-{line}", nats=nats, num_tokens=2)
         for name, nats in (("base, prompt only", 2.0), ("base, prompt + proposals", 1.0))
         for line in range(2)
     ]
@@ -79,7 +83,8 @@ def test_a_difference_is_called_where_the_interval_and_every_seed_agree(
 
 def test_the_page_holds_the_numbers_and_loads_nothing(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "miniature" / "method.yaml")
-    page = write_page(study([0.9, 0.95]), tmp_path, config, commit="0123456789abcdef", minutes=12.5).read_text()
+    write_page(study([0.9, 0.95]), Folder.at(tmp_path), config, commit="0123456789abcdef", minutes=12.5)
+    page = (tmp_path / PAGE).read_text()
     assert page.count("<svg") == 3
     assert "Does AFT + aggregation beat SFT alone?" in page
     assert "+0.425" in page

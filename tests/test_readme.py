@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {
     ".venv/bin/aft-ray serve": "test_serve_and_ask.py",
     ".venv/bin/aft-ray ask": "test_serve_and_ask.py",
     ".venv/bin/aft-ray export": "test_export.py",
-    ".venv/bin/aft-ray submit": "test_whole_line.py",
+    ".venv/bin/aft-ray submit": "test_submit.py",
     ".venv/bin/aft-ray preview": "test_command_line.py",
     ".venv/bin/aft-ray run --config configs/quickstart.yaml --retry-failed": "test_command_line.py",
     ".venv/bin/python jobs/": "below, in order",

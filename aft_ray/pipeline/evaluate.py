@@ -1,82 +1,82 @@
-"""Evaluation of a run: its endpoint is asked the held-out prompts, and its targets are scored for perplexity."""
+"""Evaluation of a run: every system answers the held-out prompts, the answers are scored, and the targets as well.
+
+    prompts -> evaluation/held_out -> evaluation/<system>/answers -> evaluation/<system>/scores
+    targets -> evaluation/perplexity/<model>
+
+Each arrow is a stage like those of the data: it is resumed, tried again for failed rows, and refused when what it was
+made from has changed. The answers come from the run's own application, which is served for as long as a stage needs it
+and reached over Serve's handles, so that it does not matter on which node a worker runs and where HTTP listens; or from
+the endpoint that `evaluation.base_url` names.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import TracebackType
 from typing import Any
 
-from aft_ray.config import ServingConfig, SystemConfig, TemplatesConfig
-from aft_ray.evaluation import stage as answers
-from aft_ray.evaluation.perplexity import ScoredCondition, ScoredRow, TargetScore, score_targets
+from aft_ray.config import AdmissionConfig, PlacementConfig, ServingConfig, SystemConfig
+from aft_ray.data.proposals import aggregator_hash
+from aft_ray.data.scorers import answer_scorer_config, build_scorer, gpus_of_scorer, is_light, scorer_settings
+from aft_ray.data.targets import last_stage
+from aft_ray.errors import ConfigError
+from aft_ray.evaluation import answers, held_out, perplexity_stage, scores
+from aft_ray.evaluation.perplexity_stage import Condition
+from aft_ray.models import engine_identity, identity
 from aft_ray.pipeline.cluster import RaySession
+from aft_ray.pipeline.running import run_in
 from aft_ray.progress import Progress
-from aft_ray.records import HELD_OUT, fingerprint
+from aft_ray.records import fingerprint
 from aft_ray.runs import Run
-from aft_ray.stages import run_stage
+from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.inside import ServeTransport
+from aft_ray.serving.openai_request import plan_of, read_alias
+from aft_ray.shards import Stage
 
-PERPLEXITY = "perplexity.json"
+SINGLE = "-single"
+"""Suffix of a system that answers without aggregation (`evaluation.single`)."""
 
 
 def evaluate(run: Run, session: RaySession) -> None:
-    """Collect the answers of every system, then the perplexities; finished parts are skipped.
+    """Collect the answers of every system and the perplexities of the targets, then score the answers.
 
-    Adapters are served beside the base model; a fully trained model has an endpoint of its own, one after the other.
-    Perplexities need log-probabilities, which no HTTP endpoint returns: the engine behind the run's own endpoint
+    Adapters are served beside the base model; a fully trained model has an application of its own, one after the other.
+    Perplexities need log-probabilities, which no HTTP endpoint returns: the engine behind the run's own application
     computes them, and they are left out where `evaluation.base_url` names another endpoint.
     """
-    missing = [system for system in systems_of(run) if not _answered(run, system)]
-    served_here = run.config.evaluation.base_url is None
-    unscored = served_here and not run.folder.child("evaluation").exists(PERPLEXITY)
-    if not missing and not unscored:
-        return
-    session.connect()
-    whole = models_of(run) if served_here else {}
-    scores: list[TargetScore] = []
-    for served in (None, *whole):
-        asked = [
-            system for system in missing if (_model_name(system) if _model_name(system) in whole else None) == served
-        ]
-        if not asked and not unscored:
-            continue
-        with endpoint(run, served) as base_url:
-            for system in asked:
-                _answer(run, system, base_url)
-            if unscored:
-                scores += asyncio.run(_scores(run, served))
-    if unscored:
-        content = json.dumps([dataclasses.asdict(score) for score in scores], indent=1)
-        run.folder.child("evaluation").write_bytes(PERPLEXITY, content.encode())
+    systems = systems_of(run)
+    run_in(run, held_out.stage(run), session.connect)
+    with Application(run, session) as application:
+        for model in served_models(run):
+            serve = partial(application.serve, model)
+            for system in systems:
+                if _served_by(run, system) == model:
+                    run_in(run, answers_stage(run, system), serve)
+            if model in scored_models(run):
+                run_in(run, targets_stage(run, model), serve)
+    for system in systems:
+        run_in(run, scores_stage(run, system), session.connect)
 
 
-def _model_name(system: SystemConfig) -> str:
-    return system.model.partition("@")[0]
+# ── what is evaluated ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def adapters_of(run: Run) -> dict[str, str]:
-    """Return the run's trained adapters by variant, as absolute paths."""
-    folder = Path(run.folder.path) / "model"
-    return {
-        variant: str(folder / variant)
-        for variant in run.config.training_set.variants
-        if (folder / variant / "adapter_config.json").is_file()
-    }
+    """Return the run's trained adapters by variant, as absolute paths or URLs."""
+    return _trained(run, "adapter_config.json")
 
 
 def models_of(run: Run) -> dict[str, str]:
-    """Return the run's fully trained models by variant, as absolute paths."""
-    folder = Path(run.folder.path) / "model"
-    if run.config.training.method != "full":
-        return {}
-    return {
-        variant: str(folder / variant)
-        for variant in run.config.training_set.variants
-        if (folder / variant / "config.json").is_file()
-    }
+    """Return the run's fully trained models by variant, as absolute paths or URLs."""
+    return _trained(run, "config.json") if run.config.training.method == "full" else {}
+
+
+def _trained(run: Run, file: str) -> dict[str, str]:
+    folders = {variant: run.folder.child("model").child(variant) for variant in run.config.training_set.variants}
+    return {variant: folder.location for variant, folder in folders.items() if folder.exists(file)}
 
 
 def serving_of(run: Run, whole: str | None = None) -> ServingConfig:
@@ -102,116 +102,207 @@ def serving_of(run: Run, whole: str | None = None) -> ServingConfig:
 
 
 def systems_of(run: Run) -> tuple[SystemConfig, ...]:
-    """Return the systems to evaluate: those named, else every model of the run with the evaluation's plan."""
-    if run.config.evaluation.systems is not None:
-        return run.config.evaluation.systems
-    serving = serving_of(run)
-    names = [serving.base_name, *(serving.adapters or {}), *models_of(run)]
-    return tuple(SystemConfig(name=name, model=name) for name in names)
+    """Return the systems to evaluate, each with its plan: those named, else every model of the run,
+    and each alone if that is wanted.
 
-
-@contextlib.contextmanager
-def endpoint(run: Run, whole: str | None = None) -> Iterator[str]:
-    """Yield the URL of the endpoint to ask: the named one, else the run's own, which is served during the block."""
-    if run.config.evaluation.base_url is not None:
-        yield run.config.evaluation.base_url
-        return
-    from aft_ray.serving import serve_app, stop
-
-    with Progress("serve", total=1, unit="endpoint") as progress:
-        base_url = serve_app(serving_of(run, whole).model_copy(update={"port": 0}))
-        progress.update(done=1, note=base_url)
-    try:
-        yield base_url
-    finally:
-        stop()
-
-
-def _answered(run: Run, system: SystemConfig) -> bool:
-    manifest = run.manifest(f"evaluation/{system.name}/answers")
-    return manifest is not None and manifest.status == "done"
-
-
-def _answer(run: Run, system: SystemConfig, base_url: str) -> None:
+    A suffix of the model's name, as in `aft@k3-l2`, has gone into the plan.
+    """
     config = run.config.evaluation
-    run_stage(
-        answers.stage(
-            run,
-            base_url=base_url,
-            system=system.name,
-            model=system.model,
-            model_fingerprint=_weights_of(run, system.model),
-            plan=system.plan or config.plan,
-            max_concurrency=config.max_concurrency,
-        ),
-        max_failure_rate=run.config.run.max_failure_rate,
+    named = config.systems
+    if named is None:
+        serving = serving_of(run)
+        names = [serving.base_name, *(serving.adapters or {}), *models_of(run)]
+        named = tuple(SystemConfig(name=name, model=name) for name in names)
+        if config.single:
+            once = dataclasses.replace(config.plan, num_layers=0, proposal=config.plan.final)
+            named += tuple(SystemConfig(name=f"{name}{SINGLE}", model=name, plan=once) for name in names)
+    return tuple(_with_plan(run, system) for system in named)
+
+
+def _with_plan(run: Run, system: SystemConfig) -> SystemConfig:
+    model, changes = read_alias(system.model)
+    plan = system.plan or run.config.evaluation.plan
+    try:
+        plan = plan_of(changes, plan) if changes else plan
+    except HttpError as error:
+        raise ConfigError(f"evaluation.systems: {system.name}: model {system.model}: {error}") from None
+    return system.model_copy(update={"model": model, "plan": plan})
+
+
+def served_models(run: Run) -> list[str | None]:
+    """Return the models that are served one after the other: the base model with its adapters, then each fully trained
+    model. None stands for an endpoint of somebody else.
+    """
+    if run.config.evaluation.base_url is not None:
+        return [None]
+    return [run.config.serving.base_name, *models_of(run)]
+
+
+def _served_by(run: Run, system: SystemConfig) -> str | None:
+    served = served_models(run)
+    return system.model if system.model in served else served[0]
+
+
+def _serving(run: Run, model: str) -> ServingConfig:
+    return serving_of(run, model if model in models_of(run) else None)
+
+
+# ── the run's own application ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def app_name(run: Run) -> str:
+    """Return the name of the run's applications on a cluster: readable, and the run's own."""
+    slug = re.sub("[^A-Za-z0-9]+", "-", run.folder.name).strip("-")[:40]
+    return f"aft-{slug}-{fingerprint(run.folder.location)[:8]}"
+
+
+class Application:
+    """The application that answers, served from the first stage that needs it to the end of the block.
+
+    Only callers within the cluster reach it, so it needs neither keys nor limits, and an application of somebody else
+    on the same cluster is left alone.
+    """
+
+    def __init__(self, run: Run, session: RaySession) -> None:
+        self.run, self.session = run, session
+        self.name = evaluation_app(run)
+        self.serving: str | None = None
+
+    def serve(self, model: str | None) -> None:
+        """Serve one of `served_models`, in place of the one that is served now."""
+        from aft_ray.serving import serve_app
+
+        self.session.connect()
+        if model is None or model == self.serving:
+            return
+        self.stop()
+        closed: dict[str, Any] = {
+            "route_prefix": None,
+            "api_keys_env": None,
+            "keys_file": None,
+            "adapters_dir": None,
+            "ledger": None,
+            "admission": AdmissionConfig(max_requests=None),
+        }
+        with Progress("serve", total=1, unit="application") as progress:
+            self.serving = model
+            serve_app(_serving(self.run, model).model_copy(update=closed), name=self.name, replace_abandoned=True)
+            progress.update(done=1, note=model)
+
+    def stop(self) -> None:
+        from aft_ray.serving import stop
+
+        if self.serving is not None:
+            stop(self.name)
+            self.serving = None
+
+    def __enter__(self) -> Application:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def evaluation_app(run: Run) -> str:
+    """Return the name of the application that an evaluation starts."""
+    return f"{app_name(run)}-evaluation"
+
+
+# ── the stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers_stage(run: Run, system: SystemConfig) -> Stage:
+    """Return the stage that collects one system's answers."""
+    config = run.config.evaluation
+    assert system.plan is not None
+    transport: Callable[[], ServeTransport] | None = None
+    base_url, answered_by = config.base_url, {"base_url": config.base_url}
+    if base_url is None:
+        name = evaluation_app(run)
+        base_url, transport = f"http://{name}", partial(ServeTransport, name)
+        answered_by = _identity(run, _served_by(run, system), [system.model])
+    return answers.stage(
+        run,
+        system=system.name,
+        model=system.model,
+        plan=system.plan,
+        answered_by=answered_by,
+        base_url=base_url,
+        client=partial(answers.http_client, transport, config.api_key_env if config.base_url else None),
     )
 
 
-def _weights_of(run: Run, model: str) -> str:
-    """Return a fingerprint of a model's weights: of its training summary, or of the base model's settings."""
-    name = model.partition("@")[0]
-    adapter = (serving_of(run).adapters or {}).get(name, models_of(run).get(name))
-    if adapter is None:
-        return fingerprint(run.config.engine.model_dump(mode="json"))
-    summary = Path(adapter, "summary.json")
-    return fingerprint(summary.read_text() if summary.is_file() else adapter)
+def scores_stage(run: Run, system: SystemConfig) -> Stage:
+    """Return the stage that scores one system's answers."""
+    own = run.config.scores
+    config = run.config.model_copy(update={"scores": answer_scorer_config(own)})
+    return scores.stage(
+        run,
+        system=system.name,
+        scorer=partial(build_scorer, config.scores, config.engine, seed=config.run.seed),
+        settings=scorer_settings(config),
+        placement=own.placement if config.scores == own else PlacementConfig(),
+        gpus=gpus_of_scorer(config),
+        is_light=is_light(config.scores),
+    )
 
 
-# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _scores(run: Run, whole: str | None) -> list[TargetScore]:
-    """Score the held-out targets after the prompt alone and after prompt + proposals, before and after training, on the
-    engine that has just answered (paper, Figure 6).
+def targets_stage(run: Run, model: str) -> Stage:
+    """Return the stage that scores the held-out targets with one of `scored_models`, after the prompt alone and after
+    prompt + proposals (paper, Figure 6).
     """
     from aft_ray.serving import served_engine
-    from aft_ray.templates.loading import load_format
 
-    config = run.config
-    rows = [row for row in run.folder.child("targets").rows() if row["split"] == HELD_OUT and row["target"]["text"]]
-    engine = await served_engine(serving_of(run, whole))
-    prompt_format = load_format(engine.info.tokenizer, config.templates.in_context)
-    trained: dict[str, str | None] = {whole: None} if whole else {**adapters_of(run)}
-    conditions = conditions_of(
-        prompt_format, config.templates, config.training_set.max_length, rows, trained, with_base=whole is None
+    conditions = _conditions(run, model)
+    return perplexity_stage.stage(
+        run,
+        source=last_stage(run.config),
+        model=model,
+        conditions=conditions,
+        scored_by={
+            **_identity(run, model, adapters_of(run) if model not in models_of(run) else ()),
+            "length_policy": run.config.templates.length_policy,
+        },
+        engine=partial(served_engine, evaluation_app(run)),
     )
-    with Progress("perplexity", total=len(rows) * len(conditions), unit="targets") as progress:
-        return await score_targets(engine, conditions, on_progress=lambda done, _: progress.update(done=done))
 
 
-def conditions_of(
-    prompt_format: Any,
-    templates: TemplatesConfig,
-    max_length: int,
-    rows: list[dict[str, Any]],
-    trained: Mapping[str, str | None],
-    with_base: bool = True,
-) -> list[ScoredCondition]:
-    """Return the conditions of Figure 6 that this engine can show; row i is the same target in each.
+def scored_models(run: Run) -> list[str]:
+    """Return the served models that score the targets: those that show one of the paper's conditions."""
+    return [model for model in served_models(run) if model is not None and _conditions(run, model)]
 
-    `trained`: adapter by variant; None where the variant is the engine's own model, which then is no base model.
-    """
-    from aft_ray.data.selection import selected_texts
-    from aft_ray.templates import AggregatorTemplate, fit_aggregation
 
-    template = AggregatorTemplate.load(templates.aggregator)
-    alone: list[ScoredRow] = []
-    with_proposals: list[ScoredRow] = []
-    for row in rows:
-        target_ids = prompt_format.target_ids(row["messages"], row["target"]["text"])
-        room = max_length - len(target_ids)
-        fitted = fit_aggregation(
-            prompt_format, template, row["messages"], selected_texts(row), room, templates.length_policy
-        )
-        alone.append((prompt_format.prompt_ids(row["messages"]), target_ids))
-        with_proposals.append((fitted.prompt_ids, target_ids))
-    conditions = []
-    if with_base:
-        conditions.append(ScoredCondition(name="base, prompt only", adapter=None, rows=alone))
-        conditions.append(ScoredCondition(name="base, prompt + proposals", adapter=None, rows=with_proposals))
+def _conditions(run: Run, model: str) -> list[Condition]:
+    trained: dict[str, str | None] = {model: None} if model in models_of(run) else {**adapters_of(run)}
+    conditions: list[Condition] = []
+    if not run.config.makes_targets:
+        return conditions
+    if model == run.config.serving.base_name:
+        conditions.append(Condition(name="base, prompt only", adapter=None, shows_proposals=False))
+        conditions.append(Condition(name="base, prompt + proposals", adapter=None, shows_proposals=True))
     if "sft" in trained:
-        conditions.append(ScoredCondition(name="SFT, prompt only", adapter=trained["sft"], rows=alone))
+        conditions.append(Condition(name="SFT, prompt only", adapter=trained["sft"], shows_proposals=False))
     if "aft" in trained:
-        conditions.append(ScoredCondition(name="AFT, prompt + proposals", adapter=trained["aft"], rows=with_proposals))
+        conditions.append(Condition(name="AFT, prompt + proposals", adapter=trained["aft"], shows_proposals=True))
     return conditions
+
+
+def _identity(run: Run, model: str | None, names: Iterable[str]) -> dict[str, Any]:
+    """Return what identifies the answers of a served model and of its adapters of these names."""
+    assert model is not None
+    serving = _serving(run, model)
+    assert serving.engine is not None
+    adapters = {**(serving.adapters or {})}
+    used = {name for name in (*names, serving.proposer_adapter) if name in adapters}
+    proposers = [(pool.share, engine_identity(pool.engine)) for pool in serving.proposers]
+    return {
+        "engine": engine_identity(serving.engine),
+        "adapters": {name: identity(adapters[name]) for name in sorted(used)},
+        "topology": serving.topology,
+        "proposer_engine": engine_identity(serving.proposer_engine) if serving.proposer_engine else None,
+        "proposers": proposers,
+        "proposer_adapter": serving.proposer_adapter,
+        "aggregator": aggregator_hash(run.config.templates),
+    }

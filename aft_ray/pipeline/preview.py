@@ -7,9 +7,11 @@ preview of other settings is never taken for a sample of these.
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -20,10 +22,12 @@ from aft_ray.config import Config
 from aft_ray.data import proposals as proposals_room
 from aft_ray.data.prompts import read_prompts
 from aft_ray.data.proposals import data_stages
+from aft_ray.data.targets import last_stage
 from aft_ray.data.training_set import tokenizer_of
-from aft_ray.errors import InputError
+from aft_ray.errors import AftError, InputError
+from aft_ray.pipeline.estimate import estimate, price_of
 from aft_ray.records import fingerprint
-from aft_ray.runs import Manifest, Run, read_manifest
+from aft_ray.runs import Run, read_manifest
 from aft_ray.storage import Folder
 
 MARKS = ("«", "»")
@@ -44,7 +48,9 @@ def preview_config(config: Config, num_prompts: int) -> Config:
 
 
 def _folder_of(config: Config) -> str:
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"run", "training", "serving", "evaluation"})
+    settings: dict[str, Any] = config.model_dump(
+        mode="json", exclude={"run", "training", "serving", "evaluation", "estimate"}
+    )
     settings["prompts"] = {k: v for k, v in settings["prompts"].items() if k not in {"limit", "held_out"}}
     return f"{config.run.dir.rstrip('/')}.preview/{fingerprint(settings)[:8]}"
 
@@ -61,19 +67,20 @@ def show(run: Run) -> None:
     examples: dict[str, list[Mapping[str, Any]]] = {}
     for example in run.folder.child("training_set").rows():
         examples.setdefault(example["prompt_id"], []).append(example)
-    for row in run.folder.child("targets").rows():
+    for row in run.folder.child(last_stage(run.config)).rows():
         console.rule(row["prompt_id"])
         for message in row["messages"]:
             console.print(Text(f"{message['role']}: {message['content']}"))
-        for index, proposal in enumerate(row["proposals"]):
+        for index, proposal in enumerate(row["proposals"] if run.config.makes_targets else ()):
             place = row["selected"].index(index) + 1 if index in row["selected"] else None
             score = "no score: " + str(proposal["score_error"]) if proposal["score"] is None else proposal["score"]
             chosen = f"shown as draft {place}" if place else "not selected"
             console.print(Text(f"\nproposal {index + 1} ({proposal['model']}, {score}, {chosen})", style="bold cyan"))
             console.print(Text(proposal["error"] or proposal["text"]))
-        left_out = f", left out: {row['target_filter']}" if row["target_filter"] else ""
-        console.print(Text(f"\ntarget ({row['target']['model']}{left_out})", style="bold cyan"))
-        console.print(Text(row["target"]["text"]))
+        if run.config.makes_targets:
+            left_out = f", left out: {row['target_filter']}" if row["target_filter"] else ""
+            console.print(Text(f"\ntarget ({row['target']['model']}{left_out})", style="bold cyan"))
+            console.print(Text(row["target"]["text"]))
         for made in examples.get(row["prompt_id"], []):
             console.print(Text(f"\nexample {made['example_id']}", style="bold cyan"))
             console.print(marked(tokenizer, made, console.is_terminal))
@@ -81,27 +88,32 @@ def show(run: Run) -> None:
         manifest = run.manifest(name)
         if manifest and (manifest.failed or manifest.filtered):
             console.print(f"{name}: left out {dict(manifest.filtered)}, failed {dict(manifest.failed)}")
-            console.print(f"  reasons by row: {run.folder.path}/{name}/failed") if manifest.failed else None
+            console.print(f"  reasons by row: {run.folder.location}/{name}/failed") if manifest.failed else None
 
 
 def show_first_batch(config: Config) -> None:
     """Print the rows of every variant's first optimizer step as they will be trained on, checked as training does."""
     from transformers import AutoTokenizer
 
-    from aft_ray.training.examples import batch_order, check_examples, check_made_for, read_examples, rows_to_train
+    from aft_ray.training.examples import MAX_CHECKED_ROWS, batch_order, check_examples, check_made_for
+    from aft_ray.training.rows import first_examples, lengths_in, lengths_of, open_rows, write_rows
     from aft_ray.training.task import step_size
 
     console = Console(highlight=False, soft_wrap=True)
-    model = tokenizer_of(config.engine)
+    model, template = tokenizer_of(config.engine), getattr(config.engine, "chat_template", None)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    training_set = Path(Folder.at(config.run.dir).child("training_set").path)
-    if not training_set.is_dir():
-        raise InputError(f"{training_set}: not made yet. Run: aft-ray run --until training_set")
+    training_set = Folder.at(config.run.dir).child("training_set")
+    if not training_set.names(".parquet"):
+        raise InputError(f"{training_set.location}: not made yet. Run: aft-ray run --until training_set")
     check_made_for(training_set, model, {"aggregator": proposals_room.aggregator_hash(config.templates)})
     for variant in config.training_set.variants:
-        check_examples(read_examples(training_set, variant), model)
-        rows = rows_to_train(training_set, variant, config.training.pack_length)
-        size, lengths = step_size(config.training), [len(ids) for ids in rows["input_ids"]]
+        lengths_of(training_set, variant)  # raises InputError where there is nothing to train on
+        check_examples(first_examples(training_set, variant, MAX_CHECKED_ROWS), model, template)
+        with TemporaryDirectory(prefix="aft-ray-") as scratch:
+            file = Path(scratch) / "rows.arrow"
+            write_rows(training_set, variant, config.training.pack_length, file)
+            rows = open_rows(file)
+        size, lengths = step_size(config.training), lengths_in(rows).tolist()
         console.rule(f"{variant}: first step, {min(size, len(rows))} rows")
         for place in batch_order(lengths, size, config.run.seed % 2**32, epoch=0)[:size]:
             trained = sum(label >= 0 for label in rows[place]["labels"])
@@ -168,40 +180,84 @@ def count_prompts(config: Config) -> int:
 def estimates(config: Config, sample: Run, num_prompts: int) -> Iterator[Estimate]:
     """Return every stage's needs: those of the sample per input row, times the rows that will come in."""
     num_rows = float(num_prompts)
-    placements = {stage.name: stage.placement for stage in proposals_room.stages(sample)}
     for name in data_stages(config)[1:]:  # prompts take no engine
         manifest = sample.manifest(name)
         if manifest is None or not manifest.rows_in:
             continue
-        placement = placements.get(name) or getattr(config, name).placement
         scale = num_rows / manifest.rows_in
-        hours = scale * manifest.busy_seconds * _num_actors(manifest, placement) / 3600
-        gpu_cost = config.run.usd_per_gpu_hour and hours * placement.num_gpus * config.run.usd_per_gpu_hour
-        cost = scale * manifest.cost_usd + (gpu_cost or 0)
+        hours = scale * manifest.worker_seconds / 3600
+        gpu_hours = hours * manifest.gpus_per_worker
+        cost = scale * manifest.cost_usd + gpu_hours * (config.run.usd_per_gpu_hour or 0)
         yield Estimate(
             stage=name,
             num_rows=round(num_rows),
             prompt_tokens=scale * manifest.prompt_tokens,
             completion_tokens=scale * manifest.completion_tokens,
             engine_hours=hours,
-            gpu_hours=hours * placement.num_gpus,
+            gpu_hours=gpu_hours,
             cost_usd=cost or None,
         )
         if name != "training_set":
             num_rows *= manifest.rows_out / manifest.rows_in
 
 
-def _num_actors(manifest: Manifest, placement: Any) -> int:
-    return max(1, min(placement.max_actors, len(manifest.files)))
+UNCOUNTED = 10_000
+"""Number of prompts that is planned for where a source cannot be read."""
+
+
+def print_stated(config: Config, console: Console) -> None:
+    """Print what each step would take at the speeds that `estimate` states."""
+    own = config.estimate
+    num_prompts, why = own.num_prompts or config.prompts.limit or 0, ""
+    if not num_prompts:
+        try:
+            num_prompts = count_prompts(config)
+        except AftError as error:
+            num_prompts, why = UNCOUNTED, f"The prompts cannot be counted here ({error}), so this is for {UNCOUNTED:,}"
+    steps = list(estimate(config, num_prompts))
+    table = Table(title=f"{num_prompts:,} prompts on {own.num_gpus} x {own.gpu}, at stated speeds")
+    for head in ("step", "tokens read", "tokens written", "GPUs", "hours", "GPU-hours", "cost, USD"):
+        table.add_column(head, justify="left" if head == "step" else "right")
+    for one in steps:
+        table.add_row(
+            one.step,
+            f"{one.read:,.0f}",
+            f"{one.written:,.0f}",
+            f"{one.gpus:g}",
+            "-" if one.hours is None else f"{one.hours:,.2f}",
+            "-" if one.gpu_hours is None else f"{one.gpu_hours:,.1f}",
+            "-" if one.usd is None else f"{one.usd:,.2f}",
+        )
+    table.add_section()
+    hours, gpu_hours, usd = (sum(getattr(one, name) or 0 for one in steps) for name in ("hours", "gpu_hours", "usd"))
+    table.add_row("all", "", "", "", f"{hours:,.2f}", f"{gpu_hours:,.1f}", f"{usd:,.2f}")
+    console.print(table)
+    console.print(
+        f"Assumed: {own.prompt_tokens} tokens a prompt, {own.answer_tokens} an answer, {price_of(config):g} USD for an "
+        f"hour of a GPU, utilization {own.generation_utilization:g} in generation, {own.reading_utilization:g} in "
+        f"reading, {own.training_utilization:g} in training. `estimate:` changes them"
+    )
+    if why:
+        console.print(f"{why}. To change that, set estimate.num_prompts")
+    idle = [one.step for one in steps if 0 < one.gpus < own.num_gpus]
+    if idle:
+        console.print(
+            f"With GPUs to spare in: {', '.join(idle)}. More workers (max_actors, num_workers) would use them"
+        )
+    for step in [one.step for one in steps if one.gpu_hours is None]:
+        console.print(f"{step}: the size of its model is not known; set estimate.billions")
 
 
 def print_plan(config: Config) -> None:
-    """Print what each stage will take; without a sample, say how to get one."""
+    """Print what each stage will take: measured on a sample, or without one at stated speeds."""
     console = Console(highlight=False, width=120)
     sample = largest_sample(config)
     if sample is None:
-        console.print("# no sample of these settings yet, so no estimate of tokens, hours and cost:")
-        console.print("# aft-ray preview -n 32 --config ... measures one")
+        print("# no sample of these settings yet: aft-ray preview -n 32 --config ... measures one")
+        stated = Console(file=io.StringIO(), highlight=False, width=118)
+        print_stated(config, stated)
+        for line in stated.file.getvalue().splitlines():  # type: ignore[attr-defined]
+            print(f"# {line.rstrip()}")  # what `plan` prints is YAML
         return
     num_prompts = count_prompts(config)
     manifest = sample.manifest("prompts")

@@ -1,6 +1,7 @@
 """The steps of the line. Each one looks at the run's folder, makes what is missing, and leaves a manifest.
 
-prompts -> proposals -> scores -> selection -> targets -> training_set -> train -> evaluate -> miniature -> report
+prompts -> proposals -> scores -> selection -> targets -> target_scores -> training_set
+        -> train -> evaluate -> miniature -> report
 
 The names, in this order, are `pipeline.LINE`.
 """
@@ -11,17 +12,22 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aft_ray.config import Config
-from aft_ray.errors import ConfigError, PromptTooLong, ResumeRefused
+from aft_ray.data import DATA_STAGES
+from aft_ray.data.proposals import data_stages
+from aft_ray.errors import ConfigError, ResumeRefused
 from aft_ray.pipeline import LINE
+from aft_ray.pipeline.checks import check_before_start, check_tasks
 from aft_ray.pipeline.cluster import RaySession
+from aft_ray.pipeline.endpoints import check_endpoints
+from aft_ray.pipeline.environment import read_environment
+from aft_ray.pipeline.running import run_in, say
 from aft_ray.progress import Progress
-from aft_ray.runs import Manifest, Resume, Run
-from aft_ray.shards import Stage
-from aft_ray.stages import run_stage
+from aft_ray.run_lock import RunLock
+from aft_ray.runs import Resume, Run
+from aft_ray.storage import Folder, check_writable
 
 if TYPE_CHECKING:
     from aft_ray.training import TrainProgress
@@ -33,13 +39,18 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
     """Run the named steps of a run, in the order given; returns the open run.
 
     With `retry_failed`, rows that failed before are retried and taken through the later steps.
-    Raises ConfigError, InputError, ResumeRefused, TooManyFailures, TrainingFailed. Finished work is kept: the same
-    call resumes it.
+    Raises ConfigError, InputError, ResumeRefused, RunInUse, TooManyFailures, TrainingFailed. Finished work is kept:
+    the same call resumes it.
     """
+    read_environment(config)
     check_before_start(config)
-    run = Run.open(config, resume, retry_failed)
-    with RaySession(config) as session:
-        for name in names:
+    check_writable(config.run.dir)
+    check_endpoints(config, names, retry_failed)
+    with RunLock(Folder.at(config.run.dir)), RaySession(config) as session:
+        run = Run.open(config, resume, retry_failed)
+        run.folder.remove_partial()
+        skipped = set() if config.makes_targets else set(DATA_STAGES) - set(data_stages(config))
+        for name in (name for name in names if name not in skipped):
             run.event("started", step=name)
             try:
                 STEPS[name](run, session)
@@ -52,86 +63,19 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
     return run
 
 
-def check_before_start(config: Config) -> None:
-    """Refuse settings that can be known to be wrong before any model is loaded."""
-    from aft_ray.data.proposals import aggregator_hash
-    from aft_ray.miniature.study import study_of_run
-    from aft_ray.models import PACKAGED, resolve_model
-    from aft_ray.templates import InContextPrompt
-    from aft_ray.training import check_before_training
-
-    if config.miniature is not None:
-        check_before_start(study_of_run(config))
-    aggregator_hash(config.templates)
-    InContextPrompt.load(config.templates.in_context)
-    engines = (config.engine, config.proposals.engine, config.targets.engine, config.serving.engine)
-    for engine in engines:
-        if engine is not None and engine.type in {"vllm", "transformers"} and engine.model not in PACKAGED:
-            resolve_model(engine.model)  # a folder that is not there is refused now, not after an hour
-    if config.engine.type in {"vllm", "transformers"}:
-        check_before_training(config.training, config.engine.model)
-    _check_windows(config)
-    if config.training_set.max_length > (
-        getattr(config.engine, "max_model_len", None) or config.training_set.max_length
-    ):
-        raise ConfigError(
-            f"training_set.max_length {config.training_set.max_length} > engine.max_model_len "
-            f"{config.engine.max_model_len}: the model would be trained on prompts it is never served with"
-        )
-
-
-def _check_windows(config: Config) -> None:
-    """Check sampling and aggregator prompt against the window, before any tokenizer is loaded.
-
-    A word is at least one token, so a prompt that does not fit by words cannot fit by tokens.
-    """
-    from aft_ray.templates import AggregatorTemplate
-
-    template = AggregatorTemplate.load(config.templates.aggregator)
-    num_words = len(template.system.split())
-    teacher = config.targets.engine or config.engine
-    plan = config.evaluation.plan
-    windows = [
-        ("proposals.sampling", config.proposals.engine or config.engine, config.proposals.sampling, 1),
-        ("evaluation.plan.proposal", config.engine, plan.proposal, 1),
-    ]
-    if config.targets.source == "teacher":
-        windows.append(("targets.sampling", teacher, config.targets.sampling, num_words))
-    if plan.num_layers:
-        windows.append(("evaluation.plan.final", config.engine, plan.final, num_words))
-    for key, engine, sampling, num_prompt in windows:
-        window = engine.max_model_len
-        if window is not None and sampling.max_tokens + num_prompt > window:
-            raise PromptTooLong(
-                f"{key}.max_tokens {sampling.max_tokens} + a prompt of at least {num_prompt} tokens > "
-                f"max_model_len {window}: lower max_tokens, raise max_model_len, or shorten the template"
-            )
-
-
-def _say(manifest: Manifest) -> None:
-    """Print one line for a stage that was finished before; a stage that runs prints its progress."""
-    print(f"{manifest.stage:<13} done: {manifest.rows_out} rows", file=sys.stderr)
-
-
-def _run_stage(stage: Stage, run: Run, session: RaySession) -> bool:
-    """Run a stage and return whether there was anything to do."""
-    before = run.manifest(stage.name)
-    manifest = run_stage(
-        stage,
-        max_failure_rate=run.config.run.max_failure_rate,
-        retry_failed=run.retry_failed,
-        connect=session.connect,
-    )
-    if before == manifest:
-        _say(manifest)
-    return before != manifest
-
-
 def prompts(run: Run, session: RaySession) -> None:
     """Read, check and shard the prompts."""
     from aft_ray.data.prompts.stage import make_prompts
 
-    _say(make_prompts(run))
+    manifest = make_prompts(run)
+    say(manifest)
+    if manifest.num_failed:
+        print(
+            f"{'':<13} reasons: {run.folder.location}/prompts/failed/rows.jsonl. Mend these rows in the source, and "
+            "the same command adds them",
+            file=sys.stderr,
+        )
+    check_tasks(run.config, run.folder.child("prompts"))
 
 
 def proposals(run: Run, session: RaySession) -> None:
@@ -139,71 +83,83 @@ def proposals(run: Run, session: RaySession) -> None:
     from aft_ray.data import proposals as room
 
     for stage in room.stages(run):
-        _run_stage(stage, run, session)
+        run_in(run, stage, session.connect)
 
 
 def scores(run: Run, session: RaySession) -> None:
     """Score the proposals."""
     from aft_ray.data import scores as room
 
-    _run_stage(room.stage(run), run, session)
+    run_in(run, room.stage(run), session.connect)
 
 
 def selection(run: Run, session: RaySession) -> None:
     """Choose the K proposals each prompt keeps."""
     from aft_ray.data import selection as room
 
-    _run_stage(room.stage(run), run, session)
+    run_in(run, room.stage(run), session.connect)
 
 
 def targets(run: Run, session: RaySession) -> None:
     """Have the teacher write the aggregations."""
     from aft_ray.data import targets as room
 
-    _run_stage(room.stage(run), run, session)
+    run_in(run, room.stage(run), session.connect)
+
+
+def target_scores(run: Run, session: RaySession) -> None:
+    """Score the candidates of the targets, where a choice or a filter needs their scores."""
+    from aft_ray.data import target_scores as room
+
+    if run.config.scores_targets:
+        run_in(run, room.stage(run), session.connect)
 
 
 def training_set(run: Run, session: RaySession) -> None:
     """Write ids and labels, and the data set's card."""
     from aft_ray.data import training_set as room
-    from aft_ray.data.card import CARD, write_card
+    from aft_ray.data.card import card_is_current, write_card
 
-    has_changed = _run_stage(room.stage(run), run, session)
-    if has_changed or not run.folder.child("training_set").exists(CARD):
+    has_changed = run_in(run, room.stage(run), session.connect)
+    if has_changed or not card_is_current(run):
         write_card(run)
 
 
 def train(run: Run, session: RaySession) -> None:
     """Fine-tune one adapter per variant."""
     from aft_ray.data.proposals import aggregator_hash
-    from aft_ray.models import resolve_model
     from aft_ray.training import TrainingJob, train_adapters
+    from aft_ray.training.adapter import SUMMARY
 
     config = run.config
     if config.engine.type not in {"vllm", "transformers"}:
         raise ConfigError(f"engine.type {config.engine.type}: training needs a local model (vllm or transformers)")
-    if not run.folder.is_local:
-        raise ConfigError(
-            f"run.dir {config.run.dir}: training writes checkpoints and needs a (shared) file system path"
-        )
-    folder = Path(run.folder.path)
-    outputs: dict[str, Path] = {variant: folder / "model" / variant for variant in config.training_set.variants}
+    folder = run.folder
+    outputs: dict[str, Folder] = {variant: folder.child(f"model/{variant}") for variant in config.training_set.variants}
     job = TrainingJob(
         config=config.training,
-        model=resolve_model(config.engine.model),
-        training_set=folder / "training_set",
+        model=config.engine.model,
+        training_set=folder.child("training_set"),
         outputs=outputs,
-        checkpoints=folder / "checkpoints",
+        checkpoints=folder.child("checkpoints"),
         seed=config.run.seed,
+        chat_template=getattr(config.engine, "chat_template", None),
         template_hashes={"aggregator": aggregator_hash(config.templates)},
     )
-    if all(output.is_dir() for output in outputs.values()):
+    if all(output.exists(SUMMARY) for output in outputs.values()):
         num_steps = sum(summary.num_steps for summary in train_adapters(job).values())
         print(f"{'train':<13} done: {num_steps} steps, {' and '.join(outputs)}", file=sys.stderr)
         return
     session.connect()
+    seen: dict[str, TrainProgress] = {}
     with Progress("train", total=0, unit="steps") as progress:
-        summaries = train_adapters(job, report=partial(show_training, progress, {}))
+
+        def report_progress(state: TrainProgress) -> None:
+            if state.variant not in seen:
+                run.event("training", variant=state.variant, num_steps=state.num_steps)
+            show_training(progress, seen, state)
+
+        summaries = train_adapters(job, report=report_progress)
     for summary in summaries.values():
         run.event("trained", **dataclasses.asdict(summary))
 
@@ -248,6 +204,7 @@ STEPS: dict[str, Step] = {
     "scores": scores,
     "selection": selection,
     "targets": targets,
+    "target_scores": target_scores,
     "training_set": training_set,
     "train": train,
     "evaluate": evaluate,

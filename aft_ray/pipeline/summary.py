@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -10,6 +9,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +17,18 @@ from typing import Any
 
 from rich.table import Table
 
+from aft_ray.config import Config
 from aft_ray.data.constraints import parse_all
 from aft_ray.data.proposals import data_stages
-from aft_ray.data.scorers import build_scorer, text_scorer_config
+from aft_ray.data.scorers import answer_scorer_config
+from aft_ray.errors import ConfigError, InputError, ResumeRefused
 from aft_ray.evaluation.examples import Check, Example, choose_examples
+from aft_ray.evaluation.held_out import NOT_HELD_OUT
 from aft_ray.evaluation.metrics import Comparison, ScoredAnswer, compare, score_answers, system_metrics
-from aft_ray.evaluation.perplexity import ConditionPerplexity, TargetScore, summarise
+from aft_ray.evaluation.perplexity import ConditionPerplexity, summarise
+from aft_ray.evaluation.perplexity_stage import read_scores
 from aft_ray.evaluation.report import (
+    PAGE,
     MethodAnswer,
     ReportData,
     StageSummary,
@@ -32,59 +37,132 @@ from aft_ray.evaluation.report import (
     held_out_curves,
     write_report,
 )
-from aft_ray.evaluation.stage import NOT_HELD_OUT
-from aft_ray.pipeline.evaluate import PERPLEXITY, serving_of, systems_of
+from aft_ray.pipeline.evaluate import adapters_of, models_of, scored_models, serving_of, systems_of
 from aft_ray.records import HELD_OUT, TRAIN, metadata_of
-from aft_ray.runs import Manifest, Run, commit, versions
-from aft_ray.training.metrics import read_metrics
+from aft_ray.run_lock import owner_of
+from aft_ray.runs import RESOLVED, Manifest, Run, commit, versions
+from aft_ray.storage import Folder, check_writable
 
 REPORT = "report"
 """Folder of the report in a run's folder."""
 NO_STUDY = "the study of the method is not finished; `aft-ray run` with this run's config finishes it"
 REWARDS = {
     "constraints": "share of the prompt's one or two checkable constraints that the answer meets",
-    "numeric": "1 when the answer's last number is the reference's, else 0",
+    "numeric": "1 when the answer states the reference's number, else 0",
+    "math": "1 when math-verify finds answer and reference equal, else 0",
+    "choice": "1 when the answer chooses the reference's option, else 0",
+    "exact": "1 when the answer is the reference, up to letter case, articles and punctuation, else 0",
     "reasoning_gym": "the task's own verifier, 0 to 1",
     "ifeval": "share of the prompt's IFEval instructions that the answer follows (strict)",
+    "ifbench": "share of the prompt's IFBench instructions that the answer follows (strict)",
 }
 
 
 def report(run: Run) -> None:
-    """Write the report and each system's metrics.json."""
+    """Write the report and each system's metrics.json, and then raise InputError if results are missing."""
+    _write(run)
+    _refuse_missing(run, run.folder.child(REPORT))
+
+
+def _write(run: Run) -> None:
     data = report_data(run)
-    write_report(data, Path(run.folder.path) / REPORT)
+    write_report(data, run.folder.child(REPORT))
     for system in data.systems:
         content = json.dumps(dataclasses.asdict(system), indent=1)
         run.folder.child("evaluation").child(system.system).write_bytes("metrics.json", content.encode())
 
 
+def settings_of(location: str) -> str:
+    """Return the file with the settings of the run in a folder. Raises ConfigError where there is no run."""
+    if not Folder.at(location).exists(RESOLVED):
+        raise ConfigError(f"{location} holds no run: there is no {RESOLVED}")
+    return f"{location.rstrip('/')}/{RESOLVED}"
+
+
+def report_under_way(config: Config) -> bool:
+    """Write the report of a run that another command is working on, and say what it lacks. False without one."""
+    run = Run(config, Folder.at(config.run.dir))
+    owner = owner_of(run.folder)
+    if owner is None:
+        return False
+    _write(run)
+    missing = missing_results(run)
+    print(
+        f"the run is under way (pid {owner.pid} on {owner.host}); its report so far: "
+        f"{run.folder.child(REPORT).location}/{PAGE}" + (f", without: {'; '.join(missing)}" if missing else "")
+    )
+    return True
+
+
+def write_report_to(config: Config, output: Path) -> tuple[Run, Folder]:
+    """Write the report of a run to another folder, and nothing to the run's own, which may be read-only.
+
+    Raises ResumeRefused if there is no run, and InputError as `report` does.
+    """
+    run, folder = Run(config, Folder.at(config.run.dir)), Folder.at(output)
+    if not run.folder.exists(RESOLVED):
+        raise ResumeRefused(f"{run.folder.location} holds no run. Check run.dir")
+    write_report(report_data(run), folder)
+    _refuse_missing(run, folder)
+    return run, folder
+
+
+def finished_report(config: Config) -> Run | None:
+    """Return the run if it has a report and its folder cannot be written to."""
+    run = Run(config, Folder.at(config.run.dir))
+    if not run.folder.child(REPORT).exists("results.json"):
+        return None
+    try:
+        check_writable(config.run.dir)
+    except ConfigError:
+        return run
+    return None
+
+
+def _refuse_missing(run: Run, folder: Folder) -> None:
+    if missing := missing_results(run):
+        raise InputError(
+            f"the report {folder.location}/{PAGE} is written, without: {'; '.join(missing)}. "
+            f"To make what is missing: aft-ray run --config {_shown(run.folder)}/{RESOLVED}"
+        )
+
+
+def missing_results(run: Run) -> list[str]:
+    """Return what the report has to show and the run's folder does not hold yet."""
+    evaluation = run.config.evaluation
+    trained = {**adapters_of(run), **models_of(run)}
+    by_default = evaluation.systems is None and run.config.serving.adapters is None
+    untrained = [name for name in run.config.training_set.variants if name not in trained] if by_default else []
+    stages = [f"evaluation/{system.name}/scores" for system in systems_of(run)]
+    stages += [f"evaluation/perplexity/{model}" for model in scored_models(run)]
+    manifests = {stage: run.manifest(stage) for stage in stages}
+    unfinished = [stage for stage, manifest in manifests.items() if manifest is None or manifest.status != "done"]
+    return [f"model/{name}" for name in untrained] + unfinished
+
+
 def report_data(run: Run) -> ReportData:
     """Read everything the report shows from the run's folders."""
     config = run.config
-    rows = {system.name: _answers(run, system.name) for system in systems_of(run)}
-    scores = text_scorer_config(config.scores)
-    scorer = build_scorer(scores)
-
-    def score(row: Mapping[str, Any], text: str) -> float | None:
-        return asyncio.run(scorer.score(row, [text])).scores[0].value if text else None
-
-    scored = {name: score_answers(answers, score) for name, answers in rows.items()}
+    systems = systems_of(run)
+    rows = {system.name: _scored_answers(run, system.name) for system in systems}
+    answers = {name: score_answers(of_system) for name, of_system in rows.items()}
     resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}
-    prompts = run.folder.child("prompts").rows()
-    tasks = sorted({row["task"] or "open" for row in prompts})
+    num_prompts, tasks = _prompts(run)
     method = _method(run)
+    notes = (NO_STUDY,) if config.miniature is not None and method is None else ()
     return ReportData(
-        title=Path(run.folder.path).name,
+        title=run.folder.name,
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        command=f"aft-ray run --config {Path(run.folder.path).name}/config.resolved.yaml",
+        command=f"aft-ray run --config {_shown(run.folder)}/{RESOLVED}",
         commit=commit(),
         model=str(getattr(config.engine, "model", config.engine.type)),
         num_parameters=_num_parameters(run),
         task=", ".join(tasks),
-        num_train_prompts=sum(row["split"] == TRAIN for row in prompts),
-        num_held_out_prompts=sum(row["split"] == HELD_OUT for row in prompts),
-        reward="; ".join(REWARDS[task] for task in tasks if task in REWARDS) or f"scorer {scores.scorer}",
+        num_train_prompts=num_prompts[TRAIN],
+        num_held_out_prompts=num_prompts[HELD_OUT],
+        reward="; ".join(_reward(config, tasks)),
         plan=config.evaluation.plan,
+        plans={system.name: system.plan for system in systems if system.plan not in (None, config.evaluation.plan)},
         seed=config.run.seed,
         hardware=_hardware(),
         versions=versions(),
@@ -92,15 +170,38 @@ def report_data(run: Run) -> ReportData:
         training=_training(run),
         perplexities=tuple(_perplexities(run, resampling)),
         systems=tuple(
-            system_metrics(name, answers, num_failed=_num_failed(run, name), **resampling)
-            for name, answers in scored.items()
+            system_metrics(name, of_system, num_failed=_num_failed(run, name), **resampling)
+            for name, of_system in answers.items()
         ),
         base_system=serving_of(run).base_name,
-        comparisons=_comparisons(scored, resampling),
-        examples=tuple(_examples(run, rows, score)),
+        comparisons=_comparisons(answers, resampling),
+        examples=tuple(_examples(run, rows)),
         method=method,
-        notes=(NO_STUDY,) if run.config.miniature is not None and method is None else (),
+        notes=(*notes, *(f"not in this report, since it is not finished: {name}" for name in missing_results(run))),
     )
+
+
+def _prompts(run: Run) -> tuple[Counter[str], list[str]]:
+    """Return the number of prompts by split, and their tasks, from two columns of one shard at a time."""
+    folder = run.folder.child("prompts")
+    num_prompts: Counter[str] = Counter()
+    tasks: set[str] = set()
+    for name in folder.names(".parquet"):
+        columns = folder.read_table(name, ["split", "task"]).to_pydict()
+        num_prompts.update(columns["split"])
+        tasks.update(task or "open" for task in columns["task"])
+    return num_prompts, sorted(tasks)
+
+
+def _reward(config: Config, tasks: Sequence[str]) -> list[str]:
+    """Return the meaning of a score in words."""
+    scorer = answer_scorer_config(config.scores).scorer
+    if scorer == "auto" and config.scores.verifier is not None:
+        verifier = config.scores.verifier
+        return [REWARDS.get(verifier, f"verdict of {verifier}, 0 to 1")]
+    if scorer == "auto":
+        return [REWARDS[task] for task in tasks if task in REWARDS] or ["no verifier knows these tasks: no scores"]
+    return [REWARDS.get(scorer, f"scorer {scorer}")]
 
 
 def _method(run: Run) -> MethodAnswer | None:
@@ -109,8 +210,8 @@ def _method(run: Run) -> MethodAnswer | None:
     from aft_ray.miniature.page import PAGE
     from aft_ray.miniature.study import load_study, study_of_run
 
-    folder = Path(run.folder.path) / "miniature"
-    if run.config.miniature is None or not (folder / REPORT / PAGE).is_file():
+    folder = run.folder.child("miniature")
+    if run.config.miniature is None or not folder.child(REPORT).exists(PAGE):
         return None
     study = load_study(folder)
     return MethodAnswer(
@@ -122,26 +223,34 @@ def _method(run: Run) -> MethodAnswer | None:
     )
 
 
-def print_results(run: Run) -> None:
+def print_results(run: Run, folder: Folder | None = None) -> None:
     """Print the end of a finished run from its report folder: the results, where they are, and what to try next."""
     from rich.console import Console
 
-    page = Path(run.folder.path) / REPORT / "report.html"
-    found: dict[str, Any] = json.loads(page.with_name("results.json").read_text())
+    folder = folder or run.folder.child(REPORT)
+    found: dict[str, Any] = json.loads(folder.read_bytes("results.json"))
     console = Console()
     for title, table in _tables(found):
         console.print(f"\n{title}", style="bold", highlight=False)
         console.print(table)
     for sentence in found["method"]["sentences"] if found["method"] else ():
         console.print(f"- {sentence}", highlight=False)
-    folder = os.path.relpath(run.folder.path)
-    console.print(f"\nreport: {os.path.relpath(page)}\n\ntry next:", highlight=False)
+    console.print(f"\nreport: {folder.location}/report.html\n\ntry next:", highlight=False, soft_wrap=True)
     for command in (
-        f"serve --config {folder}/config.resolved.yaml",
+        f"serve --config {_shown(run.folder)}/{RESOLVED}",
         'ask "Name three rivers in Africa, as bullets." --show-proposals     (while it serves)',
         "run --config configs/quickstart.yaml --set run.dir=runs/mine --set prompts.source=my_prompts.jsonl",
     ):
         console.print(f"  {_aft_ray()} {command}", highlight=False, soft_wrap=True)
+
+
+def _shown(folder: Folder) -> str:
+    """Return a folder as a command here can name it: a short relative path where there is one, else all of it."""
+    try:
+        below = folder.is_local and Path(folder.path).is_relative_to(Path.cwd())
+    except FileNotFoundError:  # the working directory of a job may be gone by the time its report is written
+        below = False
+    return os.path.relpath(folder.path) if below else folder.location
 
 
 def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -181,18 +290,20 @@ def _interval(value: Mapping[str, float | None]) -> str:
     return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _answers(run: Run, system: str) -> list[dict[str, Any]]:
-    return run.folder.child("evaluation").child(system).child("answers").rows()
+def _scored_answers(run: Run, system: str) -> list[dict[str, Any]]:
+    return run.folder.child("evaluation").child(system).child("scores").rows()
 
 
 def _num_failed(run: Run, system: str) -> int:
-    manifest = run.manifest(f"evaluation/{system}/answers")
-    return manifest.num_failed if manifest else 0
+    manifests = [run.manifest(f"evaluation/{system}/{stage}") for stage in ("answers", "scores")]
+    return sum(manifest.num_failed for manifest in manifests if manifest is not None)
 
 
 def _stages(run: Run) -> tuple[StageSummary, ...]:
     named = [(name, run.manifest(name)) for name in data_stages(run.config)]
-    named += [(f"answers: {s.name}", run.manifest(f"evaluation/{s.name}/answers")) for s in systems_of(run)]
+    for system in systems_of(run):
+        for stage in ("answers", "scores"):
+            named.append((f"{stage}: {system.name}", run.manifest(f"evaluation/{system.name}/{stage}")))
     return tuple(_stage(name, manifest) for name, manifest in named if manifest is not None)
 
 
@@ -211,16 +322,14 @@ def _stage(name: str, manifest: Manifest) -> StageSummary:
 
 
 def _training(run: Run) -> tuple[TrainingSummary, ...]:
-    return tuple(
-        found for variant in run.config.training_set.variants if (found := _trained(Path(run.folder.path), variant))
-    )
+    return tuple(found for variant in run.config.training_set.variants if (found := _trained(run.folder, variant)))
 
 
-def _trained(folder: Path, variant: str) -> TrainingSummary | None:
-    summary_file = folder / "model" / variant / "summary.json"
-    if not summary_file.is_file():
+def _trained(folder: Folder, variant: str) -> TrainingSummary | None:
+    model, metrics = folder.child(f"model/{variant}"), folder.child(f"checkpoints/{variant}")
+    if not model.exists("summary.json"):
         return None
-    summary = json.loads(summary_file.read_text())["summary"]
+    summary = json.loads(model.read_bytes("summary.json"))["summary"]
     return TrainingSummary(
         variant=variant,
         num_examples=summary["num_rows"],
@@ -230,16 +339,13 @@ def _trained(folder: Path, variant: str) -> TrainingSummary | None:
         seconds=summary["seconds"],
         num_tokens=summary["num_tokens"],
         num_trained_tokens=summary["num_trained_tokens"],
-        curve=curve_of(read_metrics(folder / "checkpoints" / variant / "metrics.jsonl")),
-        held_out=held_out_curves(read_metrics(folder / "checkpoints" / variant / "held_out.jsonl")),
+        curve=curve_of(metrics.json_lines("metrics.jsonl")),
+        held_out=held_out_curves(metrics.json_lines("held_out.jsonl")),
     )
 
 
 def _perplexities(run: Run, resampling: Mapping[str, int]) -> Sequence[ConditionPerplexity]:
-    folder = run.folder.child("evaluation")
-    if not folder.exists(PERPLEXITY):
-        return []
-    return summarise([TargetScore(**score) for score in json.loads(folder.read_bytes(PERPLEXITY))], **resampling)
+    return summarise(read_scores(run, scored_models(run)), **resampling)
 
 
 def _comparisons(scored: Mapping[str, list[ScoredAnswer]], resampling: Mapping[str, int]) -> tuple[Comparison, ...]:
@@ -251,15 +357,13 @@ def _comparisons(scored: Mapping[str, list[ScoredAnswer]], resampling: Mapping[s
     )
 
 
-def _examples(run: Run, rows: Mapping[str, list[dict[str, Any]]], score: Any) -> list[Example]:
+def _examples(run: Run, rows: Mapping[str, list[dict[str, Any]]]) -> list[Example]:
     """Choose drafts and aggregations of the AFT systems (of all systems where there is no AFT system)."""
     shown = [name for name in rows if "aft" in name] or list(rows)
     return [
         example
         for name in shown
-        for example in choose_examples(
-            name, rows[name], score, constraint_checks, num_examples=4, seed=run.config.run.seed
-        )
+        for example in choose_examples(name, rows[name], constraint_checks, num_examples=4, seed=run.config.run.seed)
     ]
 
 
@@ -287,7 +391,7 @@ def _num_parameters(run: Run) -> int | None:
     from aft_ray.models import resolve_model
 
     model = getattr(run.config.engine, "model", None)
-    folder = Path(resolve_model(model)) if model else None
+    folder = Path(resolve_model(model, weights=False)) if model else None
     if folder is None or not folder.is_dir():
         return None
     total = 0

@@ -6,6 +6,7 @@ Real processes are only those whose start or end is what is tested; all else run
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from aft_ray.run_lock import RunLock
+from aft_ray.runs import read_manifest
+from aft_ray.storage import Folder
 from tests.command_line import ROOT, aft_ray
 
 AFT_RAY = [sys.executable, "-m", "aft_ray"]
@@ -41,7 +45,22 @@ def config(tmp_path: Path) -> Path:
 def test_help_names_every_command() -> None:
     done = subprocess.run([*AFT_RAY, "--help"], capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
     assert done.returncode == 0
-    for command in ("run", "train", "evaluate", "report", "export", "serve", "ask", "plan", "submit", "doctor"):
+    for command in (
+        "run",
+        "train",
+        "evaluate",
+        "report",
+        "export",
+        "serve",
+        "ask",
+        "plan",
+        "submit",
+        "jobs",
+        "logs",
+        "status",
+        "stop",
+        "doctor",
+    ):
         assert command in done.stdout
 
 
@@ -56,7 +75,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     for path in [*(ROOT / "aft_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
-        assert path.read_text().startswith('"""'), path
+        assert path.read_text().removeprefix("r").startswith('"""'), path
 
 
 def test_importing_every_module_starts_nothing_and_writes_nothing(tmp_path: Path) -> None:
@@ -171,6 +190,45 @@ def test_a_folder_with_other_things_in_it_is_refused(config: Path) -> None:
     assert "not empty" in done.stderr
 
 
+def test_a_folder_in_use_is_refused_with_4_and_what_a_failed_write_left_is_removed(
+    config: Path, tmp_path: Path
+) -> None:
+    run = Folder.at(tmp_path / "run")
+    run.write_bytes("config.resolved.yaml.1-abc.partial", b"half")
+    command = ("run", "--config", str(config), "--until", "prompts")
+    with RunLock(run):
+        refused = aft_ray(*command)
+        assert refused.returncode == 4
+        [sentence] = refused.stderr.strip().splitlines()
+        assert f"is in use by another command: pid {os.getpid()} on " in sentence
+    for _ in range(2):
+        done = aft_ray(*command)
+        assert done.returncode == 0, done.stderr
+        run.child("prompts").write_bytes("shard-00000.parquet.1-abc.partial", b"half")
+    assert aft_ray(*command).returncode == 0
+    left = [path.name for path in (tmp_path / "run").rglob("*")]
+    assert not [name for name in left if name.endswith(".partial") or name.startswith("owner-")]
+
+
+def test_prompts_that_are_added_to_a_finished_run_are_made_alone(
+    ray_cluster: None, config: Path, tmp_path: Path
+) -> None:
+    command = ("run", "--config", str(config), "--until", "selection")
+    assert aft_ray(*command).returncode == 0
+    proposals = Folder.at(tmp_path / "run").child("proposals")
+    before, manifest = proposals.rows(), read_manifest(proposals)
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Name a tree."}) + "\n")
+    done = aft_ray(*command, "--set", "prompts.license=MIT")
+    assert done.returncode == 0, done.stderr
+    after, grown = proposals.rows(), read_manifest(proposals)
+    assert after[: len(before)] == before and len(after) == len(before) + 1
+    assert manifest is not None and grown is not None
+    new_tokens = sum(proposal["num_tokens"] for proposal in after[-1]["proposals"])
+    assert grown.completion_tokens - manifest.completion_tokens == new_tokens
+    assert len(Folder.at(tmp_path / "run").child("selection").rows()) == len(after)
+
+
 def test_asking_where_nothing_serves_says_so() -> None:
     done = aft_ray("ask", "Hello?", "--base-url", "http://127.0.0.1:9")
     assert done.returncode == 1
@@ -225,3 +283,57 @@ def test_rows_that_failed_are_retried_by_command_only_and_go_through_once_the_ca
     assert mended.returncode == 0, mended.stderr
     assert not list((config.parent / "run" / "proposals" / "failed").glob("*"))
     assert json.loads((config.parent / "run" / "selection" / "manifest.json").read_text())["rows_out"] == 2
+
+
+def test_a_run_under_way_has_a_report_so_far(config: Path) -> None:
+    run = config.parent / "run"
+    assert aft_ray("run", "--config", str(config), "--until", "prompts").returncode == 0
+    with RunLock(Folder.at(run)):
+        done = aft_ray("report", str(run))
+    assert done.returncode == 0, done.stderr
+    assert f"its report so far: {run}/report/report.html, without: model/sft; " in done.stdout
+    assert (
+        "not in this report, since it is not finished: evaluation/base/scores"
+        in (run / "report" / "report.html").read_text()
+    )
+    moved = run.rename(config.parent / "moved")
+    done = aft_ray("report", str(moved))
+    assert (done.returncode, run.exists()) == (2, False), "its own folder, wherever that is now"
+    assert f"the report {moved}/report/report.html is written, without: " in done.stderr
+
+
+def test_a_report_needs_a_run(tmp_path: Path) -> None:
+    done = aft_ray("report", str(tmp_path))
+    assert (done.returncode, "holds no run" in done.stderr) == (2, True)
+
+
+def second(config: Path, name: str, **sections: dict[str, object]) -> Path:
+    """Write a config beside another one, with a folder of its own."""
+    own = {**sections, "base": config.name, "run": {"dir": str(config.parent / name), **sections.get("run", {})}}
+    (config.parent / f"{name}.yaml").write_text(yaml.safe_dump(own))
+    return config.parent / f"{name}.yaml"
+
+
+def test_several_configs_are_several_runs_and_one_that_fails_keeps_no_other_from_starting(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = second(config, "failing", run={"environment": ["NOT_THERE_YET"]})
+    other = second(config, "other", prompts={"limit": 1})
+    configs = [part for path in (config, failing, other) for part in ("--config", str(path))]
+    done = aft_ray("run", *configs, "--until", "prompts")
+    assert done.returncode == 2, "that of the run that failed"
+    folder = config.parent
+    assert done.stdout == f"{folder}/run: done\n{folder}/failing: failed: ConfigError\n{folder}/other: done\n"
+    assert "environment variables are missing: NOT_THERE_YET" in done.stderr
+    monkeypatch.setenv("NOT_THERE_YET", "now")
+    again = aft_ray("run", *configs, "--until", "prompts")
+    assert (again.returncode, again.stdout.count(": done")) == (0, 3), again.stderr
+
+
+def test_two_runs_never_share_a_folder(config: Path) -> None:
+    (config.parent / "same.yaml").write_text(f"base: {config.name}\nproposals: {{num_per_prompt: 6}}\n")
+    configs = ["--config", str(config), "--config", str(config.parent / "same.yaml")]
+    done = aft_ray("run", *configs, "--until", "prompts")
+    assert done.returncode == 2
+    assert "each run needs a folder of its own" in done.stderr
+    assert not (config.parent / "run").exists()

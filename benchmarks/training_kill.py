@@ -55,6 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from aft_ray.config import TrainingConfig
     from aft_ray.models import resolve_model
+    from aft_ray.storage import Folder
     from aft_ray.training import TrainingJob, TrainProgress, train_adapters
 
     config = TrainingConfig(
@@ -74,9 +75,9 @@ def main() -> None:
         job = TrainingJob(
             config=config,
             model=resolve_model(MODEL),
-            training_set=write_rows(folder / "rows", 12 * (arguments.rounds + 1), (40, 240)),
-            outputs={"aft": folder / "model"},
-            checkpoints=folder / "checkpoints",
+            training_set=Folder.at(write_rows(folder / "rows", 12 * (arguments.rounds + 1), (40, 240))),
+            outputs={"aft": Folder.at(folder / "model")},
+            checkpoints=Folder.at(folder / "checkpoints"),
             seed=1,
         )
         train_adapters(job, report=watch)

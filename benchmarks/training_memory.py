@@ -33,12 +33,16 @@ def step(side: str, training_set: Path) -> float:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from aft_ray.models import resolve_model
-    from aft_ray.training.examples import read_examples
+    from aft_ray.storage import Folder
+    from aft_ray.training.rows import first_examples
     from aft_ray.training.target_head import TargetHead, target_loss_sum
 
     base = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
-    rows = read_examples(training_set, "aft").select(["input_ids", "labels"]).to_pylist()
+    rows = [
+        {"input_ids": row["input_ids"], "labels": row["labels"]}
+        for row in first_examples(Folder.at(training_set), "aft", BATCH_SIZE)
+    ]
     batch = DataCollatorForLanguageModeling(pad_token_id=2)(rows)
     before = psutil.Process().memory_info().rss
     if side == SIDES[0]:

@@ -44,6 +44,7 @@ def write_rows(folder: Path, num_rows: int, num_words: tuple[int, int], seed: in
                 "split": TRAIN,
                 "input_ids": input_ids,
                 "labels": labels,
+                "num_tokens": len(input_ids),
                 "prompt_text": "",
                 "target_text": target,
                 "length_action": None,

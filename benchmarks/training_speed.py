@@ -1,8 +1,8 @@
 """Our training over plain TRL: tokens/s on the same rows after start-up, and the seconds of start-up.
 
-    python benchmarks/training_speed.py [--rows 32] [--rounds 3]
+    python benchmarks/training_speed.py [--rows 32] [--rounds 3] [--batch 4]
 
-SmolLM2-135M, LoRA r=8, bf16, batches of 4, one process with two threads on either side. Plain TRL is `SFTTrainer` with
+SmolLM2-135M, LoRA r=8, bf16, one process with two threads, or one GPU, on either side. Plain TRL is `SFTTrainer` with
 its defaults in one Python process: random padded batches, and the head on every position. Ours is `train_adapters`: Ray
 Train, batches of similar length, and the head on target positions. Tokens are counted without padding, from the end of
 the first step to the end of the last. Start-up is the time from the start of the process to the first step.
@@ -23,25 +23,25 @@ from typing import Any
 
 from training_rows import MODEL, write_rows
 
-BATCH_SIZE = 4
 NUM_THREADS = 2
 
 
-def ours(training_set: Path, folder: Path) -> dict[str, float]:
+def ours(training_set: Path, folder: Path, batch_size: int) -> dict[str, float]:
     from aft_ray.config import TrainingConfig
     from aft_ray.models import resolve_model
+    from aft_ray.storage import Folder
     from aft_ray.training import TrainingJob, train_adapters
     from aft_ray.training.metrics import read_metrics
 
     called_at = time.time()
     job = TrainingJob(
         config=TrainingConfig(
-            cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=BATCH_SIZE, bf16=True
+            cpus_per_worker=NUM_THREADS, deepspeed="none", batch_size_per_worker=batch_size, bf16=True
         ),
         model=resolve_model(MODEL),
-        training_set=training_set,
-        outputs={"aft": folder / "model"},
-        checkpoints=folder / "checkpoints",
+        training_set=Folder.at(training_set),
+        outputs={"aft": Folder.at(folder / "model")},
+        checkpoints=Folder.at(folder / "checkpoints"),
         seed=1,
     )
     summary = train_adapters(job)["aft"]
@@ -50,7 +50,7 @@ def ours(training_set: Path, folder: Path) -> dict[str, float]:
     return {"rate": tokens / seconds, "first_step_at": called_at + summary.startup_seconds}
 
 
-def plain(training_set: Path, folder: Path) -> dict[str, float]:
+def plain(training_set: Path, folder: Path, batch_size: int) -> dict[str, float]:
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -79,12 +79,12 @@ def plain(training_set: Path, folder: Path) -> dict[str, float]:
         processing_class=AutoTokenizer.from_pretrained(model),
         args=SFTConfig(
             output_dir=str(folder),
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=batch_size,
             num_train_epochs=1,
             learning_rate=2e-4,
             bf16=True,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             max_length=None,
             logging_steps=1,
             report_to="none",
@@ -99,11 +99,11 @@ def plain(training_set: Path, folder: Path) -> dict[str, float]:
     return {"rate": (after - before) / (ended - began), "first_step_at": watch.first_step_at}
 
 
-def measure(side: str, training_set: Path) -> tuple[float, float]:
+def measure(side: str, training_set: Path, batch_size: int) -> tuple[float, float]:
     """Run one side in a separate process and return its (tokens/s, start-up seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
-        command = [sys.executable, __file__, "--side", side, str(training_set), folder]
+        command = [sys.executable, __file__, "--batch", str(batch_size), "--side", side, str(training_set), folder]
         environment = {**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS), "RAY_USAGE_STATS_ENABLED": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     numbers = [line for line in done.stdout.splitlines() if line.startswith('{"rate"')]
@@ -117,19 +117,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4, help="examples per step")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         side, training_set, folder = arguments.side
-        print(json.dumps({"ours": ours, "plain": plain}[side](Path(training_set), Path(folder))))
+        print(json.dumps({"ours": ours, "plain": plain}[side](Path(training_set), Path(folder), arguments.batch)))
         return
-    print(f"training job / plain TRL: {MODEL}, {arguments.rows} rows, batches of {BATCH_SIZE}, tokens/s after start-up")
+    print(
+        f"training job / plain TRL: {MODEL}, {arguments.rows} rows in batches of {arguments.batch}, "
+        "tokens/s after start-up"
+    )
     print(f"{'round':>5} {'ours':>7} {'TRL':>7} {'ratio':>6} {'start-up, ours':>15} {'TRL':>7}")
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         training_set = write_rows(Path(folder) / "rows", arguments.rows, (40, 240))
         for number in range(arguments.rounds):
-            (mine, my_start), (theirs, their_start) = (measure(side, training_set) for side in ("ours", "plain"))
+            (mine, my_start), (theirs, their_start) = (
+                measure(side, training_set, arguments.batch) for side in ("ours", "plain")
+            )
             ratios.append(mine / theirs)
             print(
                 f"{number:>5} {mine:>7.1f} {theirs:>7.1f} {ratios[-1]:>6.2f} {my_start:>13.1f} s {their_start:>5.1f} s",

@@ -1,12 +1,14 @@
-"""Two runs as one job on four hosts that share an S3 server and nothing else: a head without CPUs, and three workers.
+"""A run as a job on four hosts that share an S3 server and nothing else: a head without CPUs, and three workers.
 
-The second run loses a host in every step that has workers, and ends with the rows of the first.
+It loses a host in every step that has workers, and ends with the rows of a run that nothing disturbed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.command_line import ROOT
 from tests.hosts import Hosts, hosts, needs_hosts
 from tests.training.tiny import ANSWER, WORDS, write_model
 
@@ -78,14 +81,14 @@ print(list(serve.status().applications))
 
 
 def write_configs(folder: Path) -> None:
-    """Write a run of a tiny model that takes every step, and a second one that differs in its place."""
+    """Write a run of a tiny model that takes every step, here and on S3."""
     model = write_model(folder / "model", window=1024)
     draw = random.Random(0)
     prompts = [{"prompt": " ".join(draw.choices(WORDS, k=9)), "reference": ANSWER} for _ in range(16)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     one_at_a_time = {"max_shards_in_flight": 1}
     config: dict[str, Any] = {
-        "run": {"dir": "s3://runs/whole"},
+        "run": {"dir": str(folder / "whole")},
         "engine": {"type": "transformers", "model": str(model), "max_model_len": 1024, "dtype": "float32"},
         "prompts": {"source": str(folder / "prompts.jsonl"), "held_out": 4, "rows_per_shard": 2},
         "proposals": {"num_per_prompt": 2, "sampling": SHORT, "placement": one_at_a_time},
@@ -135,15 +138,31 @@ def rows_of(run: Path, stage: str) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-def test_a_job_of_two_runs_takes_every_step_and_a_lost_host_in_each_changes_nothing(
-    cluster: tuple[Hosts, dict[str, str]], tmp_path: Path
+def make_whole(folder: Path) -> Path:
+    """Make the data of a run here, undisturbed, and return its folder."""
+    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(folder / "whole.yaml")]
+    done = subprocess.run(
+        [*command, "--until", "training_set"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def test_a_job_takes_every_step_and_a_lost_host_in_each_changes_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    made, storage = cluster
     write_configs(tmp_path)
+    whole = make_whole(tmp_path)
+    made, storage = request.getfixturevalue("cluster")  # now, so that the two do not share the machine
     watch = made.start(0, [sys.executable, "-c", WATCH, *STEPS], env=storage)
     submit = [sys.executable, "-m", "aft_ray", "submit", "pipeline", "--address", "http://127.0.0.1:8265"]
-    configs = ["--config", str(tmp_path / "whole.yaml"), "--config", str(tmp_path / "lossy.yaml")]
-    job = made.start(0, [*submit, *configs], env=storage, log=tmp_path / "job.log")
+    submit += ["--config", str(tmp_path / "lossy.yaml")]
+    job = made.start(0, submit, env=storage, log=tmp_path / "job.log")
     threading.Thread(target=lambda: (job.wait(), watch.kill())).start()  # which would wait for ever
     lost = []
     assert watch.stdout is not None
@@ -158,18 +177,17 @@ def test_a_job_of_two_runs_takes_every_step_and_a_lost_host_in_each_changes_noth
     said = (tmp_path / "job.log").read_text
     assert (job.wait(300), lost) == (0, list(STEPS)), said()[-6000:]
     left = made.run(0, [sys.executable, "-c", COPY, str(tmp_path / "copy")], env=storage).stdout
-    assert "[]" in left, "the runs have ended their applications"
-    whole, lossy = tmp_path / "copy" / "whole", tmp_path / "copy" / "lossy"
+    assert "[]" in left, "the run has ended its applications"
+    lossy = tmp_path / "copy" / "lossy"
     for stage in ("prompts", "proposals", "scores", "selection", "targets"):
         assert len(rows_of(whole, stage)) == 16
         assert rows_of(lossy, stage) == rows_of(whole, stage), stage
     assert rows_of(lossy, "training_set") == rows_of(whole, "training_set")
-    for run in (whole, lossy):
-        assert (run / "model" / "aft" / "adapter_model.safetensors").stat().st_size > 1000
-        report = json.loads((run / "report" / "results.json").read_text())
-        assert [system["system"] for system in report["systems"]] == ["base", "aft"]
-        assert [system["num_prompts"] for system in report["systems"]] == [4, 4]
-        assert {one["nats_per_token"]["num"] for one in report["perplexities"]} == {4}
-        assert report["notes"] == []
+    report = json.loads((lossy / "report" / "results.json").read_text())
+    assert [system["system"] for system in report["systems"]] == ["base", "aft"]
+    assert [system["num_prompts"] for system in report["systems"]] == [4, 4]
+    assert {one["nats_per_token"]["num"] for one in report["perplexities"]} == {4}
+    assert report["notes"] == []
     summary = json.loads((lossy / "model" / "aft" / "summary.json").read_text())["summary"]
     assert summary["resumed_from_step"] > 0
+    assert (lossy / "model" / "aft" / "adapter_model.safetensors").stat().st_size > 1000

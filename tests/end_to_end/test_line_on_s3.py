@@ -10,18 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
 from aft_ray.runs import RESOLVED, read_manifest
-from aft_ray.storage import Folder, list_files
+from aft_ray.storage import Folder, list_files, local_copy
+from aft_ray.training.metrics import HELD_OUT, METRICS
 from tests.command_line import ROOT, aft_ray
 from tests.training.tiny import ANSWER, WORDS, write_model
 
 SHORT = {"temperature": 1.0, "max_tokens": 8}
 PLAN = {"num_proposals": 2, "num_layers": 1, "proposal": SHORT, "final": SHORT}
+NUM_STEPS = 40
+KEPT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train lists the checkpoints that are complete."""
 
 
 def write_config(folder: Path, run_dir: str, **sections: object) -> Path:
@@ -79,15 +84,17 @@ def test_every_step_works_on_s3_and_goes_on_after_kills(bucket: str, tmp_path: P
             "num_workers": 2,
             "batch_size_per_worker": 2,
             "learning_rate": 2e-2,
-            "num_epochs": 4,
-            "save_steps": 2,
+            "num_epochs": NUM_STEPS // 4,
+            "save_steps": 10,
+            "eval_steps": NUM_STEPS // 2,
+            "load_best_model_at_end": True,
         },
     )
     log = tmp_path / "run.log"
     kill_when(lambda: bool(run.child("proposals").names(".parquet")), start(config, tmp_path), log)
-    kill_when(
-        lambda: any("checkpoint" in name for name in list_files(run.child("checkpoints"))), start(config, tmp_path), log
-    )
+    ray_train = run.child("checkpoints/ray_train")
+    kill_when(lambda: ray_train.exists(KEPT) and b"aft-" in ray_train.read_bytes(KEPT), start(config, tmp_path), log)
+    assert run.child("model").folder_names() == ["sft"]
     last = start(config, tmp_path)
     assert last.wait(900) == 0, log.read_text()
 
@@ -96,8 +103,11 @@ def test_every_step_works_on_s3_and_goes_on_after_kills(bucket: str, tmp_path: P
         assert manifest is not None and (manifest.status, manifest.rows_out) == ("done", 20)
     ids = [row["prompt_id"] for row in run.child("proposals").rows()]
     assert len(set(ids)) == len(ids) == 20
+    assert sorted(run.child("model").folder_names()) == ["aft", "sft"]
     for variant in ("sft", "aft"):
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(run.child(f"model/{variant}").names())
+        check_trained(run, variant)
+    assert trained_by(run, "sft")["resumed_from_step"] == 0
+    assert 0 < trained_by(run, "aft")["resumed_from_step"] < NUM_STEPS
     results = json.loads(run.child("report").read_bytes("results.json"))
     assert [system["system"] for system in results["systems"]] == ["base", "sft", "aft"]
     assert {training["variant"] for training in results["training"]} == {"sft", "aft"}
@@ -109,8 +119,32 @@ def test_every_step_works_on_s3_and_goes_on_after_kills(bucket: str, tmp_path: P
     assert not [name for name in list_files(Folder.at(f"{bucket}/line")) if "partial" in name or ".probe" in name]
     assert not list((tmp_path / "empty").iterdir()), "nothing was written where the command ran"
 
-    again = aft_ray("report", "--config", f"{run.location}/{RESOLVED}")
-    assert again.returncode == 0, again.stderr
+    resolved = f"{run.location}/{RESOLVED}"
+    reported = aft_ray("report", "--config", resolved)
+    assert reported.returncode == 0, reported.stderr
+    again = aft_ray("train", "--config", resolved)
+    assert again.returncode == 0 and f"done: {2 * NUM_STEPS} steps, sft and aft" in again.stderr, again.stderr
+
+
+def trained_by(run: Folder, variant: str) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(run.child(f"model/{variant}").read_bytes("summary.json"))["summary"]
+    return summary
+
+
+def check_trained(run: Folder, variant: str) -> None:
+    """Check the files of a trained variant: its adapter, the lines of every step, and the best state."""
+    from safetensors.torch import load_file
+
+    model, summary = run.child(f"model/{variant}"), trained_by(run, variant)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(model.names())
+    assert summary["adapter_path"] == model.location
+    metrics = run.child(f"checkpoints/{variant}")
+    assert [row["step"] for row in metrics.json_lines(METRICS)] == list(range(1, NUM_STEPS + 1))
+    assert [row["step"] for row in metrics.json_lines(HELD_OUT)] == [NUM_STEPS // 2, NUM_STEPS]
+    assert json.loads(metrics.read_bytes("best.json"))["step"] == summary["exported_step"]
+    assert not [name for name in list_files(metrics) if "/" in name], "the best state is where it was exported to"
+    weights = load_file(local_copy(model.location) / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.mark.soak

@@ -1,6 +1,6 @@
 """Every step of a run with a tiny model and two workers: built, trained, served, asked, reported.
 
-With LoRA the endpoint serves both adapters on one base model; fully trained models have an endpoint each.
+With LoRA the endpoint serves both adapters on one base model; a fully trained model has an endpoint of its own.
 """
 
 from __future__ import annotations
@@ -17,22 +17,14 @@ import pytest
 import yaml
 from tiny import ANSWER, WORDS, write_model
 
+from aft_ray.storage import Folder
+
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parent.parent.parent
 
 
-TRAINING = {
-    "lora": {"num_workers": 2, "batch_size_per_worker": 2, "deepspeed": "zero2", "learning_rate": 2e-2},
-    "full": {"num_workers": 1, "batch_size_per_worker": 4, "deepspeed": "none", "learning_rate": 1e-3},
-}
-NUM_EPOCHS = {"lora": 4, "full": 8}
-WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
-
-
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.soak)])
-def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
-    num_epochs = NUM_EPOCHS[method]
-    num_steps = 4 * num_epochs
+def test_every_step_of_a_run(tmp_path: Path) -> None:
+    num_epochs, num_steps = 4, 16
     model = write_model(tmp_path / "model", window=1024)
     draw = random.Random(0)
     prompts = [{"prompt": " ".join(draw.choices(WORDS, k=9)), "reference": ANSWER} for _ in range(20)]
@@ -48,7 +40,14 @@ def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
         "selection": {"num_proposals": 2},
         "targets": {"source": "reference"},
         "training_set": {"max_length": 1024},
-        "training": {**TRAINING[method], "method": method, "num_epochs": num_epochs, "eval_steps": num_steps // 2},
+        "training": {
+            "num_workers": 2,
+            "batch_size_per_worker": 2,
+            "deepspeed": "zero2",
+            "learning_rate": 2e-2,
+            "num_epochs": num_epochs,
+            "eval_steps": num_steps // 2,
+        },
         "evaluation": {"plan": plan},
         "serving": {"plan": plan},
     }
@@ -58,7 +57,7 @@ def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
     by_condition = {one["name"]: one["perplexity"] for one in report["perplexities"]}
     measured = {"sft": by_condition["SFT, prompt only"], "aft": by_condition["AFT, prompt + proposals"]}
     for training in report["training"]:
-        assert (tmp_path / "run" / "model" / training["variant"] / WEIGHTS[method]).is_file()
+        assert (tmp_path / "run" / "model" / training["variant"] / "adapter_model.safetensors").is_file()
         assert training["num_trained_tokens"] == num_epochs * 16 * (len(ANSWER.split()) + 1)
         curves = training["held_out"]
         assert set(curves) == {"sft", "aft"}
@@ -72,7 +71,7 @@ def test_every_step_of_a_run(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_conversations_with_answers_go_through_every_step_that_they_need(tmp_path: Path) -> None:
+def test_a_model_is_fully_trained_on_conversations_and_takes_every_step_that_they_need(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", window=1024)
     draw = random.Random(0)
 
@@ -82,14 +81,21 @@ def test_conversations_with_answers_go_through_every_step_that_they_need(tmp_pat
 
     rows = [{"messages": [*turns(), *turns()]} for _ in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    short = {"temperature": 1.0, "max_tokens": 8}
+    short = {"temperature": 0.0, "max_tokens": 8}
     plan = {"num_proposals": 2, "num_layers": 1, "proposal": short, "final": short}
     config = {
         "run": {"dir": str(tmp_path / "run")},
         "engine": {"type": "transformers", "model": str(model), "max_model_len": 1024, "dtype": "float32"},
         "prompts": {"source": str(tmp_path / "rows.jsonl"), "held_out": 4},
         "training_set": {"source": "prompts", "answers": "all", "variants": ["sft_reference"], "max_length": 1024},
-        "training": {**TRAINING["lora"], "num_epochs": 4, "eval_steps": 8},
+        "training": {
+            "method": "full",
+            "batch_size_per_worker": 4,
+            "deepspeed": "none",
+            "learning_rate": 1e-3,
+            "num_epochs": 8,
+            "eval_steps": 16,
+        },
         "evaluation": {"plan": plan},
         "serving": {"plan": plan},
     }
@@ -98,10 +104,20 @@ def test_conversations_with_answers_go_through_every_step_that_they_need(tmp_pat
     assert [system["system"] for system in report["systems"]] == ["base", "sft_reference"]
     assert report["perplexities"] == []
     [training] = report["training"]
-    assert training["num_trained_tokens"] == 4 * 16 * 2 * (len(ANSWER.split()) + 1)
+    assert (tmp_path / "run" / "model" / "sft_reference" / "model.safetensors").is_file()
+    assert training["num_trained_tokens"] == 8 * 16 * 2 * (len(ANSWER.split()) + 1)
     (_, before), (_, after) = training["held_out"]["sft_reference"]
     assert after < before
+    drafts = {system: drafts_of(tmp_path / "run", system) for system in ("base", "sft_reference")}
+    assert all(draft.startswith("theoldbridge") for draft in drafts["sft_reference"]), "its own endpoint serves it"
+    assert not any(draft.startswith("theoldbridge") for draft in drafts["base"])
     assert not (tmp_path / "run" / "proposals").exists()
+
+
+def drafts_of(run: Path, system: str) -> list[str]:
+    """Return the first layer of all answers of a system."""
+    rows = Folder.at(run / "evaluation" / system / "answers").rows()
+    return [draft["text"] for row in rows for draft in row["layers"][0]]
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A real training of a tiny model through Ray Train, DeepSpeed ZeRO-2 and LoRA.
 
-One call is shared by most tests: two workers train both variants. In the second tier there is another such call, and
-one of its workers is killed in the middle of the second variant.
+One call is shared by most tests: two workers train both variants.
 What they must give is computed here by `plain_curve`: one process, the whole head, plain PyTorch.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from aft_ray.training import TrainingJob, TrainProgress, TrainSummary, train_ada
 from aft_ray.training.examples import batch_order
 from aft_ray.training.metrics import METRICS
 from aft_ray.training.proof import batch_loss
-from tests.kills import kill_a_train_worker, when
 
 CONFIG = TrainingConfig(
     num_workers=2,
@@ -51,20 +48,14 @@ class Trained:
     job: TrainingJob
     summaries: dict[str, TrainSummary]
     reports: list[TrainProgress]
-    is_killed: bool
-    """Whether a worker was killed in the middle of `aft`."""
 
     def curve(self, variant: str) -> list[dict[str, Any]]:
         return self.job.checkpoints.child(variant).json_lines(METRICS)
 
 
-@pytest.fixture(scope="module", params=["whole", pytest.param("killed", marks=pytest.mark.soak)])
+@pytest.fixture(scope="module")
 def trained(
-    request: pytest.FixtureRequest,
-    ray_cluster: None,
-    tiny_model: Path,
-    training_set: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    ray_cluster: None, tiny_model: Path, training_set: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     reports: list[TrainProgress] = []
@@ -77,18 +68,7 @@ def trained(
         seed=SEED,
         template_hashes={"aggregator": "h-4711"},
     )
-    is_killed = request.param == "killed"
-    kept = folder / "checkpoints" / "ray_train" / "checkpoint_manager_snapshot.json"
-    killer = threading.Thread(
-        target=when, args=(lambda: kept.exists() and "aft-" in kept.read_text(), kill_a_train_worker)
-    )
-    if is_killed:
-        killer.start()
-    summaries = train_adapters(job, report=reports.append)
-    if is_killed:
-        killer.join(timeout=5)
-        assert not killer.is_alive()
-    return Trained(job, summaries, reports, is_killed)
+    return Trained(job, train_adapters(job, report=reports.append), reports)
 
 
 def rows_of(examples: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -134,6 +114,7 @@ def test_the_target_is_learned(variant: str, trained: Trained) -> None:
     summary = trained.summaries[variant]
     assert summary.num_steps == NUM_STEPS
     assert summary.num_rows == NUM_ROWS
+    assert summary.resumed_from_step == 0
     assert summary.last_loss < 0.1 * summary.first_loss
 
 
@@ -145,13 +126,6 @@ def test_two_workers_give_the_losses_of_a_plain_loop(
     expected = plain_curve(tiny_model, rows_of(examples, variant))
     assert [row["step"] for row in curve] == list(range(1, NUM_STEPS + 1))
     assert [row["loss"] for row in curve] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_a_killed_worker_goes_on_from_the_last_checkpoint(trained: Trained) -> None:
-    assert trained.summaries["sft"].resumed_from_step == 0
-    resumed = trained.summaries["aft"].resumed_from_step
-    assert 0 < resumed < NUM_STEPS if trained.is_killed else resumed == 0
-    assert resumed % CONFIG.save_steps == 0
 
 
 @pytest.mark.parametrize("variant", ["sft", "aft"])

@@ -29,7 +29,7 @@ from aft_ray.engines.adaptive_limit import AdaptiveLimit, pause_asked_for
 from aft_ray.engines.endpoint_reply import reason_of
 from aft_ray.errors import EngineError
 from aft_ray.inference.events import LayerUsage
-from aft_ray.inference.plan import Plan
+from aft_ray.inference.plan import OF_AGGREGATIONS, Plan
 from aft_ray.records import PROMPTS, Message
 
 ANSWER = pa.struct(
@@ -141,13 +141,18 @@ async def ask(
 
 
 def request_body(model: str, messages: Sequence[Message], plan: Plan, seed: int) -> dict[str, Any]:
-    """Return the request as JSON. It spells the whole plan out (None as null), so no server default applies."""
+    """Return the request as JSON. It spells the whole plan out (None as null), so no server default applies.
+
+    A plan without aggregations (L=0) leaves out their sampling, which the server would refuse.
+    """
+    unused = () if plan.num_layers else OF_AGGREGATIONS
+    asked = {name: value for name, value in dataclasses.asdict(plan).items() if name not in unused}
     return {
         "model": model,
         "messages": list(messages),
         "seed": seed,
         "stream": False,
-        "aft": {**dataclasses.asdict(plan), "include_proposals": True},
+        "aft": {**asked, "include_proposals": True},
     }
 
 

@@ -52,6 +52,10 @@ class FinalLayer:
 ONE_ANSWER = FinalLayer()
 
 
+OF_AGGREGATIONS = ("aggregation", "final")
+"""Fields of `Plan` with the sampling of aggregations, of which L=0 has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One propose-and-aggregate run. Defaults are the paper's inference settings at L=1."""

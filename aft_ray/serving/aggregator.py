@@ -81,6 +81,12 @@ class PoolInfo:
     """Those settings of `Sampling` beyond the usual that all engines honour."""
     template_arguments: frozenset[str] = frozenset()
     """Names of what at least one chat template can be told besides messages and tools."""
+    aggregator_vocabulary: int | None = None
+    """Number of token ids of the model that aggregates; None where its tokenizer is not known."""
+    single_vocabulary: int | None = None
+    """The same of the model that answers alone."""
+    proposer_vocabulary: int | None = None
+    """The smallest among the models that write drafts."""
 
 
 class Answers(Protocol):
@@ -131,6 +137,11 @@ class Aggregator:
             ),
             template_arguments=frozenset().union(
                 *(role.format.template_arguments for role in (*self.proposers, self.aggregator))
+            ),
+            aggregator_vocabulary=self.aggregator.format.vocabulary_size,
+            single_vocabulary=single.format.vocabulary_size,
+            proposer_vocabulary=min(
+                (size for role in self.proposers if (size := role.format.vocabulary_size) is not None), default=None
             ),
         )
 

@@ -18,7 +18,7 @@ from aft_ray.serving.joined_calls import JoinedCalls
 from aft_ray.serving.keys import Caller
 from aft_ray.serving.ledger import OpenRequest
 from aft_ray.serving.openai_body import ChatBody, CompletionBody
-from aft_ray.serving.openai_request import ChatCall, call_of, echoing, fitted_to_engines
+from aft_ray.serving.openai_request import ChatCall, call_of, check_ids, echoing, fitted_to_engines
 from aft_ray.serving.openai_response import Reply
 from aft_ray.serving.replies import begun_stream, whole_reply
 from aft_ray.serving.service import Service
@@ -41,7 +41,12 @@ async def resolved(service: Service, body: ChatBody | CompletionBody) -> ChatCal
 async def calls_of_prompts(service: Service, body: CompletionBody) -> list[ChatCall]:
     """Return a call for each prompt of a text completion. Prompts that came as ids become text."""
 
+    info = service.answers.info
+
     async def call_for(prompt: str | tuple[int, ...]) -> ChatCall:
+        if not isinstance(prompt, str):
+            check_ids(prompt, info.aggregator_vocabulary, "prompt")
+            check_ids(prompt if body.echo else (), info.single_vocabulary, "prompt")
         text = prompt if isinstance(prompt, str) else await service.answers.text_of(prompt)
         call = await resolved(service, body.of_text(text))
         return echoing(call, prompt) if body.echo else call

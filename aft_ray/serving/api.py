@@ -19,7 +19,7 @@ from aft_ray.serving.answering import IGNORED, calls_of_prompts, reply_to, resol
 from aft_ray.serving.http import OpenAIRoute, unrouted_error
 from aft_ray.serving.keys import Caller
 from aft_ray.serving.openai_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from aft_ray.serving.openai_request import default_model, model_names, plan_limits, split_alias
+from aft_ray.serving.openai_request import check_ids, default_model, model_names, plan_limits, split_alias
 from aft_ray.serving.openai_response import Reply
 from aft_ray.serving.openai_responses import ResponsesReply, chat_body_of
 from aft_ray.serving.openai_schema import (
@@ -116,6 +116,7 @@ def token_routes(service: Service) -> APIRouter:
     @router.post("/detokenize", responses={200: {"model": Text}, **ERRORS})
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """Return the text of ids, control tokens included."""
+        check_ids(body.tokens, service.answers.info.aggregator_vocabulary, "tokens")
         return {"prompt": await service.answers.text_of(body.tokens)}
 
     return router

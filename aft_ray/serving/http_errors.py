@@ -1,5 +1,7 @@
 """Errors as OpenAI error objects: `{"error": {"message", "type", "param", "code"}}` and a status.
 
+Every error has a code, which clients may rely on; docs/serving.md lists them all.
+
     400 invalid_request_error   a parameter is wrong, unknown or not supported (`param` names it); a prompt is too long
     401 authentication_error    the key is missing or wrong
     403 permission_error        the key may not use `/admin`
@@ -22,6 +24,8 @@ import logging
 import re
 import traceback
 from collections.abc import Mapping
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -53,8 +57,8 @@ class HttpError(AftError):
         status: int,
         message: str,
         *,
+        code: str,
         param: str | None = None,
-        code: str | None = None,
         type: str = INVALID,
         retry_after_s: int | None = None,
         headers: Mapping[str, str] | None = None,
@@ -68,7 +72,7 @@ class HttpError(AftError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the keyword arguments when Ray pickles the error: pickle restores positional arguments only."""
-        return HttpError, (self.status, str(self)), self.__dict__
+        return partial(HttpError, code=""), (self.status, str(self)), self.__dict__  # `__dict__` has the code
 
 
 def as_http_error(error: Exception, request_id: str) -> HttpError:
@@ -84,9 +88,9 @@ def as_http_error(error: Exception, request_id: str) -> HttpError:
 
 
 def code_of(error: Exception) -> str:
-    """Return the code of the error object, or `invalid_request_error` where it has none."""
+    """Return the code of the error object."""
     expected = _of_expected(error)
-    return "internal_error" if expected is None else str(expected.body["error"]["code"] or INVALID)
+    return "internal_error" if expected is None else str(expected.body["error"]["code"])
 
 
 def _of_expected(error: Exception) -> HttpError | None:
@@ -96,7 +100,8 @@ def _of_expected(error: Exception) -> HttpError | None:
         case RequestValidationError():
             return _of_validation(error)
         case HTTPException():
-            code = "body_too_large" if error.status_code == 413 else None
+            # `not_found`, `method_not_allowed`; Python has two names for 413
+            code = "body_too_large" if error.status_code == 413 else HTTPStatus(error.status_code).name.lower()
             return HttpError(error.status_code, str(error.detail), code=code)
         case PromptTooLong():
             # these words are what proxies recognise, which then try a model with a larger window
@@ -105,7 +110,7 @@ def _of_expected(error: Exception) -> HttpError | None:
         case InvalidSchema():
             return HttpError(400, str(error), param="response_format", code="invalid_value")
         case ConfigError() | InputError():
-            return HttpError(400, without_paths(str(error)))
+            return HttpError(400, without_paths(str(error)), code="invalid_value")
         case DeadlineExceeded():
             return HttpError(504, str(error), code="deadline_exceeded", type="deadline_exceeded")
         case QuorumNotMet():

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from aft_ray.config import ServingConfig, merge
 from aft_ray.engines.base import Sampling
 from aft_ray.errors import nearest
-from aft_ray.inference.plan import FinalLayer, Plan
+from aft_ray.inference.plan import OF_AGGREGATIONS, FinalLayer, Plan
 from aft_ray.records import Message
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.json_schema import why_not_followed
@@ -51,6 +51,8 @@ LONGEST_REQUEST_S = 900.0
 """Longest time that a request may take, and the largest deadline it may set. Draining replicas wait longer."""
 
 
+CAP_EXCEEDED = "cap_exceeded"
+"""Code of the refusal of a value above one of the server's caps; the message has the cap."""
 LEAST_HEDGE_S = 1.0
 """Shortest time after which drafts may be requested again: sooner, every draft would be written twice."""
 
@@ -107,13 +109,15 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> ChatCall:
     messages = body.conversation()
     if len(messages) > config.max_messages:
         message = f"messages: found {len(messages)}, this server allows at most {config.max_messages}"
-        raise HttpError(400, message, param="messages")
+        raise HttpError(400, message, param="messages", code=CAP_EXCEEDED)
     model = body.model or default_model(config)
     name, alias = split_alias(model, config)
     include_proposals, progress = _switch(body, "include_proposals"), _switch(body, "progress")
     if progress and not body.stream:
-        raise HttpError(400, "aft.progress: only a stream reports progress; set stream to true", param="aft.progress")
+        message = "aft.progress: only a stream reports progress; set stream to true"
+        raise HttpError(400, message, param="aft.progress", code="invalid_value")
     plan = plan_of({**alias, **body.aft}, config.plan)
+    check_single(body.aft, plan)
     plan = _with_sampling(plan, _sampling_changes(body))
     final = body.final_layer()
     if config.excess_max_tokens == "clamp":
@@ -141,7 +145,7 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> ChatCall:
 def _switch(body: Body, name: str) -> bool:
     value = body.aft.get(name, False)
     if not isinstance(value, bool):
-        raise HttpError(400, f"aft.{name}: expected true or false", param=f"aft.{name}")
+        raise HttpError(400, f"aft.{name}: expected true or false", param=f"aft.{name}", code="invalid_value")
     return value
 
 
@@ -188,6 +192,17 @@ def plan_of(asked: Mapping[str, Any], default: Plan) -> Plan:
         return (_known_plan if len(asked_json) < LONGEST_KNOWN else _plan)(default, asked_json)
     except ValidationError as error:
         raise _of_plan_error(error.errors()[0], sampling_keys) from None
+
+
+def check_single(asked: Mapping[str, Any], plan: Plan) -> None:
+    """Raise HttpError 400 where a request sets the sampling of aggregations and its plan, L=0, makes none."""
+    for name in OF_AGGREGATIONS if plan.num_layers == 0 else ():
+        if name in asked:
+            message = (
+                f"aft.{name}: with num_layers 0 nothing is aggregated, so it would be ignored. Set the sampling of the "
+                "only answer with aft.proposal, or num_layers to at least 1"
+            )
+            raise HttpError(400, message, param=f"aft.{name}", code="invalid_value")
 
 
 def _plan(default: Plan, changes_json: str) -> Plan:
@@ -281,16 +296,18 @@ def check_limits(plan: Plan, config: ServingConfig) -> None:
     ]
     for param, found, limit in limits:
         if not found <= limit:
-            raise HttpError(400, f"{param} {str(found)[:20]}: this server allows at most {limit:g}", param=param)
+            message = f"{param} {str(found)[:20]}: this server allows at most {limit:g}"
+            raise HttpError(400, message, param=param, code=CAP_EXCEEDED)
     if plan.hedge_s is not None and plan.hedge_s < LEAST_HEDGE_S:
         message = f"aft.hedge_s {plan.hedge_s:g}: this server allows at least {LEAST_HEDGE_S:g}"
-        raise HttpError(400, message, param="aft.hedge_s")
+        raise HttpError(400, message, param="aft.hedge_s", code="invalid_value")
 
 
 def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
     """Raise HttpError 400, naming the parameter, unless plan and limits allow what is asked of the last layer."""
     if final.num_choices > config.max_num_proposals:
-        raise HttpError(400, f"n {final.num_choices}: this server allows at most {config.max_num_proposals}", param="n")
+        message = f"n {final.num_choices}: this server allows at most {config.max_num_proposals}"
+        raise HttpError(400, message, param="n", code=CAP_EXCEEDED)
     is_written = plan.num_layers == 0 or (plan.aggregator == "model" and plan.early_stop is None)
     if len(final.json_schema or "") > LONGEST_SCHEMA:
         message = f"response_format: the schema is longer than {LONGEST_SCHEMA} characters"
@@ -309,8 +326,11 @@ def check_final(final: FinalLayer, plan: Plan, config: ServingConfig) -> None:
             raise HttpError(400, f"tools: the schema of a tool {reason}", param="tools", code="invalid_value")
     for param in asked_of_last_layer(final):
         if not is_written:
-            message = f"{param}: this plan may decide its answer by vote or agreement; leave out {param}, or set "
-            raise HttpError(400, message + "aft.aggregator to model and aft.early_stop to null", param=param)
+            message = (
+                f"{param}: this plan may decide its answer by vote or agreement; leave out {param}, or set "
+                "aft.aggregator to model and aft.early_stop to null"
+            )
+            raise HttpError(400, message, param=param, code="invalid_value")
 
 
 def echoing(call: ChatCall, prompt: str | tuple[int, ...]) -> ChatCall:
@@ -352,12 +372,34 @@ def fitted_to_engines(call: ChatCall, info: PoolInfo, unknown: Literal["reject",
     for param in unhonoured:
         message = f"parameter '{param}' is not supported by the engines of this server; leave it out"
         raise HttpError(400, message, param=param, code="unsupported_parameter")
+    check_biases(plan, info)
     known = info.template_arguments
     for name in call.template_arguments.keys() - known:
         message = f"chat_template_kwargs.{name[:100]}: no chat template of this server has it; "
         message += f"known: {', '.join(sorted(known)) or 'none'}"
         raise HttpError(400, message, param="chat_template_kwargs", code="unsupported_parameter")
     return dataclasses.replace(call, template_arguments=_of_effort(call, known) | dict(call.template_arguments))
+
+
+def check_biases(plan: Plan, info: PoolInfo) -> None:
+    """Raise HttpError 400 for a `logit_bias` on a token that the model of its layer does not have."""
+    layers = [("logit_bias", plan.proposal, info.single_vocabulary)]
+    if plan.num_layers:
+        layers = [
+            ("logit_bias", plan.final, info.aggregator_vocabulary),
+            ("aft.proposal.logit_bias", plan.proposal, info.proposer_vocabulary),
+            *(("aft.aggregation.logit_bias", one, info.aggregator_vocabulary) for one in plan.aggregation),
+        ]
+    for param, sampling, vocabulary in layers:
+        check_ids([token for token, _ in sampling.logit_bias], vocabulary, param)
+
+
+def check_ids(ids: Iterable[int], vocabulary: int | None, param: str) -> None:
+    """Raise HttpError 400 for an id outside a vocabulary, which a tokenizer would drop; None: it is not known."""
+    outside = None if vocabulary is None else next((index for index in ids if not 0 <= index < vocabulary), None)
+    if outside is not None:
+        message = f"{param}: token id {str(outside)[:20]} is outside the model's vocabulary of {vocabulary} tokens"
+        raise HttpError(400, message, param=param, code="invalid_value")
 
 
 def _of_effort(call: ChatCall, known: frozenset[str]) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def chat_body_of(body: Any) -> ChatBody:
 def _part(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = body.get(name) or {}
     if not isinstance(found, Mapping):
-        raise HttpError(400, f"{name}: expected an object", param=name)
+        raise HttpError(400, f"{name}: expected an object", param=name, code="invalid_value")
     return found
 
 
 def _listed(body: Mapping[str, Any], name: str) -> list[Any]:
     found = body.get(name) or []
     if not isinstance(found, list):
-        raise HttpError(400, f"{name}: expected a list", param=name)
+        raise HttpError(400, f"{name}: expected a list", param=name, code="invalid_value")
     return found
 
 
@@ -93,7 +93,7 @@ def messages_of(items: Any) -> list[dict[str, Any]]:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     if not isinstance(items, list) or not items:
-        raise HttpError(400, "input: expected text, or a list of items", param="input")
+        raise HttpError(400, "input: expected text, or a list of items", param="input", code="invalid_value")
     messages: list[dict[str, Any]] = []
     thinking = ""
     for number, item in enumerate(items):
@@ -120,7 +120,7 @@ def messages_of(items: Any) -> list[dict[str, Any]]:
                 messages.append({"role": "tool", "content": output, "tool_call_id": item.get("call_id")})
             case _:
                 refusal = f"input.{number}: items of type '{str(kind)[:40]}' are not supported by this server"
-                raise HttpError(400, refusal, param=f"input.{number}")
+                raise HttpError(400, refusal, param=f"input.{number}", code="unsupported_part")
     return messages
 
 
@@ -144,9 +144,8 @@ def _content(content: Any, number: int) -> Any:
 def _tool(tool: Any) -> Any:
     if not isinstance(tool, dict) or tool.get("type") != "function":
         kind = tool.get("type") if isinstance(tool, dict) else None
-        raise HttpError(
-            400, f"tools: '{str(kind)[:40]}' is not a tool of this server; all are functions", param="tools"
-        )
+        message = f"tools: '{str(kind)[:40]}' is not a tool of this server; all are functions"
+        raise HttpError(400, message, param="tools", code="unsupported_parameter")
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 

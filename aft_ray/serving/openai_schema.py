@@ -21,7 +21,7 @@ class Error(BaseModel):
     message: str
     type: str
     param: str | None
-    code: str | None
+    code: str
 
 
 class ErrorBody(BaseModel):

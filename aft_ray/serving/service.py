@@ -14,10 +14,11 @@ from aft_ray.inference.plan import Plan
 from aft_ray.serving.admission import Ticket, cost_of
 from aft_ray.serving.aggregator import Answers, PoolInfo, RunRequest
 from aft_ray.serving.gate import Gate
+from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.keys import Caller, KeyRing
 from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
 from aft_ray.serving.metrics import count_layer
-from aft_ray.serving.openai_request import ChatCall, default_model, plan_name
+from aft_ray.serving.openai_request import ChatCall, check_biases, default_model, plan_name
 from aft_ray.serving.running_call import RunningCall
 from aft_ray.serving.traces import Traces
 
@@ -28,7 +29,7 @@ READY_FOR_S = 2.0
 
 
 def check_plan_fits(plan: Plan, info: PoolInfo) -> None:
-    """Raise ConfigError for a server's plan that leaves no room for any prompt."""
+    """Raise ConfigError for a server's plan that leaves no room for any prompt, or biases tokens that no model has."""
     for layer in range(plan.num_layers + (plan.aggregator == "model" or not plan.num_layers)):
         window = (info.aggregator if layer else info.single).max_model_len
         max_tokens = plan.sampling_of(layer).max_tokens
@@ -37,6 +38,10 @@ def check_plan_fits(plan: Plan, info: PoolInfo) -> None:
                 f"serving.plan: layer {layer}: max_tokens {max_tokens} leaves no room for a prompt in the model's "
                 f"window of {window} tokens. Lower max_tokens, or raise the engine's max_model_len"
             )
+    try:
+        check_biases(plan, info)
+    except HttpError as error:
+        raise ConfigError(f"serving.plan: {error}") from None
 
 
 class Readiness:

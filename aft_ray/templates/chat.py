@@ -17,6 +17,7 @@ tokenizer without a chat template uses the in-context prompt.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,10 @@ class ChatFormat:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return self._in_context.stop_strings if self._in_context is not None else ()
+
+    @functools.cached_property
+    def vocabulary_size(self) -> int | None:
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1  # `len` is too small where ids have gaps
 
     def rendering(self, tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> ChatFormat:
         if not tools and not arguments:

@@ -42,6 +42,11 @@ class PromptFormat(Protocol):
         ...
 
     @property
+    def vocabulary_size(self) -> int | None:
+        """Number of ids that the tokenizer has; a larger id means nothing to it. None where it is not known."""
+        ...
+
+    @property
     def takes_tools(self) -> bool:
         """Whether the prompt has a place for tools that the model may call."""
         ...
@@ -114,6 +119,7 @@ class MessagesFormat:
     template_arguments: frozenset[str] = frozenset()
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    vocabulary_size: int | None = None
     template_hash = fingerprint(["messages"])
 
     def rendering(self, tools: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> MessagesFormat:

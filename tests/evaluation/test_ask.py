@@ -18,11 +18,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import TypeAdapter
 
+from aft_ray.config import ScriptedEngineConfig, ServingConfig
 from aft_ray.engines.base import Sampling
 from aft_ray.errors import EngineError
 from aft_ray.evaluation.ask import ANSWERS, AskedAnswer, answer_row, ask, request_body
 from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
+from aft_ray.serving.openai_body import ChatBody
+from aft_ray.serving.openai_request import call_of
 
 from .rows import draft, usage
 
@@ -194,3 +197,10 @@ def test_at_l_0_no_proposals_are_needed(endpoint: Endpoint) -> None:
         reply(aft={"layers": [[draft(0, "Nile")]]}, usage={"aft": {"layers": [usage(0, 1, 1)]}})
     )
     assert ask_it(endpoint, plan=Plan(num_layers=0)).answer == "The Nile"
+
+
+def test_at_l_0_the_sampling_of_aggregations_is_not_sent_as_the_endpoint_refuses_it() -> None:
+    body = request_body("aft", MESSAGES, Plan(num_layers=0), 7)
+    assert {"final", "aggregation"}.isdisjoint(body["aft"]) and "proposal" in body["aft"]
+    config = ServingConfig(engine=ScriptedEngineConfig(), adapters={"aft": "/adapters/aft"})
+    assert call_of(ChatBody.model_validate(body), config).plan.proposal == Plan().proposal

@@ -191,7 +191,51 @@ def test_texts_and_ids_are_told_apart(engine: ScriptedEngine) -> None:
     assert complete(service, "/detokenize", tokens=text["tokens"]).json()["prompt"].endswith("Hello there")
     assert refused(complete(service, "/tokenize")) == (400, "prompt")
     assert complete(service_over(ScriptedEngine(ScriptedEngineConfig())), "/tokenize", prompt="x").status_code == 400
-    assert complete(service, "/detokenize", tokens=[2**31 - 1]).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("outside", [0, 2**30], ids=["the next", "a huge one"])
+@pytest.mark.parametrize(
+    ("path", "name", "more"),
+    [
+        ("/v1/completions", "prompt", {}),
+        ("/v1/completions", "prompt", {"echo": True}),
+        ("/detokenize", "tokens", {}),
+    ],
+    ids=["prompt", "echo", "detokenize"],
+)
+def test_ids_outside_the_vocabulary_are_refused_and_not_dropped(
+    engine: ScriptedEngine, path: str, name: str, more: dict[str, Any], outside: int
+) -> None:
+    size = len(make_tokenizer("llama3"))
+    reply = complete(service_of(engine), path, **{name: [2, size + outside]}, **more)
+    assert refused(reply) == (400, name)
+    assert f"token id {size + outside} is outside the model's vocabulary of {size} tokens" in reply.text
+    assert complete(service_of(engine), path, **{name: [2, size - 1]}, **more).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("logit_bias", {"logit_bias": {"{id}": 5}}),
+        ("logit_bias", {"logit_bias": {"{id}": 5}, "aft": {"num_layers": 0}}),
+        ("aft.proposal.logit_bias", {"aft": {"proposal": {"logit_bias": [["{id}", 5]]}}}),
+        ("aft.aggregation.logit_bias", {"aft": {"num_layers": 2, "aggregation": [{"logit_bias": [["{id}", 5]]}]}}),
+    ],
+    ids=["final", "single", "drafts", "hidden layers"],
+)
+def test_a_bias_on_a_token_that_the_model_does_not_have_is_refused(
+    engine: ScriptedEngine, name: str, body: dict[str, Any]
+) -> None:
+    size = len(make_tokenizer("llama3"))
+
+    def ask(token: int) -> httpx.Response:
+        filled = json.dumps(body).replace('["{id}"', f"[{token}").replace("{id}", str(token))
+        return complete(service_of(engine), prompt="Hello", **json.loads(filled))
+
+    assert refused(ask(size)) == (400, name)
+    assert f"token id {size} is outside the model's vocabulary of {size} tokens" in ask(size).text
+    assert not engine.requests
+    assert ask(size - 1).status_code == 200
 
 
 def test_the_usage_of_the_last_call_is_the_size_of_the_conversation(engine: ScriptedEngine) -> None:

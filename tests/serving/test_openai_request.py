@@ -83,6 +83,16 @@ def test_openai_sampling_applies_to_the_only_answer_of_a_single_sample() -> None
     assert call(model="aft@single", temperature=0, max_tokens=9).plan.proposal.temperature == 0
 
 
+@pytest.mark.parametrize("name", ["final", "aggregation"])
+@pytest.mark.parametrize("body", [{"aft": {"num_layers": 0}}, {"model": "aft@single"}], ids=["num_layers 0", "alias"])
+def test_the_sampling_of_aggregations_is_refused_where_there_are_none(name: str, body: dict[str, Any]) -> None:
+    sampling: Any = {"temperature": 0.1} if name == "final" else [{"temperature": 0.1}]
+    status, param, message = refusal(**body | {"aft": {**body.get("aft", {}), name: sampling}})
+    assert (status, param) == (400, f"aft.{name}")
+    assert "with num_layers 0 nothing is aggregated" in message and "aft.proposal" in message
+    assert call(model="aft@k2-l2", aft={name: sampling}).plan.num_layers == 2
+
+
 def test_max_completion_tokens_is_the_newer_name_of_max_tokens() -> None:
     assert call(max_completion_tokens=7).plan.final.max_tokens == 7
 
@@ -154,15 +164,19 @@ def test_a_quorum_that_no_layer_could_meet_is_refused() -> None:
         ({"aft": {"num_layers": 4}}, "aft.num_layers"),
         ({"aft": {"num_layers": 10**400}}, "aft.num_layers"),
         ({"max_tokens": 1001}, "max_tokens"),
+        ({"n": 9}, "n"),
+        ({"messages": USER * 2000}, "messages"),
         ({"aft": {"proposal": {"max_tokens": 1001}}}, "max_tokens"),
         ({"aft": {"proposal": {"temperature": float("inf")}}}, "temperature"),
         ({"aft": {"deadline_s": 1e9}}, "aft.deadline_s"),
     ],
 )
 def test_a_request_beyond_the_servers_limits_names_the_limit(body: dict[str, Any], param: str) -> None:
-    status, found, message = refusal(**body)
-    assert (status, found) == (400, param)
-    assert "allows at most" in message
+    with pytest.raises(HttpError) as caught:
+        call(**body)
+    error = caught.value.body["error"]
+    assert (caught.value.status, error["param"], error["code"]) == (400, param, "cap_exceeded")
+    assert "allows at most" in error["message"]
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", "aft@deep", "gpt-4o@single", "aft@k3", "aft@k0-l", "@single"])

@@ -187,7 +187,7 @@ def test_a_page_may_send_the_headers_of_the_javascript_client_and_read_the_limit
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (f"alice: {{sha256: {digest('')}}}", "the hash of nothing"),
+        (f"alice: {{sha256: {digest('')}}}", "the hash of an empty key"),
         (f"key-1: {{sha256: {digest('a')}}}", "have such names"),
     ],
 )
@@ -244,6 +244,13 @@ def test_a_plan_without_room_for_a_prompt_is_refused() -> None:
     pools = PoolInfo(aggregator=info, single=info)
     with pytest.raises(ConfigError, match="layer 0: max_tokens 512 leaves no room"):
         check_plan_fits(Plan(), pools)
+
+
+def test_a_plan_with_a_bias_on_a_token_that_no_model_has_is_refused() -> None:
+    info = EngineInfo(model="m", tokenizer=None, max_model_len=4096)
+    pools = PoolInfo(aggregator=info, single=info, aggregator_vocabulary=100)
+    with pytest.raises(ConfigError, match=r"serving\.plan: logit_bias: token id 100 is outside .* of 100 tokens"):
+        check_plan_fits(Plan(final=Sampling(logit_bias=((100, 1.0),))), pools)
 
 
 def adapter(folder: Path) -> Path:

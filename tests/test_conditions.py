@@ -57,6 +57,17 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
             "prompts.held_out is 0: raise it",
         )
     ],
+    "early_stopping_can_fire": [
+        (
+            {"training": {"eval_steps": 5, "early_stopping_patience": 2, "max_steps": 15}},
+            "training.early_stopping_patience 2 with training.eval_steps 5 can stop a training at step 15 at the "
+            "earliest, and this one ends at step 15 (training.max_steps)",
+        ),
+        (
+            {"training": {"eval_steps": 3, "early_stopping_patience": 1}, "prompts": {"limit": 24, "held_out": 4}},
+            "and this one ends at step 6 (at the latest, with prompts.limit 24)",
+        ),
+    ],
     "trained_within_window": [({"engine": {**VLLM, "max_model_len": 2048}}, "is never served with")],
     "trained_model_is_local": [({"engine": {"type": "openai", "base_url": "u", "model": "m"}}, "cannot be trained")],
     "trained_on_gpus_too": [
@@ -134,6 +145,24 @@ def test_a_broken_condition_is_refused_when_the_config_is_read(
         config_of(tmp_path, change)
     assert words in str(refused.value)
     assert str(refused.value).count("\n") == 0, "one problem, one sentence"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"max_steps": 16}},
+        {"prompts": {"limit": 28}},
+        {"prompts": {"limit": 14}, "training_set": {"variants": ["joint"]}},
+        {"prompts": {"limit": 14}, "targets": {"num_candidates": 2, "keep": "all"}},
+        {},
+    ],
+    ids=["steps", "epochs", "two examples per prompt", "several targets", "prompts that are not counted yet"],
+)
+def test_early_stopping_that_may_fire_is_accepted(tmp_path: Path, change: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"eval_steps": 5, "early_stopping_patience": 2}
+    if "max_steps" not in change.get("training", {}):
+        asked = {"eval_steps": 3, "early_stopping_patience": 1}
+    config_of(tmp_path, {**change, "training": {**asked, **change.get("training", {})}})
 
 
 def test_all_problems_are_named_at_once(tmp_path: Path) -> None:

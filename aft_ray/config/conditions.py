@@ -138,6 +138,25 @@ def held_out_decides(config: Config) -> Iterator[str]:
         )
 
 
+def early_stopping_can_fire(config: Config) -> Iterator[str]:
+    """A training that ends before it can run out of patience never stops early.
+
+    Without `max_steps`, `prompts.limit` bounds the number of examples, and so of steps, from above.
+    """
+    training, limit = config.training, config.prompts.limit
+    if training.max_steps is not None:
+        num_steps, because = training.max_steps, "training.max_steps"
+    elif limit is not None and config.training_set.source == "targets":
+        kept = config.targets.num_candidates if config.targets.keep == "all" else 1
+        per_prompt = kept * (2 if "joint" in config.training_set.variants else 1)
+        num_steps, because = training.planned_steps(limit * per_prompt), f"at the latest, with prompts.limit {limit}"
+    else:
+        return
+    never = training.why_never_stopped_early(num_steps)
+    if never is not None:
+        yield f"{never} ({because}). Lower one of the two, train for more steps, or leave early_stopping_patience out"
+
+
 def trained_within_window(config: Config) -> Iterator[str]:
     """A model is trained on what it can be served with."""
     window = getattr(config.engine, "max_model_len", None)
@@ -266,6 +285,7 @@ CONDITIONS: tuple[Condition, ...] = (
     likelihood_is_local,
     packs_hold_examples,
     held_out_decides,
+    early_stopping_can_fire,
     trained_within_window,
     trained_model_is_local,
     trained_on_gpus_too,

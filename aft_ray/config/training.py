@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ class LoraSettings(Strict):
     rank: int = Field(default=8, ge=1)
     """Rank of the two factors."""
     alpha: int = Field(default=16, ge=1)
-    """Scale of what they add, as a multiple of 1 / rank."""
+    """Scale of the adapter's output, as a multiple of 1 / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs that are dropped in training."""
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -42,7 +43,7 @@ class TrainingConfig(Strict):
     cpus_per_worker: float = Field(default=1, gt=0)
     """Number of CPUs per worker."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """None takes one where the cluster has GPUs, or can start nodes with them, and none elsewhere."""
+    """Number of GPUs per worker. None: one if the cluster has GPUs or can start nodes with them, else 0."""
     accelerator_type: str | None = None
     """Ray's label of the accelerator, such as `H100`."""
     deepspeed: DeepSpeedPreset = "zero2"
@@ -84,7 +85,7 @@ class TrainingConfig(Strict):
     """Number of steps between evaluations during training, and one at the end: the loss of the held-out examples of
     every variant, and sample answers. None switches them off."""
     num_eval_examples: int = Field(default=64, ge=1)
-    """Most held-out examples per variant."""
+    """Largest number of held-out examples per variant."""
     num_eval_answers: int = Field(default=2, ge=0)
     """Number of held-out examples that are answered greedily; held_out.jsonl holds the answers."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
@@ -95,11 +96,13 @@ class TrainingConfig(Strict):
     save_steps: int = Field(default=200, ge=1)
     """Number of steps between checkpoints."""
     bf16: bool | None = None
-    """Whether to compute in bfloat16. None does where the workers' processors multiply in it, else takes float32."""
+    """Whether to compute in bfloat16. None: if the workers' processors support it; else training computes in
+    float32."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass: less memory, a third more time."""
     max_failures: int = Field(default=2, ge=0)
-    """Most restarts of the workers from the last checkpoint after a failure. Preempted nodes do not count."""
+    """Largest number of restarts of the workers from the last checkpoint after failures. Restarts after a preemption do
+    not count."""
     max_wait_s: float = Field(default=600, ge=0)
     """Seconds that a training which lost nodes waits for others, on a cluster that cannot start any by itself."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
@@ -109,6 +112,26 @@ class TrainingConfig(Strict):
     def watches_held_out(self) -> bool:
         """Whether the losses of held-out examples decide what is trained."""
         return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    def planned_steps(self, num_rows: int) -> int:
+        """Return the number of optimizer steps. The last batch of an epoch is filled up, and counts as a whole one."""
+        if self.max_steps is not None:
+            return self.max_steps
+        batches = math.ceil(num_rows / (self.batch_size_per_worker * self.num_workers))
+        return math.ceil(self.num_epochs * math.ceil(batches / self.gradient_accumulation_steps))
+
+    def why_never_stopped_early(self, num_steps: int) -> str | None:
+        """Return why a training of so many steps cannot run out of patience; None where it can, or need not."""
+        if self.early_stopping_patience is None or self.eval_steps is None:
+            return None
+        earliest = (self.early_stopping_patience + 1) * self.eval_steps  # the first evaluation sets the loss to beat
+        if earliest < num_steps:
+            return None
+        return (
+            f"training.early_stopping_patience {self.early_stopping_patience} with training.eval_steps "
+            f"{self.eval_steps} can stop a training at step {earliest} at the earliest, and this one ends at step "
+            f"{num_steps}"
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:

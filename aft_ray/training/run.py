@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import signal
 import threading
@@ -29,8 +30,10 @@ from aft_ray.training.adapter import finished_summary, is_finished
 from aft_ray.training.examples import MAX_CHECKED_ROWS, check_examples, check_made_for
 from aft_ray.training.progress import progress_reports
 from aft_ray.training.rows import best_fit, first_examples, lengths_of, shard_hashes
-from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary, TrainTask, planned_steps, task_settings
+from aft_ray.training.task import TrainingJob, TrainProgress, TrainSummary, TrainTask, task_settings
 from aft_ray.training.worker import WorkerPlan, run_worker
+
+logger = logging.getLogger(__name__)
 
 RAY_TRAIN_RUN = "ray_train"
 """Name of the Ray Train run inside `checkpoints`. Ray Train resumes a run of the same name and place."""
@@ -136,7 +139,7 @@ def _open_task(job: TrainingJob, settings: dict[str, Any], model: str) -> tuple[
         checkpoints=job.checkpoints,
         settings=settings,
         num_rows=len(lengths),
-        num_steps=planned_steps(num_rows, job.config),
+        num_steps=job.config.planned_steps(num_rows),
     )
     task = _as_begun(task)
     manifest = begin(task.folder, f"training/{variant}", task.settings)
@@ -149,6 +152,9 @@ def _open_task(job: TrainingJob, settings: dict[str, Any], model: str) -> tuple[
                 f"training.load_best_model_at_end and early_stopping_patience need held-out examples, and variant "
                 f"{variant} has none: set prompts.held_out, or leave them out"
             )
+        never = job.config.why_never_stopped_early(task.num_steps)
+        if never is not None:
+            logger.warning("variant %s: %s", variant, never)
         check_model(job.config, model, max(lengths), f"the longest example of variant {variant} has")
         check_examples(first_examples(job.training_set, variant, MAX_CHECKED_ROWS), model, job.chat_template)
         write_manifest(task.folder, manifest)

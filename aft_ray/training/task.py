@@ -8,7 +8,6 @@ Settings that cost time or memory only are left out, so they may change when a t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,11 +193,3 @@ def _optimizer_state(config: TrainingConfig) -> str:
 def step_size(config: TrainingConfig) -> int:
     """Return the number of rows in one optimizer step, over all workers."""
     return config.batch_size_per_worker * config.num_workers * config.gradient_accumulation_steps
-
-
-def planned_steps(num_rows: int, config: TrainingConfig) -> int:
-    """Return the number of optimizer steps. The last batch of an epoch is filled up, so it counts as a whole one."""
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(num_rows / (config.batch_size_per_worker * config.num_workers))
-    return math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))

@@ -95,7 +95,7 @@ def model_on_this_node(plan: WorkerPlan) -> str:
     found = model_identity(model)
     if found != expected:
         raise ConfigError(
-            f"model {plan.job.model}: this worker's node has another one than the driver:\n"
+            f"model {plan.job.model}: the model on this worker's node differs from the driver's:\n"
             f"{difference(expected, found)}\nGive both the same files"
         )
     return model

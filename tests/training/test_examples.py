@@ -20,7 +20,6 @@ from aft_ray.templates import IGNORE
 from aft_ray.training import TrainingJob, train_adapters
 from aft_ray.training.examples import batch_order, check_batch, check_made_for
 from aft_ray.training.rows import first_examples
-from aft_ray.training.task import planned_steps
 
 
 def train(model: Path, training_set: Path, folder: Path, variant: str = "sft") -> None:
@@ -167,8 +166,8 @@ def test_steps_are_planned_as_the_trainer_takes_them(
         gradient_accumulation_steps=accumulate,
         num_epochs=epochs,
     )
-    assert planned_steps(rows, config) == steps
-    assert planned_steps(rows, config.model_copy(update={"max_steps": 3})) == 3
+    assert config.planned_steps(rows) == steps
+    assert config.model_copy(update={"max_steps": 3}).planned_steps(rows) == 3
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "template"])

@@ -172,6 +172,17 @@ def test_a_training_set_without_held_out_examples_cannot_choose_the_best_state(
         plan_training(job(config, tiny_model, trained, tmp_path))
 
 
+@pytest.mark.parametrize(("eval_steps", "is_said"), [(5, True), (1, False)], ids=["too seldom", "often"])
+def test_early_stopping_that_comes_too_late_for_this_training_set_is_said(
+    tiny_model: Path, examples: list[dict[str, Any]], tmp_path: Path, caplog: Any, eval_steps: int, is_said: bool
+) -> None:
+    """How many steps the epochs have is known only when the training set is there."""
+    config = TrainingConfig(eval_steps=eval_steps, early_stopping_patience=1, num_epochs=1)
+    plan_training(job(config, tiny_model, write_training_set(tmp_path / "set", examples), tmp_path))
+    words = "variant aft: training.early_stopping_patience 1 with training.eval_steps 5 can stop a training at step 10"
+    assert (words in caplog.text) == is_said
+
+
 def job(config: TrainingConfig, model: Path, training_set: Path, folder: Path) -> TrainingJob:
     return TrainingJob(
         config=config,

@@ -45,6 +45,16 @@ def is_hub_id(reference: str) -> bool:
     return is_id and not Path(reference).exists()
 
 
+def check_repository(repo: str) -> None:
+    """Raise ConfigError unless a name has the form OWNER/NAME, as the hub's repositories have."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo) is None:
+        name = repo.strip("/").rpartition("/")[2] or "NAME"
+        raise ConfigError(
+            f"{repo}: expected OWNER/NAME, such as me/{name}: the user or organisation of the hub that the repository "
+            "belongs to, and its name"
+        )
+
+
 def snapshot(reference: str, weights: bool = True) -> Path:
     """Return the folder of a repository at its revision (the newest where none is named), on the node that calls.
 
@@ -72,7 +82,7 @@ def _fetch(reference: str, patterns: tuple[str, ...]) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"{reference}: no such folder here, no copy of the hub's, and no answer of the hub: {_first_line(error)}"
+            f"{reference}: no such folder here, no cached copy, and the hub does not answer: {_first_line(error)}"
         ) from error
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aft_ray.errors import ConfigError
-from aft_ray.hub import is_hub_id, snapshot, split
+from aft_ray.hub import COPIES, is_hub_id, snapshot, split
 from aft_ray.storage import cache_dir, content_hash, local_copy, whole_folder
 
 if TYPE_CHECKING:
@@ -134,6 +136,22 @@ def tokenizer_hash(model: str) -> str:
     template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
     digest.update(json.dumps(template).encode())
     return digest.hexdigest()
+
+
+def num_parameters(folder: Path) -> int | None:
+    """Return how many parameters the safetensors files of a folder hold, from their headers; None where none can be
+    read."""
+    from safetensors import SafetensorError, safe_open
+
+    files = folder.glob("*.safetensors") if folder.is_dir() else ()
+    total = 0
+    for file in (file for file in files if not any(fnmatch(file.name, copy) for copy in COPIES)):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None
+    return total or None
 
 
 def has_chat_template(reference: str) -> bool | None:

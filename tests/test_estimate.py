@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from aft_ray.config import Config, load_config
 from aft_ray.pipeline.estimate import StepEstimate, billions_of, estimate
@@ -100,6 +103,50 @@ def test_a_remote_teacher_costs_its_tokens_and_no_gpu() -> None:
 def test_sizes_are_read_from_names(model: str, billions: float | None) -> None:
     assert billions_of(model, {}) == billions
     assert billions_of(model, {model: 3.5}) == 3.5
+
+
+def said_of(config: Config) -> str:
+    """Return what `plan` prints at stated speeds."""
+    said = Console(file=io.StringIO(), width=300, highlight=False)
+    print_stated(config, said)
+    return str(said.file.getvalue())  # type: ignore[attr-defined]
+
+
+def local_run(model: Path, **sections: dict[str, Any]) -> Config:
+    """Return a run whose only model is in a local folder."""
+    engine = {"type": "vllm", "model": str(model)}
+    own = {"engine": engine, "targets": {}, "scores": {}, "estimate": {**RUN["estimate"], "num_prompts": 1000}}
+    return Config.model_validate({**RUN, **own, **sections})
+
+
+def test_the_size_of_a_local_model_is_what_its_files_hold(tmp_path: Path) -> None:
+    numbers = np.zeros((500, 1000), dtype=np.float16)
+    save_file({"a": numbers, "b": numbers}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"c": numbers}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file({"c": numbers}, tmp_path / "consolidated.safetensors")  # the same weights again
+    assert billions_of(str(tmp_path), {}) == 0.0015
+    assert billions_of(str(tmp_path), {str(tmp_path): 3}) == 3
+    [found] = [one for one in estimate(local_run(tmp_path), 1000) if one.step == "train"]
+    assert found.gpu_hours == pytest.approx(4 * 1.5e6 * found.read / (0.35 * 989e12) / 3600)
+    said = said_of(local_run(tmp_path))
+    assert f"Models, in billions of parameters: {tmp_path} 0.0015" in said and "not known" not in said
+
+
+def test_weights_that_cannot_be_read_have_no_size(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert billions_of(str(tmp_path), {}) is None
+
+
+def test_where_no_cost_is_known_none_is_printed(tmp_path: Path) -> None:
+    said = said_of(local_run(tmp_path))
+    assert "0.00" not in said
+    assert f"train: the size of its model {tmp_path} is not known, so the sums are without it" in said
+    remote = {"type": "openai", "base_url": "https://a/v1", "model": "t"}
+    save_file({"a": np.zeros(10**6, dtype=np.float16)}, tmp_path / "model.safetensors")
+    [row] = [
+        line for line in said_of(local_run(tmp_path, targets={"engine": remote})).splitlines() if "│ targets" in line
+    ]
+    assert row.split("│")[-2].strip() == "no price"
 
 
 @pytest.mark.parametrize("name", ["llama_on_policy", "llama_off_policy", "mistral_on_policy", "mistral_off_policy"])

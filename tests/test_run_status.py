@@ -103,6 +103,24 @@ def test_the_ledger_is_printed_with_the_status(run: Run) -> None:
     assert re.search(r"^scores +800 +0.00 +0.00 +– +–$", said, re.MULTILINE), said
 
 
+NOBODY = ("--address", "http://127.0.0.1:9")
+
+
+def test_a_mistyped_folder_is_no_matter_of_the_job_server(tmp_path: Path) -> None:
+    for place in ("foo", str(tmp_path / "foo")):
+        done = aft_ray("status", place, *NOBODY)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"error: {place}: there is no such run folder" in done.stderr
+    assert "If you mean a job: its id is raysubmit_ and 16 letters" in aft_ray("status", "foo", *NOBODY).stderr
+
+
+def test_an_incomplete_id_of_a_job_is_named_as_such() -> None:
+    assert "this is no complete id of a job. An id is" in aft_ray("status", "raysubmit_4qTr", *NOBODY).stderr
+    whole = aft_ray("status", "raysubmit_4qTrAbCd12345678", *NOBODY)
+    assert (whole.returncode, "folder" in whole.stderr) == (2, False)
+    assert "the job server http://127.0.0.1:9 does not answer" in whole.stderr
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     done = aft_ray("status", str(tmp_path))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

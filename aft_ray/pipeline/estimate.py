@@ -15,11 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from aft_ray.config import Config, EngineConfig, gpus_of
 from aft_ray.data.proposals import parts
 from aft_ray.data.scorers import gpus_of_scorer
 from aft_ray.hub import split
+from aft_ray.models import num_parameters
 
 PEAK_TFLOPS = {"A100": 312, "B200": 2250, "H100": 989, "H200": 989, "L4": 121, "L40S": 362}
 """Dense bfloat16, from NVIDIA's data sheets (SXM where there are several)."""
@@ -43,6 +45,9 @@ class StepEstimate:
     gpu_hours: float | None
     """None for a model whose size is not known."""
     usd: float | None
+    """None for a model whose size is not known, and for an endpoint without prices."""
+    model: str = ""
+    """Whose size the hours follow from. Empty where they do not follow from a size."""
 
     @property
     def hours(self) -> float | None:
@@ -58,12 +63,16 @@ def price_of(config: Config) -> float:
 
 
 def billions_of(model: str, stated: Mapping[str, float]) -> float | None:
-    """Return the parameters of a model in billions: as stated, or from its name (`Llama-3.1-8B`, `smollm2-135m`)."""
+    """Return the parameters of a model in billions: as stated, as a local folder holds them, or from its name
+    (`Llama-3.1-8B`, `smollm2-135m`)."""
     if model in stated:
         return stated[model]
     name = split(model)[0]
     if name in stated:
         return stated[name]
+    held = num_parameters(Path(model).expanduser()) if model else None
+    if held is not None:
+        return held / 1e9
     found = re.findall(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", name.rpartition("/")[2].lower())
     return None if not found else float(found[-1][0]) / (1000 if found[-1][1] == "m" else 1)
 
@@ -137,14 +146,15 @@ def _generation(
         usd = None if prices is None else (read * prices.prompt + written * prices.completion) / 1e6
         return StepEstimate(step=step, read=read, written=written, gpus=0, gpu_hours=0, usd=usd)
     seconds: float | None = None
-    billions = billions_of(getattr(engine, "model", ""), own.billions)
+    model = getattr(engine, "model", "")
+    billions = billions_of(model, own.billions)
     if step in own.tokens_per_second:
         seconds = written / own.tokens_per_second[step]
     elif billions is not None:
         per_token = 2e9 * billions
         seconds = per_token * read / _flops(config, own.reading_utilization)
         seconds += per_token * written / _flops(config, own.generation_utilization)
-    return _of_seconds(config, step, read, written, gpus, seconds)
+    return _of_seconds(config, step, read, written, gpus, seconds, model)
 
 
 def _scores(config: Config, read: float) -> StepEstimate:
@@ -161,25 +171,35 @@ def _scores(config: Config, read: float) -> StepEstimate:
         seconds = read / own.tokens_per_second["scores"]
     elif billions is not None:
         seconds = 2e9 * billions * read / _flops(config, own.reading_utilization)
-    return _of_seconds(config, "scores", read, 0, gpus, seconds)
+    return _of_seconds(config, "scores", read, 0, gpus, seconds, model)
 
 
 def _training(config: Config, read: float) -> StepEstimate:
     own, training = config.estimate, config.training
     seconds: float | None = None
-    billions = billions_of(getattr(config.engine, "model", ""), own.billions)
+    model = getattr(config.engine, "model", "")
+    billions = billions_of(model, own.billions)
     if "train" in own.tokens_per_second:
         seconds = read / own.tokens_per_second["train"]
     elif billions is not None:
         per_token = (6e9 if training.method == "full" else 4e9) * billions
         seconds = per_token * read / _flops(config, own.training_utilization)
     gpus = _gpus(config, training.gpus_per_worker, 1, training.num_workers)
-    return _of_seconds(config, "train", read, 0, gpus, seconds)
+    return _of_seconds(config, "train", read, 0, gpus, seconds, model)
 
 
 def _of_seconds(
-    config: Config, step: str, read: float, written: float, gpus: float, seconds: float | None
+    config: Config, step: str, read: float, written: float, gpus: float, seconds: float | None, model: str
 ) -> StepEstimate:
     hours = None if seconds is None else seconds / 3600
     usd = None if hours is None else hours * price_of(config)
-    return StepEstimate(step=step, read=read, written=written, gpus=gpus, gpu_hours=hours, usd=usd)
+    measured = step in config.estimate.tokens_per_second
+    return StepEstimate(
+        step=step,
+        read=read,
+        written=written,
+        gpus=gpus,
+        gpu_hours=hours,
+        usd=usd,
+        model="" if measured else model,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from aft_ray.pipeline.following import exit_code_of, follow
 from aft_ray.pipeline.job_server import Job, JobServer
 from aft_ray.pipeline.run_status import holds_run, print_run
 
+JOB_PREFIX = "raysubmit_"
+JOB_ID = re.compile(rf"{JOB_PREFIX}[A-Za-z0-9]{{16}}")
+"""How Ray names jobs. One that was submitted by other means may have another id."""
 LINE_OF_JOB = "{:<26} {:<9} {:<12} {:<19}  {:<12} {:<20} {}"
 
 
@@ -40,11 +44,13 @@ def print_logs(address: str, job: str, *, following: bool) -> int:
 def print_status(address: str, job_or_run: str) -> None:
     """Print how a run goes: of a folder, or of a job, and then of the job's run where that can be seen from here."""
     if "/" in job_or_run or Path(job_or_run).is_dir():
+        if "://" not in job_or_run and not Path(job_or_run).expanduser().is_dir():
+            raise ConfigError(f"{job_or_run}: there is no such run folder")
         if not holds_run(job_or_run):
             raise ConfigError(f"{job_or_run} holds no run: there is no config.resolved.yaml")
         print_run(job_or_run)
         return
-    job = JobServer.at(address).job(job_or_run)
+    job = _job(address, job_or_run)
     print(f"{job.id}: {job.status}, {_took(job)} since {_clock(job.started)}\n{job.entrypoint}")
     if job.metadata.get("by"):
         print(f"submitted by {job.metadata['by']}")
@@ -55,6 +61,22 @@ def print_status(address: str, job_or_run: str) -> None:
             print_run(run)
         else:
             print(f"run {run}: not visible from here, or not begun")
+
+
+def _job(address: str, name: str) -> Job:
+    """Return a job. Raises ConfigError, which says what else the name may have been meant for: most often a folder."""
+    try:
+        return JobServer.at(address).job(name)
+    except ConfigError as error:
+        if JOB_ID.fullmatch(name):
+            raise
+        if name.startswith(JOB_PREFIX):
+            what = f"{name}: this is no complete id of a job. An id is"
+        else:
+            what = f"{name}: there is no such run folder here. If you mean a job: its id is"
+        raise ConfigError(
+            f"{what} {JOB_PREFIX} and 16 letters and digits; `aft-ray jobs` lists the ids ({error})"
+        ) from None
 
 
 def stop_job(address: str, job: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from aft_ray.data.proposals import data_stages
 from aft_ray.data.targets import last_stage
 from aft_ray.data.training_set import tokenizer_of
 from aft_ray.errors import AftError, InputError
-from aft_ray.pipeline.estimate import estimate, price_of
+from aft_ray.pipeline.estimate import StepEstimate, billions_of, estimate, price_of
 from aft_ray.records import fingerprint
 from aft_ray.runs import Run, read_manifest
 from aft_ray.storage import Folder
@@ -226,11 +226,13 @@ def print_stated(config: Config, console: Console) -> None:
             f"{one.gpus:g}",
             "-" if one.hours is None else f"{one.hours:,.2f}",
             "-" if one.gpu_hours is None else f"{one.gpu_hours:,.1f}",
-            "-" if one.usd is None else f"{one.usd:,.2f}",
+            _usd([one]),
         )
     table.add_section()
-    hours, gpu_hours, usd = (sum(getattr(one, name) or 0 for one in steps) for name in ("hours", "gpu_hours", "usd"))
-    table.add_row("all", "", "", "", f"{hours:,.2f}", f"{gpu_hours:,.1f}", f"{usd:,.2f}")
+    known = [one for one in steps if one.gpu_hours is not None]
+    hours = f"{sum(one.hours or 0 for one in known):,.2f}" if known else "-"
+    gpu_hours = f"{sum(one.gpu_hours or 0 for one in known):,.1f}" if known else "-"
+    table.add_row("all", "", "", "", hours, gpu_hours, _usd(steps))
     console.print(table)
     console.print(
         f"Assumed: {own.prompt_tokens} tokens a prompt, {own.answer_tokens} an answer, {price_of(config):g} USD for an "
@@ -242,10 +244,27 @@ def print_stated(config: Config, console: Console) -> None:
     idle = [one.step for one in steps if 0 < one.gpus < own.num_gpus]
     if idle:
         console.print(
-            f"With GPUs to spare in: {', '.join(idle)}. More workers (max_actors, num_workers) would use them"
+            f"Steps that leave GPUs idle: {', '.join(idle)}. More workers (max_actors, num_workers) would use them"
         )
-    for step in [one.step for one in steps if one.gpu_hours is None]:
-        console.print(f"{step}: the size of its model is not known; set estimate.billions")
+    sizes = {one.model: billions_of(one.model, own.billions) for one in steps if one.model}
+    if known_sizes := [f"{model} {size:.3g}" for model, size in sizes.items() if size is not None]:
+        console.print(f"Models, in billions of parameters: {', '.join(known_sizes)}")
+    for one in steps:
+        if one.gpu_hours is None:
+            console.print(
+                f"{one.step}: the size of its model {one.model or '(a scripted engine)'} is not known, so the sums are "
+                "without it; set estimate.billions"
+            )
+        elif one.usd is None:
+            console.print(f"{one.step}: its endpoint has no price, so the sum is without it; set prices of its engine")
+
+
+def _usd(steps: Sequence[StepEstimate]) -> str:
+    """Return what steps cost together, as far as that is known."""
+    prices = [one.usd for one in steps if one.usd is not None]
+    if prices:
+        return f"{sum(prices):,.2f}"
+    return "-" if any(one.gpu_hours is None for one in steps) else "no price"
 
 
 def print_plan(config: Config) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -236,12 +237,23 @@ def print_results(run: Run, folder: Folder | None = None) -> None:
     for sentence in found["method"]["sentences"] if found["method"] else ():
         console.print(f"- {sentence}", highlight=False)
     console.print(f"\nreport: {folder.location}/report.html\n\ntry next:", highlight=False, soft_wrap=True)
-    for command in (
-        f"serve --config {_shown(run.folder)}/{RESOLVED}",
-        'ask "Name three rivers in Africa, as bullets." --show-proposals     (while it serves)',
-        "run --config configs/quickstart.yaml --set run.dir=runs/mine --set prompts.source=my_prompts.jsonl",
-    ):
+    for command in next_commands(run):
         console.print(f"  {_aft_ray()} {command}", highlight=False, soft_wrap=True)
+
+
+def next_commands(run: Run) -> Iterator[str]:
+    """Yield commands for after a run, with its own settings: serve it, ask it, and use own prompts or export it."""
+    folder, serving, variants = _shown(run.folder), run.config.serving, run.config.training_set.variants
+    config = f"--config {shlex.quote(f'{folder}/{RESOLVED}')}"
+    yield f"serve {config}"
+    elsewhere = "" if serving.port in (0, 8000) else f" --base-url http://127.0.0.1:{serving.port}"
+    yield f'ask "Name three rivers in Africa, as bullets." --show-proposals{elsewhere}     (while it serves)'
+    if run.config.prompts.source.startswith("packaged:"):
+        study = "" if run.config.miniature is None else " --set miniature=null"
+        yield f"run {config} --set {shlex.quote(f'run.dir={folder}-mine')} --set prompts.source=my_prompts.jsonl{study}"
+    else:
+        variant = "aft" if "aft" in variants else variants[-1]
+        yield f"export {config} --variant {variant} --output {shlex.quote(f'exports/{run.folder.name}-{variant}')}"
 
 
 def _shown(folder: Folder) -> str:
@@ -385,24 +397,11 @@ def describe(constraint: Mapping[str, Any]) -> str:
 
 
 def _num_parameters(run: Run) -> int | None:
-    """Count the parameters from the safetensors headers of the model folder; None for a hub id."""
-    from safetensors import safe_open
-
-    from aft_ray.models import resolve_model
+    """Count the parameters of the model to train in its folder; None for a hub id."""
+    from aft_ray.models import num_parameters, resolve_model
 
     model = getattr(run.config.engine, "model", None)
-    folder = Path(resolve_model(model, weights=False)) if model else None
-    if folder is None or not folder.is_dir():
-        return None
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total or None
+    return num_parameters(Path(resolve_model(model, weights=False))) if model else None
 
 
 def _hardware() -> str:

@@ -29,13 +29,16 @@ app = typer.Typer(
 )
 
 ConfigFiles = Annotated[
-    list[str], typer.Option("--config", "-c", help="The run's YAML file, a path or a URL; several are several runs.")
+    list[str],
+    typer.Option("--config", "-c", help="The run's YAML file (path or URL). Give it several times for several runs."),
 ]
-ConfigFile = Annotated[str, typer.Option("--config", "-c", help="The run's YAML file, a path or a URL.")]
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="The run's YAML file (path or URL).")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: --set proposals.num_per_prompt=8")]
 ResumeMode = Annotated[
     Literal["auto", "never", "must"],
-    typer.Option("--resume", help="auto: continue what is there; never: only a new folder; must: only an old one."),
+    typer.Option(
+        "--resume", help="auto: start or continue the run; never: only start a new one; must: only continue one."
+    ),
 ]
 
 LOCAL_JOB_SERVER = "http://127.0.0.1:8265"
@@ -79,7 +82,7 @@ def run(
     resume: ResumeMode = "auto",
     until: Annotated[str | None, typer.Option(help=f"Last step to run: {', '.join(LINE)}.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try rows again that failed before, and only those.")
+        bool, typer.Option("--retry-failed", help="Retry only the rows that failed before.")
     ] = False,
 ) -> None:
     """Run every step from prompts to report. The same command resumes where it stopped."""
@@ -103,7 +106,7 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     resume: ResumeMode = "auto",
     show_batch: Annotated[
-        bool, typer.Option("--show-batch", help="Print the first batch, trained tokens marked, and train nothing.")
+        bool, typer.Option("--show-batch", help="Only print the first batch, with the trained tokens marked.")
     ] = False,
 ) -> None:
     """Train the adapters of a run whose training set is finished."""
@@ -117,20 +120,20 @@ def train(
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = [], resume: ResumeMode = "auto") -> None:  # noqa: B006
-    """Ask the run's endpoint the held-out prompts, measure perplexities, and write the report."""
+    """Answer the held-out prompts with the run's models, measure perplexities, and write the report."""
     _steps(("evaluate", "report"), config, overrides, resume)
 
 
 @app.command()
 def report(
-    run: Annotated[str | None, typer.Argument(help="The run's folder or URL, in place of --config.")] = None,
-    config: Annotated[str | None, typer.Option("--config", "-c", help="The run's YAML file, a path or a URL.")] = None,
+    run: Annotated[str | None, typer.Argument(help="The run's folder or URL, instead of --config.")] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="The run's YAML file (path or URL).")] = None,
     overrides: Overrides = [],  # noqa: B006
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write it to; the run's own is then left alone.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write the report to, instead of the run's own.")
     ] = None,
 ) -> None:
-    """Write the report again from what the run folder holds, also while the run is under way."""
+    """Write the report again from the files in the run folder, also while the run is in progress."""
     if (run is None) == (config is None):
         raise typer.BadParameter("give the run's folder, or --config", param_hint="RUN")
     from aft_ray.config import load_config
@@ -142,7 +145,7 @@ def report(
         summary.print_results(*summary.write_report_to(loaded, output))
     elif (there := summary.finished_report(loaded)) is not None:
         print(
-            "the run folder cannot be written to: this is its report; --output writes it anew elsewhere",
+            "the run folder cannot be written to; this is the report that it has. --output writes a new one elsewhere",
             file=sys.stderr,
         )
         summary.print_results(there)
@@ -153,9 +156,9 @@ def report(
 @app.command()
 def export(
     config: ConfigFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not be there yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
     overrides: Overrides = [],  # noqa: B006
-    variant: Annotated[str | None, typer.Option(help="Which one, where several are trained.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant to export, if several are trained.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the base model's weights.")] = False,
 ) -> None:
     """Copy a trained adapter, or the whole model with the adapter merged in, to a self-contained folder."""
@@ -174,9 +177,11 @@ def export(
 @app.command()
 def dataset(
     config: ConfigFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not be there yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")],
     overrides: Overrides = [],  # noqa: B006
-    file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Kind of the files.")] = "jsonl",
+    file_format: Annotated[
+        Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the files.")
+    ] = "jsonl",
 ) -> None:
     """Write the training set as conversations (`messages`) for TRL, axolotl or LLaMA-Factory, with its card."""
     from aft_ray.config import load_config
@@ -193,18 +198,21 @@ def dataset(
 
 @app.command()
 def push(
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; it is made if it is not there.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; created if it does not exist.")],
     config: ConfigFile,
     what: Annotated[Literal["dataset", "adapter", "merged"], typer.Option(help="What to upload.")],
     overrides: Overrides = [],  # noqa: B006
-    variant: Annotated[str | None, typer.Option(help="Which adapter, where several are trained.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant to upload, if several are trained.")] = None,
     file_format: Annotated[
-        Literal["jsonl", "parquet"], typer.Option("--format", help="Kind of the files of a data set.")
+        Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the files of a data set.")
     ] = "jsonl",
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be uploaded.")] = False,
 ) -> None:
     """Upload the training set, an adapter or the merged model to the Hugging Face hub."""
+    from aft_ray.hub import check_repository
+
+    check_repository(repo)
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -262,9 +270,11 @@ def _wait_for_interrupt() -> None:
 @app.command()
 def ask(
     question: str,
-    base_url: Annotated[str, typer.Option(help="Where the endpoint is.")] = "http://127.0.0.1:8000",
+    base_url: Annotated[str, typer.Option(help="The endpoint's URL.")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="Model name or alias, such as aft@k5-l2.")] = "",
-    api_key: Annotated[str, typer.Option(envvar="AFT_RAY_API_KEY", help="Key, where the server wants one.")] = "none",
+    api_key: Annotated[
+        str, typer.Option(envvar="AFT_RAY_API_KEY", help="The server's key, if it requires one.")
+    ] = "none",
     show_proposals: Annotated[bool, typer.Option("--show-proposals", help="Print every draft as well.")] = False,
 ) -> None:
     """Ask a served model one question and print the answer as it is generated."""
@@ -298,9 +308,11 @@ def plan(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 def preview(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
-    num_prompts: Annotated[int, typer.Option("-n", min=1, help="Prompts to take through every data stage.")] = 4,
+    num_prompts: Annotated[
+        int, typer.Option("-n", min=1, help="Number of prompts to take through every data stage.")
+    ] = 4,
 ) -> None:
-    """Run a few prompts through every data stage and print them, trained tokens marked. `plan` extrapolates this."""
+    """Take a few prompts through every data stage and print the results. `plan` extrapolates from them."""
     from aft_ray.config import load_config
 
     loaded = load_config(config, overrides)
@@ -317,11 +329,13 @@ def submit(
     overrides: Overrides = [],  # noqa: B006
     resume: ResumeMode = "auto",
     address: JobServerAddress = LOCAL_JOB_SERVER,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job, or return once it is taken.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job until it ends, or return once the cluster has it.")
+    ] = True,
 ) -> None:
     """Run a step on a Ray cluster as a job, follow it, and end with its exit code.
 
-    The package, jobs/, configs/ and the files that the config names travel with the job; secrets never do.
+    The job gets the package, jobs/, configs/ and the files that the config names; secrets are never sent.
     """
     from aft_ray.config import load_config
 
@@ -343,7 +357,7 @@ def jobs(address: JobServerAddress = LOCAL_JOB_SERVER) -> None:
 def logs(
     job: JobId,
     address: JobServerAddress = LOCAL_JOB_SERVER,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the job ends.")] = False,
 ) -> None:
     """Print the log of a job. With --follow, end with the exit code of the job."""
     from aft_ray.pipeline.jobs import print_logs
@@ -356,7 +370,7 @@ def status(
     job_or_run: Annotated[str, typer.Argument(help="A job's id, or a run's folder or URL.", metavar="JOB|RUN")],
     address: JobServerAddress = LOCAL_JOB_SERVER,
 ) -> None:
-    """Print what of a run is done, running or failed, and at what rate."""
+    """Print which steps of a run are done, running or failed, and how fast they are."""
     from aft_ray.pipeline.jobs import print_status
 
     print_status(address, job_or_run)
@@ -364,7 +378,7 @@ def status(
 
 @app.command()
 def stop(job: JobId, address: JobServerAddress = LOCAL_JOB_SERVER) -> None:
-    """Stop a job. What it has finished is kept, and submitting it again continues."""
+    """Stop a job. Finished work is kept, and submitting the job again continues it."""
     from aft_ray.pipeline.jobs import stop_job
 
     stop_job(address, job)
@@ -376,7 +390,7 @@ def run_job(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
     resume: ResumeMode = "auto",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed rows again.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry the rows that failed before.")] = False,
 ) -> None:
     """Run one step: what `submit` sends to a cluster where there is no jobs/ folder."""
     if step not in (*LINE, "pipeline"):
@@ -386,13 +400,15 @@ def run_job(
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Option("--config", "-c", help="Check what this run needs, too.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Also check everything that this run needs.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
-    address: Annotated[str | None, typer.Option(help="Check the cluster of this job server, by a job on it.")] = None,
+    address: Annotated[str | None, typer.Option(help="Check this job server's cluster, with a job on it.")] = None,
 ) -> None:
-    """Check this machine, and with --config what a run needs: settings, storage, workers, models, keys.
+    """Check this machine and, with --config, what a run needs: settings, storage, workers, models, keys.
 
-    Every problem says what to do, and ends the command with exit code 2.
+    Every problem comes with what to do about it. If there is any, the exit code is 2.
     """
     from aft_ray.pipeline.checkup import checkup
 
@@ -403,7 +419,7 @@ OF_THIS_MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE,
     errno.ENFILE,
 }  # fmt: skip
-"""Errors of disks and rights, which no code can mend."""
+"""Errors of disks and permissions, which no code can mend."""
 
 
 def guarded(work: Callable[[], Any]) -> int:
@@ -435,7 +451,9 @@ def job(*names: str) -> None:
         config: ConfigFile,
         overrides: Overrides = [],  # noqa: B006
         resume: ResumeMode = "auto",
-        retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed rows again.")] = False,
+        retry_failed: Annotated[
+            bool, typer.Option("--retry-failed", help="Retry the rows that failed before.")
+        ] = False,
     ) -> None:
         _steps(names, config, overrides, resume, retry_failed)
 

@@ -246,6 +246,6 @@ def _check_use(attempt: Attempt, manifest: Manifest, max_failure_rate: float) ->
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     first = f" The first: {attempt.first_unusable}." if ": " in attempt.first_unusable else ""
     raise TooManyFailures(
-        f"{attempt.stage.name}: nothing useful came of {manifest.rows_in} rows ({reasons}).{first} "
-        f"What came is in {attempt.stage.output.location}; with run.max_failure_rate 1 the run goes on all the same"
+        f"{attempt.stage.name}: none of {manifest.rows_in} rows is usable ({reasons}).{first} "
+        f"The output is in {attempt.stage.output.location}; with run.max_failure_rate 1 the run continues anyway"
     )

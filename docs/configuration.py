@@ -37,9 +37,9 @@ INTRODUCTION = """\
 Every setting of a run's YAML (`configs/`), and of the `args:` of a Serve YAML (`serve_configs/`), which are those of
 [`serving`](#serving) with an `engine`. Unknown keys are refused, with the nearest known one. `--set section.key=value`
 changes one setting of the command line's run, and a file that begins with `base: other.yaml` holds only what differs
-from that file. What must hold between sections is in `aft_ray/config/conditions.py`.
+from that file. `aft_ray/config/conditions.py` has the rules between sections.
 
-A default that is not given is that of the section it links to. "None" is YAML's `null`.
+Where the default is a link, the defaults are those of the linked section. "None" is YAML's `null`.
 
 This page is made by `docs/configuration.py`; the sentences are those of `aft_ray/config/`.
 """

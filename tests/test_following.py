@@ -72,7 +72,7 @@ def test_the_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pyte
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"wants a token, and there is none in RAY_AUTH_TOKEN, "):
+    with pytest.raises(ConfigError, match=r"requires a token, and there is none in RAY_AUTH_TOKEN, "):
         find_token("http://head:8265")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("of the home\n")

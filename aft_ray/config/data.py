@@ -99,8 +99,8 @@ class PromptsConfig(Strict):
     """Column that holds the prompt, as text or as messages. None: the first of `messages`, `conversations`,
     `conversation`, `prompt`, `query`, `instruction`, `question` that the row has."""
     ignore_columns: tuple[str, ...] = ()
-    """Columns that are no part of the question although they have the name of one, such as `input`, `system` or
-    `tools`. They are kept as metadata."""
+    """Columns that are not part of the question although their names suggest it, such as `input`, `system` or `tools`.
+    They are kept as metadata."""
     reference_column: str | None = None
     """Column that holds the reference answer. None: `reference`, if the row has it, else the answer at the end of the
     row's conversation, if there is one."""
@@ -128,7 +128,7 @@ class PromptsConfig(Strict):
     duplicates: Literal["reject", "drop", "group", "keep"] = "reject"
     """What happens to a row that repeats an earlier conversation, whatever its id. `reject`: it is a bad row (see
     `on_bad_row`). `drop`: it is removed and listed in prompts/removed.jsonl. `group`: its answers (`responses`) join
-    those of the earlier row. `keep`: it is a prompt of its own if the source gives it an id of its own."""
+    those of the earlier row. `keep`: it is a separate prompt if the source gives it a separate id."""
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Remove a prompt if its similarity to an earlier one reaches this threshold. The similarity is the Jaccard index
     of character 5-grams, estimated with MinHash. None: near duplicates are kept."""
@@ -190,9 +190,9 @@ class ProposalsConfig(Strict):
     proposers: tuple[ProposerConfig, ...] = ()
     """Several sources of proposals, each with its share. Empty: one on-policy proposer with the settings above."""
     too_few: Literal["keep", "fill", "drop", "fail"] = "keep"
-    """What happens to a prompt with fewer usable proposals than `selection.num_proposals`. `keep`: it goes on with the
-    proposals it has. `fill`: the last proposer, which must be on-policy, samples what is missing. `drop`: it is removed
-    and counted. `fail`: its row fails."""
+    """What happens to a prompt with fewer usable proposals than `selection.num_proposals`. `keep`: it continues with
+    the proposals it has. `fill`: the last proposer, which must be on-policy, samples what is missing. `drop`: it is
+    removed and counted. `fail`: its row fails."""
     placement: PlacementConfig = PlacementConfig()
     """Number of actors, and the resources of each. Set it in each of `proposers` if there are several."""
 
@@ -255,14 +255,14 @@ class ScoresConfig(Strict):
     the number of characters, as a control. `reward_model`, `judge`, `likelihood`: see the settings below. `none`: no
     proposal gets a score."""
     verifier: str | None = None
-    """What checks answers to every prompt, targets included: the name of a verifier, or a function of your own by its
-    import path, `mypackage.mymodule:function`. None: the verifier of each row's task."""
+    """What checks answers to every prompt, targets included: the name of a verifier, or the import path of your own
+    function, `mypackage.mymodule:function`. None: the verifier of each row's task."""
     reward_model: str | None = None
     """Hub id or folder of a sequence-classification reward model. Scorer `reward_model` needs it."""
     reward_engine: Literal["transformers", "vllm"] = "transformers"
-    """What computes the reward model. `vllm` is its pooling runner, for large models and for several GPUs."""
+    """What runs the reward model. `vllm` uses vLLM's pooling runner, for large models and for several GPUs."""
     batch_tokens: int = Field(default=16384, ge=1)
-    """Most tokens, padding included, that the reward model reads in one forward pass of transformers."""
+    """Largest number of tokens, padding included, that the reward model reads in one forward pass of transformers."""
     judge: JudgeConfig | None = None
     """The judge. Scorer `judge` needs it."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -364,20 +364,20 @@ class TrainingSetConfig(Strict):
     """Configures how targets become token ids and labels."""
 
     source: Literal["targets", "prompts"] = "targets"
-    """What the examples teach. `targets`: what the stages before made. `prompts`: the answers that came with the
-    prompts (`prompts.reference_column`, or the end of a conversation). Then no proposals, scores, selection or targets
-    are made, and the one variant is `sft_reference`."""
+    """What the examples teach. `targets`: the targets that the earlier stages made. `prompts`: the answers that came
+    with the prompts (`prompts.reference_column`, or the end of a conversation). Then no proposals, scores, selection or
+    targets are made, and the one variant is `sft_reference`."""
     answers: Literal["last", "all"] = "last"
     """With source `prompts`, which answers of a conversation are in the loss: the last, or every turn of the assistant,
-    each after the ids that it would be served after."""
+    each after the ids that it follows when it is served."""
     variants: tuple[Variant, ...] = ("sft", "aft")
     """The training sets to build, each by what its examples show and teach. `sft`: prompt -> target. `aft`: prompt and
     proposals -> target. `joint`: both kinds of example in one set. `sft_reference`: prompt -> reference answer.
     `no_proposals`: the aggregation prompt with empty slots -> target. `pseudo`: prompt and proposals -> an answer
     written without them (paper, Table 4)."""
     thinking: Literal["remove", "keep"] = "remove"
-    """What becomes of the thinking of a teacher's targets. `remove`: the student learns the answer. `keep`: it learns
-    the thinking too, as `<think>` ... `</think>` before the answer."""
+    """What happens to the teacher's thinking. `remove`: the student learns the answer only. `keep`: it learns the
+    thinking too, as `<think>` ... `</think>` before the answer."""
     vary_num_proposals: tuple[int, int] | None = None
     """Smallest and largest number of proposals in an example; each prompt draws its own number. None: every example
     shows all selected proposals."""

@@ -67,9 +67,9 @@ class PricesConfig(Strict):
     """Prices in US dollars per million tokens."""
 
     prompt: float = Field(ge=0)
-    """Of the tokens that the endpoint reads."""
+    """Price of the tokens that the endpoint reads."""
     completion: float = Field(ge=0)
-    """Of the tokens that it writes, reasoning included."""
+    """Price of the tokens that it writes, reasoning included."""
 
 
 class OpenAIEngineConfig(EngineSettings):
@@ -114,10 +114,10 @@ class OpenAIEngineConfig(EngineSettings):
     query: Texts = Field(default={})
     """Query parameters of every request, such as `{api-version: "2024-10-21"}`."""
     stream: bool = True
-    """Whether answers are asked for as a stream. Set it to false for a server that cannot."""
+    """Whether to request answers as a stream. Set it to false for a server that cannot stream."""
     omit: tuple[RequestField, ...] = ()
-    """Fields that are not sent, because the server refuses or ignores them. What they would have asked for is then up
-    to the server: without `temperature` it samples as it likes, without `seed` rows say `seed: null`."""
+    """Fields that are not sent, because the server refuses or ignores them. The server then uses its own values:
+    without `temperature` its own sampling; without `seed`, rows have `seed: null`."""
     rename: dict[RequestField, str] = Field(default={})
     """Fields that are sent under another name, such as `{max_tokens: max_completion_tokens}`."""
     extra_body: dict[str, Any] = Field(default={})
@@ -125,20 +125,21 @@ class OpenAIEngineConfig(EngineSettings):
     `{chat_template_kwargs: {enable_thinking: false}}`. A sampling filter that is on (top_k, min_p) wins over its value
     here."""
     calls_tools: bool = False
-    """Whether the model may call the tools of a request to the server: they are sent on with the last layer's."""
+    """Whether the model may call the tools of a request to our server, which then passes them on in the last layer."""
     tokenizer: str | None = None
     """Tokenizer of the model (hub id or folder), to count tokens where the endpoint reports none. None: four bytes
     count as a token. Either way the rows say `usage_estimated`."""
     max_model_len: int = Field(default=32768, ge=16)
-    """Window in tokens, for prompt and answer together, which an endpoint does not tell."""
+    """Window in tokens, for prompt and answer together. Set it, since an endpoint does not report it."""
     max_concurrency: int = Field(default=32, ge=1)
-    """Most concurrent calls. Each 429 halves the limit in force; every round of successes raises it by one again."""
+    """Largest number of concurrent calls. Each 429 halves the limit in force; every round of successes raises it by one
+    again."""
     timeout_s: float = Field(default=120, gt=0)
     """Seconds until an answer must begin, and again until it must end."""
     max_retries: int = Field(default=5, ge=0)
-    """Most retries of 408, 409, 425, 429, 5xx, broken answers and connection errors, after the pause that the server
-    asks for or a jittered backoff. While other calls get through, a call that is turned away for load may be retried
-    more often."""
+    """Largest number of retries after 408, 409, 425, 429, 5xx, broken answers and connection errors. Each retry waits
+    for the pause that the server asks for, or a jittered backoff. While other calls succeed, a call that the server
+    rejects because of load may be retried more often."""
     max_pause_s: float = Field(default=3600, ge=0)
     """Longest pause that the endpoint may ask for (`Retry-After`): all calls wait for its end. A longer one fails the
     row."""

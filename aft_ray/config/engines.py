@@ -22,8 +22,8 @@ class _LocalEngine(EngineSettings):
 
     chat_template: Annotated[str, AfterValidator(read_template)] | None = None
     """Chat template for a base model that comes without one, or in place of the model's own: `chatml`, `llama3`, or the
-    path of a Jinja file. It is what is trained, scored and served with; proposals of a model that was never taught it
-    are sampled with the in-context prompt (`proposals.style`)."""
+    path of a Jinja file. Training, scoring and serving use it; a model that has not learned it samples its proposals
+    with the in-context prompt (`proposals.style`)."""
 
     def identity(self) -> dict[str, Any]:
         found = super().identity()
@@ -133,27 +133,27 @@ class VllmEngineConfig(_LocalEngine):
     cpu_kv_cache_gib: float = Field(default=1, gt=0)
     """Size of the KV cache on a machine without a GPU."""
     max_num_seqs: int | None = Field(default=None, ge=1)
-    """Most samples that are decoded together. None: vLLM's choice for the GPU, and 256 on a CPU."""
+    """Largest number of samples that are decoded together. None: vLLM's choice for the GPU, and 256 on a CPU."""
     max_lora_rank: LoraRank | None = None
     """Largest rank of an adapter. None: that of the adapters which are known when the engine starts (16 with
     `serving.adapters_dir`), and no adapters where there are none. 0 switches adapters off."""
     max_adapters: int = Field(default=4, ge=1)
-    """Most adapters that share one batch."""
+    """Largest number of adapters in one batch."""
     seeds: bool | None = None
     """Whether each sample has its own seed, derived from the run's. None: on CPUs only. Seeds cost speed: on a GPU one
-    seeded sample takes the fast sampler from the whole batch, and on a CPU prompts are prefilled in one piece. Rows and
-    answers whose seed was not used say `seed: null`."""
+    seeded sample keeps its whole batch from using the fast sampler, and on a CPU prompts are prefilled in one piece.
+    Rows and answers whose seed was not used have `seed: null`."""
     speculation: Literal["ngram", "suffix"] | None = None
     """Speculative decoding without a second model, for aggregations, whose words are often those of a draft. `ngram`
     proposes what followed the last words earlier in the prompt; `suffix` also learns from earlier answers and needs the
     package arctic-inference."""
     reasoning_parser: Annotated[str, AfterValidator(known_parser("reasoning"))] | None = None
-    """vLLM's parser, by name, that tells what the model thinks from what it answers (`qwen3`, `deepseek_r1`, ...).
-    Aggregators are then shown answers without thinking, votes count them, and clients get the thinking as
-    `reasoning_content`. None: all is the answer."""
+    """Name of vLLM's parser that separates the model's thinking from its answer (`qwen3`, `deepseek_r1`, ...).
+    Aggregations then see answers without the thinking, votes count those, and clients get the thinking as
+    `reasoning_content`. None: the whole text is the answer."""
     tool_parser: Annotated[str, AfterValidator(known_parser("tool_parsers"))] | None = None
-    """vLLM's parser, by name, that reads tool calls as this model writes them (`hermes`, `llama3_json`, ...). None:
-    requests with tools are refused."""
+    """Name of vLLM's parser for the tool calls of this model (`hermes`, `llama3_json`, ...). None: requests with tools
+    are refused."""
     args: dict[str, Any] = Field(default={})
     """Any other argument of vLLM's `AsyncEngineArgs`, by vLLM's own name: quantization, kv_cache_dtype,
     max_num_batched_tokens, speculative_config, enforce_eager, load_format, ..."""
@@ -209,7 +209,7 @@ class TransformersEngineConfig(_LocalEngine):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     max_batch_size: int = Field(default=32, ge=1)
-    """Most samples that are generated together."""
+    """Largest number of samples that are generated together."""
     trust_remote_code: bool = False
     """Whether code in the model's repository may run. Only for repositories that you trust."""
 
@@ -321,7 +321,8 @@ class PlacementConfig(Strict):
     min_actors: int = Field(default=1, ge=1)
     """Number of workers that the stage starts with, and keeps while it has work."""
     max_actors: int = Field(default=1, ge=1)
-    """Most workers that the stage uses. It adds them while shards wait, and a cluster that can adds nodes for them."""
+    """Largest number of workers of the stage. It adds workers while shards wait, and an autoscaling cluster adds nodes
+    for them."""
     num_cpus: float = Field(default=1, ge=0)
     """Number of CPUs per worker."""
     num_gpus: float | None = Field(default=None, ge=0)

@@ -23,13 +23,14 @@ class EstimateConfig(Strict):
     num_gpus: int = Field(default=8, ge=1)
     """GPUs of the cluster. A step uses as many as its workers ask for, and no more than these."""
     num_prompts: int | None = Field(default=None, ge=1)
-    """None: `prompts.limit`, else the prompts are counted, which reads their source."""
+    """Number of prompts to plan for. None: `prompts.limit`, else `plan` counts the prompts, which reads their
+    source."""
     prompt_tokens: int = Field(default=300, ge=1)
     """Mean length of a prompt."""
     answer_tokens: int = Field(default=500, ge=1)
     """Mean length of a proposal and of a target, where sampling does not end it earlier."""
     billions: Mapping[str, float] = Field(default_factory=dict)
-    """Parameters in billions by model, where its name does not say it (`...-8B`)."""
+    """Parameters in billions by model, where neither a local folder nor the name (`...-8B`) tells them."""
     generation_utilization: float = Field(default=0.2, gt=0, le=1)
     """Share of the GPU's peak that generating a full batch reaches; the peak is that of dense bfloat16."""
     reading_utilization: float = Field(default=0.4, gt=0, le=1)
@@ -40,4 +41,5 @@ class EstimateConfig(Strict):
     """Measured tokens per second and GPU by step, in place of a utilization. They count what is written in `proposals`,
     `targets` and `evaluate`, and what is read in `scores` and `train`."""
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
-    """None: `run.usd_per_gpu_hour`, else a list price of the GPU (pipeline/estimate.py)."""
+    """Price of a GPU for an hour, in US dollars. None: `run.usd_per_gpu_hour`, else a list price of the GPU
+    (pipeline/estimate.py)."""

@@ -33,7 +33,7 @@ class EvaluationConfig(Strict):
     """Plan of systems that set none."""
     single: bool = False
     """Whether every model also answers once, without aggregation (L=0), as a system `<model>-single`. It samples as the
-    final layer of `plan` does. Useful where proposals are sampled otherwise."""
+    final layer of `plan` does. Useful if proposals have another sampling."""
     max_concurrency: int = Field(default=8, ge=1)
     """Number of prompts in flight."""
     num_bootstrap: int = Field(default=2000, ge=100)

@@ -32,8 +32,8 @@ class RunSection(Strict):
     seed: int = 20250122
     """Seed from which those of all prompts, layers and samples are derived."""
     max_failure_rate: float = Field(default=0.1, ge=0, le=1)
-    """Share of the rows of a stage that may fail before the run stops with exit code 3. With 1 it does not stop where
-    none of the rows is of use either."""
+    """Share of the rows of a stage that may fail before the run stops with exit code 3. With 1 the run continues even
+    if no row can be used."""
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
     """Price of a GPU, from which `plan` computes the cost."""
     ray_address: str | None = None

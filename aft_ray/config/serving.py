@@ -18,9 +18,9 @@ class ReplicaConfig(Strict):
     min_replicas: int = Field(default=1, ge=0)
     """Number of replicas without load. 0 gives everything back, and the first request waits for a replica."""
     max_replicas: int = Field(default=1, ge=1)
-    """Most replicas."""
+    """Largest number of replicas."""
     max_ongoing_requests: int = Field(default=64, ge=1)
-    """Largest number of requests under way at one replica."""
+    """Largest number of requests in progress at one replica."""
     target_ongoing_requests: float | None = Field(default=None, gt=0)
     """Of the ingress: number of requests per replica that autoscaling aims at. None: a tenth of
     `max_ongoing_requests`, since a request keeps its replica busy for as long as its answer streams."""
@@ -111,7 +111,7 @@ class ServingConfig(Strict):
     proposer_adapter: str | None = None
     """`split` only: name of the adapter that writes the proposals of all requests. None: the adapter of the request."""
     default_model: str | None = None
-    """Model that answers requests which name none. None: the last adapter, else the base model."""
+    """Model that answers requests that name none. None: the last adapter, else the base model."""
     listed_plans: tuple[Annotated[str, Field(pattern=r"^(k\d{1,4}-l\d{1,4}|single)$")], ...] = ()
     """Plans that `/v1/models` lists with every model, such as `k5-l2` and `single`, for clients that offer a choice."""
     base_name: str = "base"
@@ -125,13 +125,13 @@ class ServingConfig(Strict):
     host: str = "127.0.0.1"
     """Address to listen on. Any other than loopback needs keys."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0: any free port."""
+    """Port to listen on. 0: any free port."""
     route_prefix: str | None = Field(default="/", pattern="^/")
     """Path of the application, where a cluster serves several. None: no HTTP, only callers within the cluster."""
     ingress: ReplicaConfig = ReplicaConfig(num_cpus=0.1, max_ongoing_requests=1000)
-    """The replicas that take HTTP."""
+    """The replicas that receive HTTP requests."""
     aggregator: ReplicaConfig = ReplicaConfig()
-    """With `topology: shared`, the one pool of replicas."""
+    """The aggregator replicas. With `topology: shared` they are the only pool of engines."""
     proposer: ReplicaConfig = ReplicaConfig()
     """`split` only."""
     max_num_proposals: int = Field(default=16, ge=1)
@@ -142,7 +142,7 @@ class ServingConfig(Strict):
     """Largest max_tokens that a request may ask for."""
     excess_max_tokens: Literal["reject", "clamp"] = "reject"
     """What happens to a `max_tokens` above `max_tokens` or above what the prompt leaves of the window: the request is
-    refused, or gets what fits, which is never less than the default plan's own."""
+    refused, or its `max_tokens` is lowered to what fits, but never below the default plan's."""
     unknown_fields: Literal["reject", "ignore"] = "reject"
     """What happens to fields of a request that this server does not know, or that its engines do not honour where they
     only tune how an answer is sampled: the request is refused, or the header `x-aft-ignored` names them."""
@@ -159,19 +159,19 @@ class ServingConfig(Strict):
     """YAML file of hashed keys, each as `name: {sha256: ..., admin: true, max_requests: 4}`. The server reads it again
     when it changes."""
     admission: AdmissionConfig = AdmissionConfig()
-    """Limits on what is under way."""
+    """Limits on concurrent requests and tokens."""
     adapters_dir: str | None = None
     """Folder of adapters, each in a subfolder named after its model. New and changed ones are served in seconds."""
     keep_adapter_versions: int | None = Field(default=None, ge=1)
-    """How many copies of adapters (`.versions`) are kept in a folder, the newest, besides those in use. Leave it out
-    where several applications share that folder. None: all."""
+    """Number of copies of adapters (`.versions`) to keep in a folder: the newest ones, besides those in use. Leave it
+    out if several applications share that folder. None: all."""
     usage: Literal["all_calls", "last_call"] = "all_calls"
     """What the standard fields of a reply's `usage` count: the calls of all layers, or the last one alone, for clients
-    that take them for the size of their conversation. `usage.aft` always has all of them."""
+    that treat them as the size of their conversation. `usage.aft` always has all of them."""
     ledger: str | None = None
     """Folder for one JSON line per request: key, plan, outcome, tokens by layer. It never holds a prompt."""
     traces: TracesConfig | None = None
-    """Where to send traces. None: none are made."""
+    """Where to send traces. None: the server makes no traces."""
     stream_interval_s: float = Field(default=0.02, ge=0)
     """Tokens that follow each other within this time are sent together. The first token of an answer never waits."""
 

@@ -34,9 +34,9 @@ class Sampling:
     min_p: Annotated[float, Ge(0), Le(1)] = 0.0
     """Keeps tokens with at least this share of the likeliest one's probability; 0 keeps all."""
     max_tokens: Annotated[int, Ge(1)] = 512
-    """Most tokens of an answer."""
+    """Largest number of tokens of an answer."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, and are no part of it."""
+    """Texts that end an answer and are not part of it."""
     frequency_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0
     """Taken from a token's logit for each time that the answer has it already."""
     presence_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0

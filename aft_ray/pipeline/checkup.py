@@ -88,10 +88,10 @@ def server_findings(address: str, has_config: bool) -> Iterator[Finding]:
     else:
         yield problem(f"ray {version}, and here {ray.__version__}", "Install the same version on both sides")
     if wants_token:
-        yield ok("it wants a token, and takes the one that is here")
+        yield ok("it requires a token, and accepts the one on this machine")
     else:
         yield problem(
-            "it wants no token: whoever reaches the cluster's ports can run code on it",
+            "it requires no token: whoever reaches the cluster's ports can run code on it",
             "Start Ray with RAY_AUTH_MODE=token on every node",
         )
     parts = urlparse(address)

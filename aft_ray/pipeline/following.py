@@ -46,7 +46,7 @@ def follow(server: JobServer, job: str) -> int:
     try:
         ended = _follow(server, job)
     except KeyboardInterrupt:
-        print(f"\njob {job} goes on. {how_to(server, job)}", file=sys.stderr, flush=True)
+        print(f"\njob {job} continues. {how_to(server, job)}", file=sys.stderr, flush=True)
         return INTERRUPTED
     return exit_code_of(ended)
 
@@ -98,8 +98,8 @@ def _state(server: JobServer, job: str) -> Job:
             found = server.job(job)
         except UnknownJob:
             raise ClusterError(
-                f"the cluster knows no job {job} any more: its head has been started again, and has lost what it knew "
-                "(Ray's GCS fault tolerance keeps it). Finished work is in the run's folder; submitting the same job "
+                f"the cluster knows no job {job} any more: its head was restarted and has forgotten its jobs "
+                "(Ray's GCS fault tolerance keeps them). Finished work is in the run's folder; submitting the same job "
                 "again continues it"
             ) from None
         except ClusterError as error:
@@ -129,7 +129,7 @@ def exit_code_of(job: Job) -> int:
         return job.exit_code
     if job.exit_code is not None and -job.exit_code in set(signal.Signals):
         name = signal.Signals(-job.exit_code).name
-        print(f"job {job.id} was killed ({name}), for example for want of memory", file=sys.stderr, flush=True)
+        print(f"job {job.id} was killed ({name}), for example because memory ran out", file=sys.stderr, flush=True)
         return 128 - job.exit_code
     if job.status == "SUCCEEDED":
         return 0

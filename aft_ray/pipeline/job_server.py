@@ -86,7 +86,7 @@ class JobServer:
         except ClusterError as error:
             raise ConfigError(f"{error}. Is the cluster up, and is this --address its dashboard's?") from None
         if "ray_version" not in answer.text:
-            raise ConfigError(f"{address} answers, but is no job server of Ray")
+            raise ConfigError(f"{address} answers, but is not a Ray job server")
         return server
 
     def ray_version(self) -> str:
@@ -126,7 +126,7 @@ class JobServer:
                     metadata=dict(metadata),
                 )
             except (ConnectionError, RuntimeError, AuthenticationError) as error:
-                raise EngineError(f"submit: the job server {self.address} does not take the job: {error}") from None
+                raise EngineError(f"submit: the job server {self.address} refuses the job: {error}") from None
 
     async def log_stream(self, job: str) -> AsyncIterator[str]:
         """Yield a job's log from its beginning as it grows.
@@ -180,7 +180,7 @@ def find_token(address: str) -> str:
         with contextlib.suppress(OSError):
             token = file.read_text()
     if not token.strip():
-        raise ConfigError(f"the job server {address} wants a token, and there is none in {WHERE_TOKENS_ARE}")
+        raise ConfigError(f"the job server {address} requires a token, and there is none in {WHERE_TOKENS_ARE}")
     return token.strip()
 
 

@@ -116,7 +116,7 @@ def _ports() -> Iterator[Finding]:
         )
         remedy += "start a cluster with RAY_AUTH_MODE=token"
     else:
-        remedy = "It wants a token; a firewall should still close these ports to all but the cluster"
+        remedy = "It requires a token; a firewall should still close these ports to all but the cluster"
     yield note(f"Ray listens beyond loopback: {listed}", remedy)
 
 

@@ -58,7 +58,7 @@ def push(
         except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
             cause = " ".join(str(error).split())
             raise ConfigError(
-                f"{url}: the hub did not take the upload: {cause[:300]}. Check the name OWNER/NAME, the connection, "
+                f"{url}: the hub refused the upload: {cause[:300]}. Check the name OWNER/NAME, the connection, "
                 "and that HF_TOKEN (or `hf auth login`) may write there"
             ) from None
     print(f"{len(files)} files are at {url}")

@@ -37,7 +37,7 @@ def say_yield(manifest: Manifest) -> None:
     if manifest.rows_out and num_useful / manifest.rows_out < LOW_YIELD:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.unusable.items())
         print(
-            f"{manifest.stage}: only {num_useful} of {manifest.rows_out} rows are of use to what follows ({reasons})",
+            f"{manifest.stage}: only {num_useful} of {manifest.rows_out} rows can be used by later stages ({reasons})",
             file=sys.stderr,
         )
 

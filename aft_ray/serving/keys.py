@@ -73,7 +73,7 @@ def read_keys(file: str) -> dict[str, KeyConfig]:
             raise
         if keys[str(name)].sha256 == digest(""):
             raise ConfigError(
-                f"{file}: {name}: sha256: this is the hash of nothing, so that everybody would be let in. The variable "
+                f"{file}: {name}: sha256: this is the hash of an empty key, so anybody would get in. The variable "
                 "that was hashed was not set"
             )
         if re.fullmatch(r"key-\d+", str(name)):

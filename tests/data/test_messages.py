@@ -113,6 +113,13 @@ def push(run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:
     return aft_ray("push", "me/mine", "--config", f"{run.folder.location}/{RESOLVED}", *arguments)
 
 
+@pytest.mark.parametrize("repo", ["nope", "/nope", "me/", "me/mine/more", "https://huggingface.co/me/mine"])
+def test_a_name_without_an_owner_is_refused_before_anything_is_read(repo: str) -> None:
+    done = aft_ray("push", repo, "--config", "no/such/config.yaml", "--what", "adapter")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{repo}: expected OWNER/NAME, such as me/" in done.stderr
+
+
 def test_a_training_set_is_pushed_to_the_hub_and_a_dry_run_only_says_so(run: Run, hub: Hub, tmp_path: Path) -> None:
     dry = push(run, "--what", "dataset", "--dry-run")
     assert dry.returncode == 0, dry.stderr
@@ -136,7 +143,7 @@ def test_a_hub_that_refuses_is_one_sentence(run: Run, hub: Hub, monkeypatch: pyt
     refused = push(run, "--what", "dataset")
     assert refused.returncode == 2
     [sentence] = refused.stderr.strip().splitlines()
-    assert f"{hub.url}/datasets/me/mine: the hub did not take the upload: " in sentence and "401" in sentence
+    assert f"{hub.url}/datasets/me/mine: the hub refused the upload: " in sentence and "401" in sentence
     assert not hub.files
 
 

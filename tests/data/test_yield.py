@@ -84,7 +84,7 @@ def test_a_teacher_that_wrote_nothing_to_learn_stops_the_run(
     endpoint: ScriptedEndpoint, tmp_path: Path, knobs: dict[str, Any], words: str
 ) -> None:
     vars(endpoint).update(knobs)
-    with pytest.raises(TooManyFailures, match="targets: nothing useful came of 4 rows") as stopped:
+    with pytest.raises(TooManyFailures, match="targets: none of 4 rows is usable") as stopped:
         finished(targets.stage(run_of(tmp_path, endpoint)))
     assert words in str(stopped.value)
     assert stopped.value.exit_code == 3
@@ -94,7 +94,7 @@ def test_a_judge_without_any_verdict_stops_the_run_with_what_it_said(
     endpoint: ScriptedEndpoint, tmp_path: Path
 ) -> None:
     endpoint.words = ("I like both.",)
-    with pytest.raises(TooManyFailures, match=r"scores: nothing useful came of 4 rows \(4 no score\)") as stopped:
+    with pytest.raises(TooManyFailures, match=r"scores: none of 4 rows is usable \(4 no score\)") as stopped:
         finished(scores.stage(run_of(tmp_path, endpoint)))
     assert "no verdict in 'I like both.'" in str(stopped.value)
 
@@ -113,7 +113,7 @@ def test_a_low_yield_is_said_and_goes_on(
     manifest = finished(targets.stage(run_of(tmp_path, endpoint)))
     assert (manifest.status, manifest.rows_out, manifest.unusable) == ("done", 4, {"empty target": 3})
     say_yield(manifest)
-    assert capsys.readouterr().err == ("targets: only 1 of 4 rows are of use to what follows (3 empty target)\n")
+    assert capsys.readouterr().err == ("targets: only 1 of 4 rows can be used by later stages (3 empty target)\n")
 
 
 def test_a_run_that_allows_every_failure_goes_on_with_nothing(endpoint: ScriptedEndpoint, tmp_path: Path) -> None:

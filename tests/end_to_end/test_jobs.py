@@ -104,7 +104,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(
         following.send_signal(signal.SIGINT)
         _, said = following.communicate(timeout=60)
     assert following.returncode == 130
-    assert f"job {job} goes on. To follow it: aft-ray logs {job} --address {proxy.url} --follow. To stop it:" in said
+    assert f"job {job} continues. To follow it: aft-ray logs {job} --address {proxy.url} --follow. To stop it:" in said
     assert "Traceback" not in said
     assert server.job(job).status == "RUNNING"
 
@@ -123,7 +123,7 @@ def test_a_token_that_is_missing_or_wrong_is_one_sentence(
     monkeypatch.setenv("HOME", str(tmp_path))
     missing = aft_ray("jobs", "--address", head.url)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
-    assert "wants a token, and there is none in RAY_AUTH_TOKEN" in missing.stderr
+    assert "requires a token, and there is none in RAY_AUTH_TOKEN" in missing.stderr
     monkeypatch.setenv("RAY_AUTH_TOKEN", "not-the-heads")
     wrong = aft_ray("jobs", "--address", head.url)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
@@ -254,7 +254,7 @@ def test_the_doctor_looks_at_every_node_by_a_job(head: Head, project: Path, monk
 
     well = doctor()
     assert well.returncode == 0, well.stdout + well.stderr
-    assert "it wants a token, and takes the one that is here" in well.stdout
+    assert "it requires a token, and accepts the one on this machine" in well.stdout
     assert re.search(r"^ok +node .*: 4 CPU$", well.stdout, re.MULTILINE)
     ill = doctor("--set", "run.environment=[]", "--set", "targets.placement.num_cpus=64")
     assert ill.returncode == 2

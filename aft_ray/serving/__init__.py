@@ -6,9 +6,10 @@
 
 The path of one request: `ingress.py` receives it, `keys.py` identifies the sender, `openai_request.py` turns the body
 into a `ChatCall` (model, plan, messages) or refuses it, and `gate.py` asks the one `control.py` whether it may run
-(`admission.py`) and with which adapters (`adapters.py`). Then `inference.propose_and_aggregate` runs the plan over
-`HandleEngine`s, each of which streams from an `EngineReplica`. `openai_response.py` writes the result as OpenAI
-objects, `http_errors.py` the errors, `ledger.py` the cost. `admin.py` has the routes for operators.
+(`admission.py`) and with which adapters (`adapters.py`). A `RunRequest` then goes to an aggregator replica, where
+`inference.propose_and_aggregate` runs the plan over its own engine and over `HandleEngine`s, each of which streams from
+an `EngineReplica`. `openai_response.py` writes the result as OpenAI objects, `http_errors.py` the errors, `ledger.py`
+the cost. `admin.py` has the routes for operators.
 """
 
 from aft_ray.serving.app import drain, serve_app, served_engine, stop

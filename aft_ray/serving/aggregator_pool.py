@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerUsage
 from aft_ray.records import Message
-from aft_ray.serving.aggregator import PoolInfo, RunFailed, RunRequest
 from aft_ray.serving.replica_calls import MAX_LOST, ReplicaCalls, ReplicaLost, answer_of, sent
+from aft_ray.serving.run_request import PoolInfo, RunFailed, RunRequest
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -60,7 +60,7 @@ def aggregator_pool(config: ServingConfig) -> Application:
     """Return the aggregators, bound to the proposer pools that they draw on."""
     from ray import serve
 
-    from aft_ray.serving.aggregator import AggregatorReplica
+    from aft_ray.serving.aggregator_replica import AggregatorReplica
 
     assert config.engine is not None
     options = pool_options(config, "aggregator", config.engine, config.aggregator)

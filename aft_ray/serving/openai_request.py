@@ -18,7 +18,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -41,9 +41,7 @@ from aft_ray.serving.openai_body import (
     ChatBody,
     CompletionBody,
 )
-
-if TYPE_CHECKING:
-    from aft_ray.serving.aggregator import PoolInfo
+from aft_ray.serving.run_request import PoolInfo
 
 PLANS = TypeAdapter(Plan)
 """Built once, because building it takes longer than everything else that is done with a body."""

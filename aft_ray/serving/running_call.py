@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING
 
 from aft_ray.errors import DeadlineExceeded
 from aft_ray.inference.events import Event, Finished
@@ -14,9 +13,7 @@ from aft_ray.serving.http_errors import code_of
 from aft_ray.serving.ledger import OpenRequest
 from aft_ray.serving.metrics import METRICS
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S, ChatCall
-
-if TYPE_CHECKING:
-    from aft_ray.serving.service import Readiness
+from aft_ray.serving.readiness import Readiness
 
 
 class RunningCall:

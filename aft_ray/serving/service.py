@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 
 from aft_ray.config import ServingConfig
@@ -12,20 +11,16 @@ from aft_ray.errors import ConfigError, DeadlineExceeded
 from aft_ray.inference.layer import estimated_tokens
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.admission import Ticket, cost_of
-from aft_ray.serving.aggregator import Answers, PoolInfo, RunRequest
 from aft_ray.serving.gate import Gate
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.keys import Caller, KeyRing
 from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
 from aft_ray.serving.metrics import count_layer
 from aft_ray.serving.openai_request import ChatCall, check_biases, default_model, plan_name
+from aft_ray.serving.readiness import Readiness
+from aft_ray.serving.run_request import Answers, PoolInfo, RunRequest
 from aft_ray.serving.running_call import RunningCall
 from aft_ray.serving.traces import Traces
-
-READY_S = 5.0
-"""How long the engines may take for the one-token probe of `/ready`."""
-READY_FOR_S = 2.0
-"""How long the outcome of a probe holds for all who ask, so that asking often costs nothing."""
 
 
 def check_plan_fits(plan: Plan, info: PoolInfo) -> None:
@@ -42,41 +37,6 @@ def check_plan_fits(plan: Plan, info: PoolInfo) -> None:
         check_biases(plan, info)
     except HttpError as error:
         raise ConfigError(f"serving.plan: {error}") from None
-
-
-class Readiness:
-    """Whether the engines answer. Those that have just answered somebody are not asked."""
-
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
-        self._probe: asyncio.Task[None] | None = None
-        self._probed = -READY_FOR_S
-        self.last_event = -READY_S
-        """When an engine was last heard of."""
-        self.num_running = 0
-        """Number of runs under way at this ingress replica."""
-
-    async def check(self) -> None:
-        """Return if the engines answer. Raises TimeoutError, or what the probe raised.
-
-        Engines that are too busy to answer the probe in time are ready as long as runs are under way: Serve itself
-        replaces a replica whose engine writes nothing.
-        """
-        now = time.monotonic()
-        if now - self.last_event < READY_S:
-            return
-        if self._probe is None or (self._probe.done() and now - self._probed > READY_FOR_S):
-            self._probed = now
-            self._probe = asyncio.create_task(self._ask())
-        await asyncio.shield(self._probe)
-
-    async def _ask(self) -> None:
-        try:
-            async with asyncio.timeout(READY_S):
-                await self._answers.probe()
-        except TimeoutError:
-            if not self.num_running:
-                raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,10 @@ from aft_ray.inference.events import Event, LayerUsage
 from aft_ray.serving.http_errors import code_of
 
 if TYPE_CHECKING:
-    from aft_ray.serving.aggregator import Aggregator, RunRequest
+    from aft_ray.serving.aggregator import Aggregator
     from aft_ray.serving.ledger import OpenRequest
     from aft_ray.serving.openai_request import ChatCall
+    from aft_ray.serving.run_request import RunRequest
     from aft_ray.serving.running_call import RunningCall
 
 PACKAGES = {

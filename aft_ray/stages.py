@@ -69,7 +69,7 @@ def run_stage(
         raise InputError(
             f"{stage.source.location}: this stage is not finished, and '{stage.name}' reads it. Run it first"
         )
-    manifest = begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
+    manifest = _begin(stage, source)
     is_complete = manifest.status == "done" and manifest.rows_in == source.rows_out
     is_complete &= manifest.source_content in {fingerprint(source.files), None}  # None: made by an earlier version
     if is_complete and not (retry_failed and manifest.num_failed):
@@ -88,6 +88,17 @@ def run_stage(
         finally:
             attempt.write()
     return _finish(attempt, max_failure_rate, source)
+
+
+def check_settings(stage: Stage) -> None:
+    """Raise ResumeRefused where the folder of a stage was made from other settings than it would be made from now."""
+    source = read_manifest(stage.source)
+    if source is not None and read_manifest(stage.output) is not None:
+        _begin(stage, source)
+
+
+def _begin(stage: Stage, source: Manifest) -> Manifest:
+    return begin(stage.output, stage.name, {**stage.settings, "source": source.fingerprint})
 
 
 def _todo(stage: Stage, source: Manifest, retry_failed: bool) -> tuple[list[str], dict[str, ShardSummary]]:

@@ -30,6 +30,7 @@ GROUPS = {
     "whole line": ["end_to_end/test_whole_line.py"],
     "stages": [
         "end_to_end/test_command_line.py",
+        "end_to_end/test_earlier.py",
         "end_to_end/test_evaluate.py",
         "data/test_own_answers.py",
         "data/test_poison.py",

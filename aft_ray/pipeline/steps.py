@@ -30,7 +30,8 @@ from aft_ray.runs import Resume, Run
 from aft_ray.storage import Folder, check_writable
 
 if TYPE_CHECKING:
-    from aft_ray.training import TrainProgress
+    from aft_ray.shards import Stage
+    from aft_ray.training import TrainingJob, TrainProgress
 
 Step = Callable[[Run, RaySession], None]
 
@@ -44,6 +45,7 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
     """
     read_environment(config)
     check_before_start(config)
+    check_earlier(config, names[0])
     check_writable(config.run.dir)
     check_endpoints(config, names, retry_failed)
     with RunLock(Folder.at(config.run.dir)), RaySession(config) as session:
@@ -63,6 +65,28 @@ def run_steps(config: Config, names: Sequence[str], resume: Resume = "auto", ret
     return run
 
 
+def check_earlier(config: Config, step: str) -> None:
+    """Raise ResumeRefused where what a single step goes on from was made from other settings. It writes nothing.
+
+    A whole run comes by every stage, and each one refuses other settings. A single step comes by none of those before
+    it, and would go on with their work under settings that it was not made from.
+    """
+    from aft_ray.data.prompts.stage import check_prompts
+    from aft_ray.stages import check_settings
+
+    run = Run(config, Folder.at(config.run.dir))
+    earlier = LINE[: LINE.index(step)]
+    if "prompts" in earlier:
+        check_prompts(run)
+    for name in (name for name in DATA_STAGES[1:] if name in earlier and run.manifest(name) is not None):
+        for stage in stages_of(run, name):
+            check_settings(stage)
+    if "train" in earlier and run.manifest("training_set") is not None and is_trained(run):
+        from aft_ray.training.run import plan_training
+
+        plan_training(training_job(run))
+
+
 def prompts(run: Run, session: RaySession) -> None:
     """Read, check and shard the prompts."""
     from aft_ray.data.prompts.stage import make_prompts
@@ -78,77 +102,75 @@ def prompts(run: Run, session: RaySession) -> None:
     check_tasks(run.config, run.folder.child("prompts"))
 
 
-def proposals(run: Run, session: RaySession) -> None:
-    """Sample proposals from the model to be trained."""
-    from aft_ray.data import proposals as room
+def stages_of(run: Run, step: str) -> list[Stage]:
+    """Return the stages of a data step that follows `prompts`: one of each proposer, none where no target is scored."""
+    from aft_ray.data import proposals, scores, selection, target_scores, targets, training_set
 
-    for stage in room.stages(run):
+    if step == "proposals":
+        return proposals.stages(run)
+    if step == "target_scores" and not run.config.scores_targets:
+        return []
+    rooms = {
+        "scores": scores,
+        "selection": selection,
+        "targets": targets,
+        "target_scores": target_scores,
+        "training_set": training_set,
+    }
+    return [rooms[step].stage(run)]
+
+
+def data_step(step: str, run: Run, session: RaySession) -> None:
+    """Make the rows of a data step that follows `prompts`."""
+    for stage in stages_of(run, step):
         run_in(run, stage, session.connect)
-
-
-def scores(run: Run, session: RaySession) -> None:
-    """Score the proposals."""
-    from aft_ray.data import scores as room
-
-    run_in(run, room.stage(run), session.connect)
-
-
-def selection(run: Run, session: RaySession) -> None:
-    """Choose the K proposals each prompt keeps."""
-    from aft_ray.data import selection as room
-
-    run_in(run, room.stage(run), session.connect)
-
-
-def targets(run: Run, session: RaySession) -> None:
-    """Have the teacher write the aggregations."""
-    from aft_ray.data import targets as room
-
-    run_in(run, room.stage(run), session.connect)
-
-
-def target_scores(run: Run, session: RaySession) -> None:
-    """Score the candidates of the targets, where a choice or a filter needs their scores."""
-    from aft_ray.data import target_scores as room
-
-    if run.config.scores_targets:
-        run_in(run, room.stage(run), session.connect)
 
 
 def training_set(run: Run, session: RaySession) -> None:
     """Write ids and labels, and the data set's card."""
-    from aft_ray.data import training_set as room
     from aft_ray.data.card import card_is_current, write_card
 
-    has_changed = run_in(run, room.stage(run), session.connect)
+    [stage] = stages_of(run, "training_set")
+    has_changed = run_in(run, stage, session.connect)
     if has_changed or not card_is_current(run):
         write_card(run)
 
 
-def train(run: Run, session: RaySession) -> None:
-    """Fine-tune one adapter per variant."""
+def training_job(run: Run) -> TrainingJob:
+    """Return the training of a run, whose model must be a local one."""
     from aft_ray.data.proposals import aggregator_hash
-    from aft_ray.training import TrainingJob, train_adapters
-    from aft_ray.training.adapter import SUMMARY
+    from aft_ray.training import TrainingJob
 
-    config = run.config
+    config, folder = run.config, run.folder
     if config.engine.type not in {"vllm", "transformers"}:
         raise ConfigError(f"engine.type {config.engine.type}: training needs a local model (vllm or transformers)")
-    folder = run.folder
-    outputs: dict[str, Folder] = {variant: folder.child(f"model/{variant}") for variant in config.training_set.variants}
-    job = TrainingJob(
+    return TrainingJob(
         config=config.training,
         model=config.engine.model,
         training_set=folder.child("training_set"),
-        outputs=outputs,
+        outputs={variant: folder.child(f"model/{variant}") for variant in config.training_set.variants},
         checkpoints=folder.child("checkpoints"),
         seed=config.run.seed,
         chat_template=getattr(config.engine, "chat_template", None),
         template_hashes={"aggregator": aggregator_hash(config.templates)},
     )
-    if all(output.exists(SUMMARY) for output in outputs.values()):
+
+
+def is_trained(run: Run) -> bool:
+    """Return whether every variant of a run's training is finished."""
+    from aft_ray.training.adapter import SUMMARY
+
+    return all(run.folder.child(f"model/{variant}").exists(SUMMARY) for variant in run.config.training_set.variants)
+
+
+def train(run: Run, session: RaySession) -> None:
+    """Fine-tune one adapter per variant."""
+    from aft_ray.training import train_adapters
+
+    job = training_job(run)
+    if is_trained(run):
         num_steps = sum(summary.num_steps for summary in train_adapters(job).values())
-        print(f"{'train':<13} done: {num_steps} steps, {' and '.join(outputs)}", file=sys.stderr)
+        print(f"{'train':<13} done: {num_steps} steps, {' and '.join(job.outputs)}", file=sys.stderr)
         return
     session.connect()
     seen: dict[str, TrainProgress] = {}
@@ -200,11 +222,7 @@ def report(run: Run, session: RaySession) -> None:
 
 STEPS: dict[str, Step] = {
     "prompts": prompts,
-    "proposals": proposals,
-    "scores": scores,
-    "selection": selection,
-    "targets": targets,
-    "target_scores": target_scores,
+    **{step: partial(data_step, step) for step in DATA_STAGES[1:-1]},
     "training_set": training_set,
     "train": train,
     "evaluate": evaluate,

@@ -55,6 +55,6 @@ def test_two_requests_of_eight_samples_need_three_replicas(url: str) -> None:
     assert num_replicas() == 1
     with ThreadPoolExecutor(2) as clients:
         replies = [clients.submit(ask, number) for number in range(2)]
-        wait_for(lambda: num_replicas() == 3, seconds=90)
+        wait_for(lambda: num_replicas() == 3, seconds=180)
         assert [reply.result().status_code for reply in replies] == [200, 200]
     wait_for(lambda: num_replicas() == 1, seconds=90)

@@ -18,6 +18,7 @@ import yaml
 from tiny import ANSWER, WORDS, write_model
 
 from aft_ray.storage import Folder
+from tests.command_line import aft_ray
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parent.parent.parent
@@ -68,6 +69,9 @@ def test_every_step_of_a_run(tmp_path: Path) -> None:
         assert measured[training["variant"]] == pytest.approx(perplexities[-1], rel=1e-2)
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     assert "held-out perplexity, aft in training" in page
+    refused = aft_ray("evaluate", "--config", str(tmp_path / "run.yaml"), "--set", "training.num_epochs=9")
+    assert refused.returncode == 4
+    assert "checkpoints/sft was made from other settings:\n  training.num_epochs: was 4" in refused.stderr
 
 
 @pytest.mark.soak

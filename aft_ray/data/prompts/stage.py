@@ -49,7 +49,7 @@ def make_prompts(run: Run) -> Manifest:
     """
     config, seed = run.config.prompts, run.config.run.seed
     folder = run.folder.child("prompts")
-    manifest = begin(folder, "prompts", settings_of(config, seed))
+    manifest = _begin(run)
     content = source_content(config.source, config.limit)
     if manifest.status == "done" and content in {manifest.source_content, None}:
         return manifest
@@ -74,6 +74,16 @@ def make_prompts(run: Run) -> Manifest:
     )
     write_manifest(folder, done)
     return done
+
+
+def check_prompts(run: Run) -> None:
+    """Raise ResumeRefused where the `prompts/` folder of a run was made from other settings."""
+    if run.manifest("prompts") is not None:
+        _begin(run)
+
+
+def _begin(run: Run) -> Manifest:
+    return begin(run.folder.child("prompts"), "prompts", settings_of(run.config.prompts, run.config.run.seed))
 
 
 def _remove_unfinished(folder: Folder, manifest: Manifest) -> None:

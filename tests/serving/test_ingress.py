@@ -20,6 +20,7 @@ from aft_ray.inference import Role
 from aft_ray.inference.events import AnswerDelta, Event, LayerUsage
 from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
+from aft_ray.serving import replies
 from aft_ray.serving.aggregator import Aggregator
 from aft_ray.serving.api import make_api
 from aft_ray.serving.control import Control
@@ -83,10 +84,20 @@ def test_an_engine_that_cannot_answer_is_a_bad_gateway() -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_error")
 
 
+def test_a_body_of_another_content_type_is_refused_by_its_own_code() -> None:
+    service = service_over(ScriptedEngine(ScriptedEngineConfig()))
+    headers = {"content-type": "text/plain"}
+    response = over_http(service, lambda client: client.post("/v1/chat/completions", content=b"{}", headers=headers))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_json", None)
+    assert error["message"] == "the body is not JSON; send it with content-type: application/json"
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "plain"])
 def test_an_unforeseen_error_tells_the_client_nothing_and_the_log_no_prompt(
-    stream: bool, caplog: pytest.LogCaptureFixture
+    stream: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(replies, "KEEP_ALIVE_S", 60)  # a comment that keeps the connection open begins a reply of 200
     logging.getLogger("ray.serve").propagate = True
     response = over_http(
         service_over(CrashingEngine(ScriptedEngineConfig()), Plan(num_layers=0)),

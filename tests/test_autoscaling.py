@@ -18,7 +18,7 @@ from tests.hosts import Hosts, hosts, needs_hosts
 from tests.test_stages import WaitsForOthers, source
 from tests.training.tiny import examples_of, write_model, write_training_set
 
-pytestmark = [pytest.mark.soak, needs_hosts, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.soak, needs_hosts]
 
 BEGIN = """
 import dataclasses, json, sys, threading, time

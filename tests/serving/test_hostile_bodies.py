@@ -74,7 +74,6 @@ def test_thousands_of_hostile_bodies_get_an_answer_or_a_typed_refusal(num_bodies
     assert engine.num_running == 0
 
 
-@pytest.mark.timeout(600)
 def test_hundreds_of_hostile_bodies_over_real_http(split_url: str) -> None:
     def send(sent: tuple[str, bytes]) -> str | None:
         path, body = sent

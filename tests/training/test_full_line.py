@@ -20,7 +20,6 @@ from tiny import ANSWER, WORDS, write_model
 from aft_ray.storage import Folder
 from tests.command_line import aft_ray
 
-pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -128,7 +127,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Run the command to its end and return what the report holds."""
     command = [sys.executable, "-m", "aft_ray", "run", "--config", str(folder / "run.yaml")]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1100
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=1150
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results: dict[str, Any] = json.loads((folder / "run" / "report" / "results.json").read_text())

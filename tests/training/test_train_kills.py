@@ -21,7 +21,7 @@ from aft_ray.training.metrics import HELD_OUT, METRICS
 from tests.kills import kill_all
 
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.soak
 NUM_STEPS = 45
 SAVE_STEPS = 7  # of three steps per epoch: a checkpoint in the middle of one
 

@@ -182,8 +182,11 @@ def _file_of(reference: str, name: str) -> Path | None:
         return None
 
 
-def hub_refusal(reference: str) -> str | None:
-    """Return why the hub does not give a model to this machine; None where it does, or does not answer at all."""
+def hub_refusal(reference: str, file: str = "config.json") -> str | None:
+    """Return why the hub does not give a model to this machine; None where it does, or does not answer at all.
+
+    `file`: one that the model must have, or an adapter.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -194,10 +197,10 @@ def hub_refusal(reference: str) -> str | None:
     )
 
     model, revision = split(reference)
-    if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(model, file, revision=revision), str):
         return None
     try:
-        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
+        get_hf_file_metadata(hf_hub_url(model, file, revision=revision), timeout=HUB_TIMEOUT_S)
     except GatedRepoError:
         return "its licence must be accepted on the hub first, by the owner of the token in HF_TOKEN"
     except RepositoryNotFoundError:
@@ -205,7 +208,7 @@ def hub_refusal(reference: str) -> str | None:
     except RevisionNotFoundError:
         return f"the hub has no revision {revision} of it"
     except EntryNotFoundError:
-        return "it has no config.json"
+        return f"it has no {file}"
     except (HTTPError, OSError):  # the hub's own client raises its own HTTPError where nobody answers
         return None
     return None

@@ -92,6 +92,10 @@ class Folder:
         """The last part of the path."""
         return self.path.rpartition("/")[2]
 
+    @property
+    def parent(self) -> Folder:
+        return Folder(self.fs, self.path.rpartition("/")[0], self.scheme)
+
     def child(self, name: str) -> Folder:
         return Folder(self.fs, f"{self.path}/{name}", self.scheme)
 

@@ -107,7 +107,8 @@ class ServingConfig(Strict):
     """`split` only: several models that each write their share of the proposals, without adapters. They replace
     `proposer_engine` and `proposer`. The model with the largest share writes single samples (L=0)."""
     adapters: dict[str, str] | None = None
-    """Adapter folders by model name, each served in addition to the base model. None: the run's trained adapters."""
+    """Adapters by model name, each served in addition to the base model: folders, URLs, or `OWNER/NAME#REVISION` of the
+    hub. None: the run's trained adapters."""
     proposer_adapter: str | None = None
     """`split` only: name of the adapter that writes the proposals of all requests. None: the adapter of the request."""
     default_model: str | None = None
@@ -161,7 +162,8 @@ class ServingConfig(Strict):
     admission: AdmissionConfig = AdmissionConfig()
     """Limits on concurrent requests and tokens."""
     adapters_dir: str | None = None
-    """Folder of adapters, each in a subfolder named after its model. New and changed ones are served in seconds."""
+    """Folder of adapters, each in a subfolder named after its model; a path or a URL (`s3://`, `gs://`). New and changed
+    ones are served in seconds."""
     keep_adapter_versions: int | None = Field(default=None, ge=1)
     """Number of copies of adapters (`.versions`) to keep in a folder: the newest ones, besides those in use. Leave it
     out if several applications share that folder. None: all."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from aft_ray.config.engines import LARGEST_LORA_RANK
-from aft_ray.errors import EngineError
+from aft_ray.errors import ConfigError, EngineError, StorageError
+from aft_ray.hub import is_hub_id, snapshot
+from aft_ray.storage import local_copy
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,25 +29,38 @@ class AdapterFile:
     """One peft adapter."""
 
     folder: str
+    """Where it lies on this node."""
     rank: int
     """The largest rank of its modules."""
     unusual: tuple[str, ...]
     """Settings that vLLM does not know, or leaves out of account, as `name value`."""
 
 
-def read_adapter(folder: str) -> AdapterFile:
-    """Read the config of a peft adapter. Raises EngineError for a folder that holds none."""
-    path = Path(folder, CONFIG)
+def adapter_folder(reference: str) -> Path:
+    """Return the folder of an adapter on this node, where a URL or a commit of the hub is fetched once.
+
+    Raises EngineError for a URL or a repository that cannot be read from here.
+    """
+    try:
+        return snapshot(reference) if is_hub_id(reference) else local_copy(reference)
+    except (ConfigError, StorageError) as error:
+        raise EngineError(f"adapter {error}") from error  # which begins with the reference
+
+
+def read_adapter(reference: str) -> AdapterFile:
+    """Read the config of a peft adapter. Raises EngineError for a folder, URL or repository that holds none."""
+    folder = adapter_folder(reference)
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
         rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except FileNotFoundError:
-        raise EngineError(f"adapter {folder}: no {CONFIG} in that folder") from None
+        raise EngineError(f"adapter {reference}: no {CONFIG} in that folder") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(
-            f"adapter {folder}: {CONFIG} is not that of a LoRA ({type(error).__name__}: {error})"
+            f"adapter {reference}: {CONFIG} is not that of a LoRA ({type(error).__name__}: {error})"
         ) from None
-    return AdapterFile(folder=folder, rank=rank, unusual=tuple(_unusual(config)))
+    return AdapterFile(folder=str(folder), rank=rank, unusual=tuple(_unusual(config)))
 
 
 def _unusual(config: dict[str, Any]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any
 
 from aft_ray.config import TransformersEngineConfig
 from aft_ray.cpu import dtype_to_load
+from aft_ray.engines.adapter_file import adapter_folder
 from aft_ray.engines.base import EXTRAS, EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta
 from aft_ray.errors import EngineError
 from aft_ray.models import resolve_model
-from aft_ray.storage import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class TransformersEngine:
         """Load an adapter beside those that are loaded. One that cannot be loaded leaves the model as it was."""
         from peft import PeftConfig, get_peft_model
 
-        folder = local_copy(adapter)
+        folder = adapter_folder(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise EngineError(f"adapter {adapter}: no adapter_config.json in that folder")
         if not self._adapters:

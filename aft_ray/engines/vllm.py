@@ -51,7 +51,6 @@ from aft_ray.engines.watchdog import children, watch_over
 from aft_ray.errors import ConfigError, EngineDead, EngineError, InputError, InvalidSchema
 from aft_ray.fan_in import Emit, fan_in
 from aft_ray.models import resolve_model
-from aft_ray.storage import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +296,8 @@ class VllmEngine(VllmProcess):
     async def _load(self, adapter: str) -> Any:
         from vllm.lora.request import LoRARequest
 
-        folder = str(await asyncio.to_thread(local_copy, adapter))
-        reason = why_vllm_cannot(read_adapter(folder), self.max_lora_rank)
+        file = await asyncio.to_thread(read_adapter, adapter)
+        folder, reason = file.folder, why_vllm_cannot(file, self.max_lora_rank)
         if reason is None:
             changed = layers_of(folder)
             reason = why_not_of_this_model(changed, self._layers)
@@ -392,7 +391,7 @@ def lora_rank_of(config: VllmEngineConfig, adapters: Collection[str], least: int
     """Return the rank to start an engine with: the setting, else the smallest of vLLM's that holds all adapters."""
     if config.max_lora_rank is not None:
         return config.max_lora_rank
-    largest = max([least, *(read_adapter(str(local_copy(adapter))).rank for adapter in adapters)])
+    largest = max([least, *(read_adapter(adapter).rank for adapter in adapters)])
     ranks: tuple[int, ...] = get_args(LoraRank)
     return next((rank for rank in ranks if rank >= largest), ranks[-1])  # one above the last is refused when it is used
 

@@ -87,19 +87,24 @@ def templates_can_be_read(config: Config) -> None:
 
 
 def models_are_there(config: Config) -> None:
-    """A model or adapter that is named as a folder is one, and the hub gives the models that are named by its ids."""
+    """A model or adapter that is named as a folder is one, and the hub gives those that are named by its ids."""
+    from aft_ray.models import hub_refusal
+
     for key, engine in named_engines(config):
         if engine.type in {"vllm", "transformers"}:
             _check_model(f"{key}.model", engine.model)
     if config.scores.scorer == "reward_model" and config.scores.reward_model is not None:
         _check_model("scores.reward_model", config.scores.reward_model)
     for key, adapter in named_adapters(config):
-        if not Folder.at(adapter).exists("adapter_config.json"):
+        if is_hub_id(adapter):
+            if (refusal := hub_refusal(adapter, "adapter_config.json")) is not None:
+                raise ConfigError(f"{key} {adapter}: no such folder here, and {refusal}")
+        elif not Folder.at(adapter).exists("adapter_config.json"):
             raise ConfigError(f"{key} {adapter}: no adapter there; expected a folder with adapter_config.json")
 
 
 def named_adapters(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield every adapter folder that a config names, with its key."""
+    """Yield every adapter that a config names, by folder, URL or hub id, with its key."""
     proposals, serving = config.proposals, config.serving
     own: list[tuple[str, str | None]] = [
         ("proposals.adapter", proposals.adapter),

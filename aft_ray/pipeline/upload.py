@@ -180,9 +180,8 @@ def _models(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
-    yield from named_adapters(config)
-    if config.training.init_adapter is not None and not is_hub_id(config.training.init_adapter):
-        yield "training.init_adapter", config.training.init_adapter
+    adapters = [*named_adapters(config), ("training.init_adapter", config.training.init_adapter)]
+    yield from ((key, adapter) for key, adapter in adapters if adapter is not None and not is_hub_id(adapter))
     for key, engine in named_engines(config):
         if engine.type == "scripted" and engine.tokenizer is not None:
             yield f"{key}.tokenizer", engine.tokenizer

@@ -1,13 +1,17 @@
 """Adapters by content: a model name stands for a folder that is named by a hash of its content.
 
     aft  ->  /runs/mine/model/.versions/3f9c0a1b2c3d/        adapter_config.json, adapter_model.safetensors
+    aft  ->  s3://bucket/mine/model/.versions/3f9c0a1b2c3d   the same on object storage
+    aft  ->  owner/name#a09a354...                           a commit of the hub, which never changes
 
 An engine caches weights and attention keys by folder, so a folder must never change. A new adapter is copied to a new
-folder and tried there; only then is the name moved to it, in one step and in one place (`control.Control`).
+folder and tried there; only then is the name moved to it, in one step and in one place (`control.Control`). What a name
+stands for is a reference: every replica fetches it to its own node.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,7 +22,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.fs as pafs
+
 from aft_ray.errors import ConfigError
+from aft_ray.hub import is_hub_id, origin, snapshot
+from aft_ray.storage import Folder, cache_dir, local_copy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CONFIG = "adapter_config.json"
@@ -35,6 +43,7 @@ class Adapter:
     """The adapter that a model name stands for."""
 
     path: str
+    """What engines are asked for: a folder, a URL, or a commit of the hub."""
     version: str
     """12 characters of the sha256 of its files; `configured` for an adapter of the config that was never replaced."""
 
@@ -48,9 +57,10 @@ def check_name(name: str, base_name: str) -> None:
         )
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Folder) -> bool:
     """Whether the folder holds a complete peft adapter."""
-    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+    files = folder.files()
+    return CONFIG in files and any(name in files for name in WEIGHTS)
 
 
 def version_of(folder: Path) -> str:
@@ -65,35 +75,73 @@ def version_of(folder: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def keep_version(folder: Path, store: Path | None = None) -> Adapter:
-    """Copy the adapter in `folder` to where it will never change: `store`, or `.versions` beside the folder.
+def keep_version(reference: str, store: Folder | None = None) -> Adapter:
+    """Copy the adapter at a path or URL to where it will never change: `store`, or `.versions` beside it.
 
-    Raises ConfigError when the folder holds no complete adapter. A copy appears completely or not at all.
+    A repository of the hub is not copied: its commits never change. A copy appears completely or not at all. Raises
+    ConfigError where there is no complete adapter, and StorageError where it cannot be read or its copy be written.
     """
-    if not is_adapter(folder):
-        raise ConfigError(f"{folder}: found no adapter; expected {CONFIG} and {WEIGHTS[0]}, as training writes them")
-    store = store or folder.parent / VERSIONS
-    version = version_of(folder)
-    kept = store / version
-    if not kept.is_dir():
-        partial = store / f"{version}.{uuid.uuid4().hex[:8]}.partial"
-        partial.mkdir(parents=True)
-        for name in (CONFIG, *WEIGHTS):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, partial / name)  # with its mode: who may not read it may not read the copy
-        if version_of(partial) != version:
-            shutil.rmtree(partial)
-            raise ConfigError(f"{folder}: the adapter changed while it was copied; try again when it is complete")
+    if is_hub_id(reference):
+        return _commit_of(reference)
+    place = Folder.at(reference)
+    if not is_adapter(place):
+        raise _no_adapter(reference)
+    folder = local_copy(reference)
+    with place.reached("read"):
+        version = version_of(folder)
+    kept = (store or place.parent.child(VERSIONS)).child(version)
+    if not is_adapter(kept):
+        beside = Path(kept.path).parent if kept.is_local else cache_dir()
+        partial = beside / f"{version}.{uuid.uuid4().hex[:8]}.partial"
         try:
-            partial.rename(kept)
-        except OSError:  # another process was faster with the same content
-            shutil.rmtree(partial)
-    touch(kept)
-    return Adapter(path=str(kept), version=version)
+            with kept.reached("written"):
+                _copy(folder, partial)
+            if version_of(partial) != version or local_copy(reference) != folder:  # a URL is fetched file by file
+                raise ConfigError(
+                    f"{reference}: the adapter changed while it was copied; try again when it is complete"
+                )
+            _move(partial, kept)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    touch(kept.location)
+    return Adapter(path=kept.location, version=version)
 
 
-def touch(version: Path) -> None:
-    """Note that a version was in use until now (`prune_versions`)."""
+def _no_adapter(reference: str) -> ConfigError:
+    return ConfigError(f"{reference}: found no adapter; expected {CONFIG} and {WEIGHTS[0]}, as training writes them")
+
+
+def _commit_of(reference: str) -> Adapter:
+    """Return the adapter that a repository of the hub holds at one commit."""
+    folder = snapshot(reference)
+    commit = origin(folder)
+    if commit is None or not is_adapter(Folder.at(folder)):
+        raise _no_adapter(reference)
+    return Adapter(path=commit.reference, version=version_of(folder))
+
+
+def _copy(folder: Path, partial: Path) -> None:
+    partial.mkdir(parents=True)
+    for name in (CONFIG, *WEIGHTS):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, partial / name)  # with its mode: who may not read it may not read the copy
+
+
+def _move(partial: Path, kept: Folder) -> None:
+    """Move a complete copy to its place, where another process may have been faster with the same content."""
+    if kept.is_local:
+        with contextlib.suppress(OSError):
+            partial.rename(kept.path)
+        return
+    for name in (*WEIGHTS, CONFIG):  # the config comes last: a folder without one is no adapter yet
+        if (partial / name).is_file():
+            with kept.reached("written", name):
+                pafs.copy_files(str(partial / name), kept.file(name), pafs.LocalFileSystem(), kept.fs)
+
+
+def touch(path: str) -> None:
+    """Note that a version in a folder was in use until now (`prune_versions`)."""
+    version = Path(path)
     if version.parent.name == VERSIONS and version.is_dir():
         os.utime(version)
 
@@ -119,23 +167,25 @@ def prune_versions(store: Path, *, keep: int, in_use: Collection[str], grace_s: 
     return removed
 
 
-def found_in(folder: Path) -> dict[str, Path]:
+def found_in(folder: Folder) -> dict[str, Folder]:
     """Return the adapters of a watched folder, by model name."""
-    if not folder.is_dir():
-        return {}
-    return {
-        entry.name: Path(entry.path)
-        for entry in os.scandir(folder)
-        if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) and is_own_adapter(Path(entry.path))
-    }
+    if not folder.is_local:
+        names = folder.folder_names()
+    elif Path(folder.path).is_dir():
+        names = [entry.name for entry in os.scandir(folder.path) if entry.is_dir(follow_symlinks=False)]
+    else:
+        names = []
+    places = {name: folder.child(name) for name in names if NAME.fullmatch(name)}
+    return {name: place for name, place in places.items() if is_own_adapter(place)}
 
 
-def is_own_adapter(folder: Path) -> bool:
+def is_own_adapter(folder: Folder) -> bool:
     """Whether a folder holds an adapter whose files are all its own: a link could name any file of the server."""
-    return is_adapter(folder) and not any((folder / name).is_symlink() for name in (CONFIG, *WEIGHTS))
+    links = [name for name in (CONFIG, *WEIGHTS) if folder.is_local and Path(folder.file(name)).is_symlink()]
+    return not links and is_adapter(folder)
 
 
-def stamp_of(folder: Path) -> Stamp:
+def stamp_of(folder: Folder) -> Stamp:
     """Return a stamp that changes whenever the adapter's files do, without reading their content."""
-    files = [folder / name for name in (CONFIG, *WEIGHTS)]
-    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
+    files = folder.files()
+    return tuple((name, files[name].mtime_ns, files[name].size) for name in (CONFIG, *WEIGHTS) if name in files)

@@ -2,7 +2,8 @@
 
     GET    /admin/status            requests and tokens under way, by key and by adapter
     GET    /admin/adapters          model name -> version, folder, and requests that still run on older versions
-    POST   /admin/adapters          {"name": "aft", "path": "/runs/new/model/aft"}: copy, try, move the name
+    POST   /admin/adapters          {"name": "aft", "path": "/runs/new/model/aft"}: copy, try, move the name; the path
+                                    is a folder, a URL (s3://, gs://) or an adapter of the hub, OWNER/NAME#REVISION
     DELETE /admin/adapters/{name}   stop serving the name; requests under way finish with the adapter they have
     POST   /admin/drain             refuse new requests (`{"drain": false}`: accept them again)
 
@@ -21,7 +22,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict
 
-from aft_ray.errors import ConfigError, EngineError
+from aft_ray.errors import ConfigError, EngineError, StorageError
 from aft_ray.serving.adapters import (
     VERSIONS,
     Adapter,
@@ -37,6 +38,7 @@ from aft_ray.serving.http import OpenAIRoute
 from aft_ray.serving.http_errors import HttpError
 from aft_ray.serving.openai_request import LONGEST_REQUEST_S
 from aft_ray.serving.service import Service
+from aft_ray.storage import Folder
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -44,10 +46,12 @@ TRY_S = 120.0
 """How long engines may take to load an adapter and write one token with it."""
 WATCH_S = 2.0
 """Interval between two looks at the watched folder. An adapter is served when two looks in a row find it unchanged."""
+WATCH_URL_S = 5.0
+"""The same for a watched folder on object storage, where looking costs money."""
 
 
 class AdapterBody(BaseModel):
-    """A model name and the folder of its new adapter."""
+    """A model name and the place of its new adapter."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,17 +67,17 @@ class DrainBody(BaseModel):
     drain: bool = True
 
 
-async def install(service: Service, name: str, folder: Path) -> Adapter:
-    """Serve the adapter in `folder` under `name` from now on, at every ingress replica.
+async def install(service: Service, name: str, reference: str) -> Adapter:
+    """Serve the adapter at a path, at a URL or on the hub under `name` from now on, at every ingress replica.
 
     It is copied to a folder named by its content and tried by one replica of each pool (the others load it with their
-    first request); then the name moves. Raises ConfigError or EngineError where the adapter cannot be served; the name
-    has not moved then.
+    first request, each on its own node); then the name moves. Raises ConfigError or StorageError where the adapter
+    cannot be read or kept, or EngineError where the engines cannot serve it; the name has not moved then.
     """
     config = service.config
     check_name(name, config.base_name)
-    store = None if config.adapters_dir is None else Path(config.adapters_dir) / VERSIONS
-    adapter = await asyncio.to_thread(keep_version, folder, store)
+    store = None if config.adapters_dir is None else Folder.at(config.adapters_dir).child(VERSIONS)
+    adapter = await asyncio.to_thread(keep_version, reference, store)
     await service.gate.renew()  # another ingress replica may have moved the name a moment ago
     known = service.gate.table.adapters.get(name)
     if known == adapter:
@@ -82,7 +86,7 @@ async def install(service: Service, name: str, folder: Path) -> Adapter:
         async with asyncio.timeout(TRY_S):
             await service.answers.probe(adapter.path)
     except TimeoutError:
-        raise EngineError(f"the engines wrote no token with the adapter {folder} in {TRY_S:g} s") from None
+        raise EngineError(f"the engines wrote no token with the adapter {reference} in {TRY_S:g} s") from None
     await service.gate.change(move={name: adapter})
     logger.warning("model %s: now version %s (before: %s)", name, adapter.version, known.version if known else "none")
     await retire(service, known)
@@ -93,13 +97,16 @@ async def install(service: Service, name: str, folder: Path) -> Adapter:
 async def retire(service: Service, adapter: Adapter | None) -> None:
     """Note that a name no longer stands for an adapter, which requests may use until they end."""
     if adapter is not None and service.config.keep_adapter_versions is not None:
-        await asyncio.to_thread(touch, Path(adapter.path))
+        await asyncio.to_thread(touch, adapter.path)
 
 
 async def prune(service: Service, store: Path) -> None:
-    """Remove versions that nobody needs, where the server is to keep a number of them. What fails is logged."""
+    """Remove versions that nobody needs, where the server is to keep a number of them. What fails is logged.
+
+    What lies on object storage or comes from the hub is left.
+    """
     keep = service.config.keep_adapter_versions
-    if keep is None:
+    if keep is None or not await asyncio.to_thread(store.is_dir):
         return
     open_by_path: dict[str, int] = (await service.gate.open_requests())["requests_by_adapter"]
     named = [adapter.path for adapter in service.gate.table.adapters.values()]
@@ -119,20 +126,23 @@ async def keep_watching(service: Service) -> None:
     """Serve new and changed adapters of the watched folder, for as long as the replica lives."""
     if service.config.adapters_dir is None:
         return
-    folder = Path(service.config.adapters_dir)
+    folder = Folder.at(service.config.adapters_dir)
     seen: dict[str, Stamp] = {}
     while True:
         try:
             if await service.gate.may_watch():
                 seen = await _take_changed(service, folder, seen)
-        except HttpError as error:  # the control does not answer: the next look tries again
-            logger.error("cannot look for adapters in %s: %s", folder, error)
+        except (
+            HttpError,
+            StorageError,
+        ) as error:  # the control or the storage does not answer: the next look tries again
+            logger.error("cannot look for adapters in %s: %s", folder.location, error)
         except Exception as error:  # process boundary: this task must not end before its replica
-            logger.error("cannot look for adapters in %s: %s", folder, type(error).__name__)
-        await asyncio.sleep(WATCH_S)
+            logger.error("cannot look for adapters in %s: %s", folder.location, type(error).__name__)
+        await asyncio.sleep(WATCH_S if folder.is_local else WATCH_URL_S)
 
 
-async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp]) -> dict[str, Stamp]:
+async def _take_changed(service: Service, folder: Folder, seen: Mapping[str, Stamp]) -> dict[str, Stamp]:
     """Install adapters that are unchanged since the last look (`seen`) and not yet taken. Return what is there now."""
     places = await asyncio.to_thread(found_in, folder)
     now = {name: await asyncio.to_thread(stamp_of, place) for name, place in places.items()}
@@ -140,15 +150,15 @@ async def _take_changed(service: Service, folder: Path, seen: Mapping[str, Stamp
         if seen.get(name) != stamp or service.gate.table.taken.get(name) == stamp:
             continue
         try:
-            await install(service, name, places[name])
+            await install(service, name, places[name].location)
         except HttpError:
             raise
-        except (ConfigError, EngineError) as error:
-            logger.error("cannot serve the adapter %s: %s", places[name], error)
+        except (ConfigError, StorageError, EngineError) as error:
+            logger.error("cannot serve the adapter %s: %s", places[name].location, error)
         except Exception as error:  # process boundary: the other adapters must not wait for this one
-            logger.error("cannot serve the adapter %s: %s", places[name], type(error).__name__)
+            logger.error("cannot serve the adapter %s: %s", places[name].location, type(error).__name__)
         await service.gate.change(taken={name: stamp})
-    if await asyncio.to_thread(folder.is_dir):  # a folder that is out of reach for a moment removes nothing
+    if await asyncio.to_thread(folder.exists):  # a folder that is out of reach for a moment removes nothing
         await _remove_gone(service, now)
     return now
 
@@ -206,7 +216,9 @@ def admin_routes(service: Service) -> APIRouter:
     @router.post("/adapters")
     async def move(body: AdapterBody) -> dict[str, Any]:
         try:
-            adapter = await install(service, body.name, Path(body.path))
+            adapter = await install(service, body.name, body.path)
+        except StorageError as error:
+            raise HttpError(400, str(error), param="path", code="adapter_unreadable") from None
         except EngineError as error:
             message = f"the engines cannot serve this adapter: {error}"
             raise HttpError(400, message, param="path", code="adapter_refused") from None

@@ -231,6 +231,7 @@ def check_config(config: ServingConfig) -> None:
         reason = None if engine is None else why_not_on_gpus(engine, replicas.num_gpus)
         if reason is not None:
             raise ConfigError(f"serving.{key}.num_gpus {replicas.num_gpus:g}, {reason}")
+    check_adapters_dir(config)
     check_scaling(config)
     check_traces(config.traces)
     key_digests(config)
@@ -241,6 +242,23 @@ def check_config(config: ServingConfig) -> None:
         check_limits(config.plan, config)
     except HttpError as error:
         raise ConfigError(f"serving.plan: {error}") from None
+
+
+def check_adapters_dir(config: ServingConfig) -> None:
+    """Raise ConfigError for a place of adapters that cannot be watched, or whose versions nobody removes."""
+    from aft_ray.storage import Folder
+
+    if config.adapters_dir is None:
+        return
+    try:
+        folder = Folder.at(config.adapters_dir)
+    except ConfigError as error:
+        raise ConfigError(f"serving.adapters_dir: {error}") from None
+    if not folder.is_local and config.keep_adapter_versions is not None:
+        raise ConfigError(
+            f"serving.keep_adapter_versions {config.keep_adapter_versions}: versions are removed from file systems "
+            f"only, and adapters_dir is {config.adapters_dir}. Leave one of the two out"
+        )
 
 
 def check_scaling(config: ServingConfig) -> None:

@@ -24,7 +24,6 @@ from aft_ray.errors import ConfigError, EngineDead, EngineError
 from aft_ray.serving.metrics import engine_samples
 from aft_ray.serving.replica_calls import Routed
 from aft_ray.serving.traces import Traces, traces_of
-from aft_ray.storage import local_copy
 
 logger = logging.getLogger("ray.serve.aft_ray")
 T = TypeVar("T")
@@ -57,7 +56,7 @@ def check_adapters(adapters: Mapping[str, str], config: EngineConfig) -> None:
     """Raise ConfigError at the start, not at the first request, unless the engine can answer with every adapter."""
     for name, folder in adapters.items():
         try:
-            adapter = read_adapter(str(local_copy(folder)))
+            adapter = read_adapter(folder)
         except EngineError as error:
             raise ConfigError(f"serving.adapters.{name}: {error}; expected a peft adapter folder") from None
         reason = why_vllm_cannot(adapter, config.max_lora_rank) if config.type == "vllm" else None

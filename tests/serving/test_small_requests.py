@@ -23,6 +23,7 @@ from aft_ray.serving.http_errors import without_paths
 from aft_ray.serving.keys import KeyRing, digest, read_keys
 from aft_ray.serving.run_request import PoolInfo
 from aft_ray.serving.service import check_plan_fits
+from aft_ray.storage import Folder
 from tests.serving.test_completions import complete, service_of
 from tests.serving.test_final_layer import refused
 from tests.serving.test_ingress import BODY, over_http, post, service_over
@@ -268,13 +269,13 @@ def test_links_in_a_watched_folder_are_no_adapters(tmp_path: Path) -> None:
     linked = adapter(watched / "linked")
     (linked / "adapter_model.safetensors").unlink()
     (linked / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
-    assert list(found_in(watched)) == ["good"]
+    assert list(found_in(Folder.at(watched))) == ["good"]
 
 
 def test_a_copy_of_an_adapter_keeps_its_mode(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "aft")
     (folder / "adapter_model.safetensors").chmod(0o600)
-    kept = Path(keep_version(folder).path)
+    kept = Path(keep_version(str(folder)).path)
     assert (kept / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o600
 
 
@@ -285,7 +286,7 @@ def test_an_adapter_that_comes_changes_no_default_and_one_that_goes_is_served_no
     async def look(times: int) -> list[str]:
         seen: dict[str, Any] = {}
         for _ in range(times):
-            seen = await _take_changed(served, tmp_path, seen)
+            seen = await _take_changed(served, Folder.at(tmp_path), seen)
         return list(served.current_config.adapters or {})
 
     assert asyncio.run(look(2)) == ["experiment"]

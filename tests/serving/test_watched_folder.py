@@ -158,10 +158,10 @@ def test_old_versions_are_pruned_but_none_that_is_needed(
     monkeypatch.setattr(admin.logger, "propagate", True)
     versions: list[Path] = []
 
-    def made(weights: str, name: str = "aft") -> Path:
+    def made(weights: str, name: str = "aft") -> str:
         put(folder / "new", name, weights)
         versions.append(folder / VERSIONS / version_of(folder / "new" / name))
-        return folder / "new" / name
+        return str(folder / "new" / name)
 
     async def run() -> None:
         control = Control(AdmissionConfig(), {})

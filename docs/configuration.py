@@ -51,6 +51,8 @@ SHARED: dict[Any, str] = {
     TemplatesConfig: "templates",
 }
 """Models that several sections use, by the name under which each is described once."""
+SAME = {"evaluation.prompts": "prompts"}
+"""Settings whose model is described under another one."""
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 ENGINES = get_args(get_args(EngineConfig)[0])
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -122,7 +124,7 @@ def type_of(annotation: Any, path: str) -> str:
         return f"mapping of {type_of(inside[0], path)} to {type_of(inside[1], path)}"
     if annotation in NAMES:
         return NAMES[annotation]
-    name = SHARED.get(annotation, path)
+    name = SHARED.get(annotation, SAME.get(path, path))
     return f"[{name}](#{anchor(name)})"
 
 
@@ -195,7 +197,7 @@ def section(title: str, model: type, path: str) -> Iterator[str]:
         kind = type_of(setting.annotation, own)
         cells = (f"`{setting.name}`", kind, default_of(setting), bounds_of(setting), flat(setting.text))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        below += [(own, one) for one in models_in(setting.annotation)]
+        below += [(own, one) for one in models_in(setting.annotation) if own not in SAME]
     yield ""
     for own, one in below:
         yield from section(own, one, own)

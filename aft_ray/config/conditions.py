@@ -338,6 +338,14 @@ def named_engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
     yield from ((key, engine) for key, engine in own if engine is not None)
 
 
+def named_sources(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield every source of prompts that a config names, with its key."""
+    yield "prompts.source", config.prompts.source
+    yield from (("prompts.decontaminate", source) for source in config.prompts.decontaminate)
+    if config.evaluation.prompts is not None:
+        yield "evaluation.prompts.source", config.evaluation.prompts.source
+
+
 def served_names(config: Config) -> list[str]:
     """Return the names of the models that the run's endpoint serves: the base model, then what is trained."""
     adapters = config.serving.adapters

@@ -162,8 +162,8 @@ class ServingConfig(Strict):
     admission: AdmissionConfig = AdmissionConfig()
     """Limits on concurrent requests and tokens."""
     adapters_dir: str | None = None
-    """Folder of adapters, each in a subfolder named after its model; a path or a URL (`s3://`, `gs://`). New and changed
-    ones are served in seconds."""
+    """Folder of adapters, each in a subfolder named after its model; a path or a URL (`s3://`, `gs://`). New and
+    changed ones are served in seconds."""
     keep_adapter_versions: int | None = Field(default=None, ge=1)
     """Number of copies of adapters (`.versions`) to keep in a folder: the newest ones, besides those in use. Leave it
     out if several applications share that folder. None: all."""

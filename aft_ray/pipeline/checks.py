@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from aft_ray.config import Config, EngineConfig
-from aft_ray.config.conditions import named_engines
+from aft_ray.config.conditions import named_engines, named_sources
 from aft_ray.config.data import VERIFIERS
 from aft_ray.errors import ConfigError, PromptTooLong
 from aft_ray.hub import is_hub_id
@@ -65,12 +65,14 @@ def _needed_packages(config: Config) -> Iterator[tuple[str, str]]:
     verifiers = [("scores.scorer", config.scores.scorer), ("scores.verifier", config.scores.verifier)]
     if config.scores.scorer == "auto" and config.scores.verifier is None:
         verifiers.append(("prompts.task", config.prompts.task))
+        if config.evaluation.prompts is not None:
+            verifiers.append(("evaluation.prompts.task", config.evaluation.prompts.task))
     for key, name in verifiers:
         if name in VERIFIERS and name in PACKAGES:
             yield f"{key} {name}", name
-    for source in (config.prompts.source, *config.prompts.decontaminate):
+    for key, source in named_sources(config):
         if source.startswith("reasoning_gym:"):
-            yield f"prompts.source {source}", "reasoning_gym"
+            yield f"{key} {source}", "reasoning_gym"
     if config.training.quantization == "nf4":
         yield "training.quantization nf4", "bitsandbytes"
     if config.training.deepspeed != "none":

@@ -106,7 +106,7 @@ def estimate(config: Config, num_prompts: int) -> Iterator[StepEstimate]:
     ]
     yield _training(config, sum(trained_examples(config, trained, length) * length for length in lengths))
     plan = config.evaluation.plan
-    systems = (1 + len(config.training_set.variants)) * config.prompts.held_out
+    systems = (1 + len(config.training_set.variants)) * _num_asked(config, num_prompts)
     if systems:
         final = answer(plan.final.max_tokens)
         _, engine_of_pool, replicas = config.serving.pools[0]
@@ -125,6 +125,12 @@ def trained_examples(config: Config, num_examples: int, length: float) -> float:
     per_row = 1 if training.pack_length is None else max(training.pack_length / length, 1)
     rows_per_step = training.batch_size_per_worker * training.num_workers * training.gradient_accumulation_steps
     return training.max_steps * rows_per_step * per_row
+
+
+def _num_asked(config: Config, num_prompts: int) -> int:
+    """Return how many prompts the evaluation asks: of a set of its own without a limit, as many as the run has."""
+    own = config.evaluation.prompts
+    return config.prompts.held_out if own is None else own.limit or num_prompts
 
 
 def _gpus(config: Config, setting: float | None, engine_gpus: int, most: int) -> float:

@@ -3,6 +3,8 @@
     prompts -> evaluation/held_out -> evaluation/<system>/answers -> evaluation/<system>/scores
     targets -> evaluation/perplexity/<model>
 
+With `evaluation.prompts`, those prompts are read into evaluation/prompts and asked in place of the held-out ones.
+
 Each arrow is a stage like those of the data: it is resumed, tried again for failed rows, and refused when what it was
 made from has changed. The answers come from the run's own application, which is served for as long as a stage needs it
 and reached over Serve's handles, so that it does not matter on which node a worker runs and where HTTP listens; or from
@@ -19,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from aft_ray.config import AdmissionConfig, PlacementConfig, ServingConfig, SystemConfig
+from aft_ray.data.prompts.stage import make_evaluation_prompts
 from aft_ray.data.proposals import aggregator_hash
 from aft_ray.data.scorers import answer_scorer_config, build_scorer, gpus_of_scorer, is_light, scorer_settings
 from aft_ray.data.targets import last_stage
@@ -27,7 +30,7 @@ from aft_ray.evaluation import answers, held_out, perplexity_stage, scores
 from aft_ray.evaluation.perplexity_stage import Condition
 from aft_ray.models import engine_identity, identity
 from aft_ray.pipeline.cluster import RaySession
-from aft_ray.pipeline.running import run_in
+from aft_ray.pipeline.running import run_in, say
 from aft_ray.progress import Progress
 from aft_ray.records import fingerprint
 from aft_ray.runs import Run
@@ -48,6 +51,8 @@ def evaluate(run: Run, session: RaySession) -> None:
     computes them, and they are left out where `evaluation.base_url` names another endpoint.
     """
     systems = systems_of(run)
+    if run.config.evaluation.prompts is not None:
+        say(make_evaluation_prompts(run, run.config.evaluation.prompts))
     run_in(run, held_out.stage(run), session.connect)
     with Application(run, session) as application:
         for model in served_models(run):

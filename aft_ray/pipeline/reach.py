@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from aft_ray.config import Config, OpenAIEngineConfig
-from aft_ray.config.conditions import named_engines
+from aft_ray.config.conditions import named_engines, named_sources
 from aft_ray.data.prompts.sources import HubDataset
 from aft_ray.engines.openai import key_header
 from aft_ray.hub import split
@@ -43,9 +43,7 @@ def hub_models(config: Config) -> Iterator[tuple[str, str]]:
 
 def hub_datasets(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the data sets of the hub that the config names."""
-    named = [("prompts.source", config.prompts.source)]
-    named += [("prompts.decontaminate", source) for source in config.prompts.decontaminate]
-    for key, source in named:
+    for key, source in named_sources(config):
         if source.startswith("hub:"):
             yield key, HubDataset.of(source.removeprefix("hub:")).path
 

@@ -148,7 +148,11 @@ def report_data(run: Run) -> ReportData:
     rows = {system.name: _scored_answers(run, system.name) for system in systems}
     answers = {name: score_answers(of_system) for name, of_system in rows.items()}
     resampling = {"num_resamples": config.evaluation.num_bootstrap, "seed": config.run.seed}
-    num_prompts, tasks = _prompts(run)
+    num_prompts, tasks = _prompts(run.folder.child("prompts"))
+    num_asked = num_prompts[HELD_OUT]
+    if config.evaluation.prompts is not None:
+        asked, tasks = _prompts(run.folder.child("evaluation/prompts"))
+        num_asked = asked.total()
     method = _method(run)
     notes = (NO_STUDY,) if config.miniature is not None and method is None else ()
     return ReportData(
@@ -160,7 +164,7 @@ def report_data(run: Run) -> ReportData:
         num_parameters=_num_parameters(run),
         task=", ".join(tasks),
         num_train_prompts=num_prompts[TRAIN],
-        num_held_out_prompts=num_prompts[HELD_OUT],
+        num_held_out_prompts=num_asked,
         reward="; ".join(_reward(config, tasks)),
         plan=config.evaluation.plan,
         plans={system.name: system.plan for system in systems if system.plan not in (None, config.evaluation.plan)},
@@ -182,9 +186,8 @@ def report_data(run: Run) -> ReportData:
     )
 
 
-def _prompts(run: Run) -> tuple[Counter[str], list[str]]:
+def _prompts(folder: Folder) -> tuple[Counter[str], list[str]]:
     """Return the number of prompts by split, and their tasks, from two columns of one shard at a time."""
-    folder = run.folder.child("prompts")
     num_prompts: Counter[str] = Counter()
     tasks: set[str] = set()
     for name in folder.names(".parquet"):

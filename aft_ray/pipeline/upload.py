@@ -20,7 +20,7 @@ import yaml
 
 import aft_ray
 from aft_ray.config import Config, load_config
-from aft_ray.config.conditions import named_engines
+from aft_ray.config.conditions import named_engines, named_sources
 from aft_ray.config.data import VERIFIERS
 from aft_ray.config.loading import base_of, read_yaml
 from aft_ray.data.prompts.files import GLOB
@@ -189,9 +189,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
         for kind, reference in (("aggregator", templates.aggregator), ("in_context", templates.in_context)):
             if reference.endswith((".yaml", ".yml")):
                 yield f"{section}.{kind}", reference
-    for key, source in [("prompts.source", config.prompts.source)] + [
-        ("prompts.decontaminate", source) for source in config.prompts.decontaminate
-    ]:
+    for key, source in named_sources(config):
         if kind_of_source(source) == "files" and not GLOB.search(source):
             yield key, source
         elif kind_of_source(source) == "files":  # the folder in which the pattern is looked for

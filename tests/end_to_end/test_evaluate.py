@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from aft_ray.config import Config, ReplicaConfig, ScriptedEngineConfig, ServingConfig
+from aft_ray.config import Config, PromptsConfig, ReplicaConfig, ScriptedEngineConfig, ServingConfig
+from aft_ray.data.prompts.stage import make_evaluation_prompts
 from aft_ray.errors import ConfigError, InputError, ResumeRefused, TooManyFailures
 from aft_ray.evaluation.perplexity_stage import read_scores
 from aft_ray.inference.plan import Plan
@@ -122,6 +123,48 @@ def test_an_evaluation_is_a_line_of_stages_that_is_resumed_and_refused_like_any_
             run_steps(config(**change), ("evaluate",))
         assert run.folder.read_bytes("config.resolved.yaml") == resolved, "what the folder was made from"
     assert files_of(settings) == made
+
+
+def test_prompts_of_another_source_are_asked_in_place_of_the_held_out_ones(
+    ray_cluster: None, config: Make, tmp_path: Path
+) -> None:
+    for name, numbers in (("one", (2, 4)), ("two", (5,))):
+        (tmp_path / "sets").mkdir(exist_ok=True)
+        write_jsonl(
+            tmp_path / "sets" / f"{name}.jsonl",
+            *({"question": f"Twice {n}?", "solution": str(2 * n)} for n in numbers),
+        )
+    own = {"source": f"{tmp_path}/sets/*.jsonl", "reference_column": "solution", "task": "numeric"}
+    systems = [{"name": "base", "model": "base"}]
+    settings = config(evaluation={"prompts": own, "systems": systems})
+    run = run_steps(settings, ("evaluate", "report"))
+    assert sorted(row["reference"] for row in answers_of(settings)) == ["10", "4", "8"]
+    scored = run.folder.child("evaluation/base/scores").rows()
+    assert [row["answer_score"] for row in scored] == [
+        float(row["answer"].endswith(row["reference"])) for row in scored
+    ]
+    found = json.loads(run.folder.read_bytes("report/results.json"))
+    assert (found["num_train_prompts"], found["num_held_out_prompts"], found["task"]) == (6, 3, "numeric")
+
+    write_jsonl(tmp_path / "sets" / "three.jsonl", {"question": "Twice 6?", "solution": "12"})
+    run_steps(settings, ("evaluate",))
+    assert len(answers_of(settings)) == 4, "a source that has grown is asked what is new"
+    with pytest.raises(ResumeRefused, match=r"evaluation\.prompts"):
+        run_steps(config(evaluation={"systems": systems}), ("evaluate",))
+
+
+def test_a_source_of_the_evaluation_that_cannot_be_read_is_named_by_its_key(config: Make, tmp_path: Path) -> None:
+    run = Run(config(), Folder.at(config().run.dir))
+    for source, words in ((f"{tmp_path}/none.jsonl", "none.jsonl"), ("hub:", "hub:")):
+        with pytest.raises(
+            InputError, match=rf"evaluation\.prompts\.source {words}|evaluation\.prompts\.source .*{words}"
+        ):
+            make_evaluation_prompts(run, PromptsConfig(source=source))
+
+
+def test_what_decides_about_training_is_no_setting_of_the_evaluations_prompts(config: Make) -> None:
+    with pytest.raises(ValueError, match=r"prompts\.held_out: all prompts of this set are asked"):
+        config(evaluation={"prompts": {"source": "sets/*.jsonl", "held_out": 5}})
 
 
 def test_the_answers_of_an_adapter_are_refused_when_its_content_has_changed(

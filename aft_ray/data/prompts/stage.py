@@ -47,9 +47,22 @@ def make_prompts(run: Run) -> Manifest:
 
     Returns the manifest as it is if the source is the one that the folder was made from, or is not there any more.
     """
-    config, seed = run.config.prompts, run.config.run.seed
-    folder = run.folder.child("prompts")
-    manifest = _begin(run)
+    return _make(run, run.config.prompts, "prompts")
+
+
+def make_evaluation_prompts(run: Run, config: PromptsConfig) -> Manifest:
+    """Write `evaluation/prompts/`, the prompts of `evaluation.prompts`, in the same way."""
+    try:
+        return _make(run, config.model_copy(update={"held_out": 0}), "evaluation/prompts")
+    except (ConfigError, InputError, TooManyFailures) as error:
+        if not str(error).startswith("prompts"):
+            raise
+        raise type(error)(f"evaluation.{error}") from None  # which is where this set is configured
+
+
+def _make(run: Run, config: PromptsConfig, stage: str) -> Manifest:
+    seed, folder = run.config.run.seed, run.folder.child(stage)
+    manifest = _begin(run, config, stage)
     content = source_content(config.source, config.limit)
     if manifest.status == "done" and content in {manifest.source_content, None}:
         return manifest
@@ -61,7 +74,7 @@ def make_prompts(run: Run) -> Manifest:
     found = dataclasses.replace(
         manifest, rows_in=len(survey.kept), failed=dict(survey.failed), filtered=dict(survey.filtered)
     )
-    _check(run, survey, found)
+    _check(run, config, folder, survey, found)
     new_rows = kept_rows(config, seed, survey)
     num_rows, files = write_first_shards(folder, new_rows, PROMPTS, config.rows_per_shard, len(manifest.files))
     done = dataclasses.replace(
@@ -79,11 +92,11 @@ def make_prompts(run: Run) -> Manifest:
 def check_prompts(run: Run) -> None:
     """Raise ResumeRefused where the `prompts/` folder of a run was made from other settings."""
     if run.manifest("prompts") is not None:
-        _begin(run)
+        _begin(run, run.config.prompts, "prompts")
 
 
-def _begin(run: Run) -> Manifest:
-    return begin(run.folder.child("prompts"), "prompts", settings_of(run.config.prompts, run.config.run.seed))
+def _begin(run: Run, config: PromptsConfig, stage: str) -> Manifest:
+    return begin(run.folder.child(stage), stage, settings_of(config, run.config.run.seed))
 
 
 def _remove_unfinished(folder: Folder, manifest: Manifest) -> None:
@@ -93,9 +106,8 @@ def _remove_unfinished(folder: Folder, manifest: Manifest) -> None:
             folder.remove(name)
 
 
-def _check(run: Run, survey: Survey, manifest: Manifest) -> None:
+def _check(run: Run, config: PromptsConfig, folder: Folder, survey: Survey, manifest: Manifest) -> None:
     """Raise the error that keeps the surveyed prompts from being written."""
-    config, folder = run.config.prompts, run.folder.child("prompts")
     if manifest.num_failed > run.config.run.max_failure_rate * manifest.rows_in:
         if manifest.status != "done":
             write_manifest(folder, manifest)

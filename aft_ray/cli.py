@@ -234,7 +234,7 @@ def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     from aft_ray.pipeline.environment import read_environment
     from aft_ray.pipeline.evaluate import app_name, serving_of
     from aft_ray.runs import Run
-    from aft_ray.serving import drain, serve_app, stop
+    from aft_ray.serving import content_named, drain, serve_app, stop
     from aft_ray.storage import Folder
 
     read_environment(loaded)
@@ -243,7 +243,7 @@ def serve(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
     with RaySession(loaded) as session:
         session.connect()
         print(f"starting: {serving.base_name}, {', '.join(serving.adapters or {}) or 'no adapters yet'}", flush=True)
-        base_url = serve_app(serving, name=name)
+        base_url = serve_app(content_named(serving), name=name)
         print(f"serving at {base_url}/v1   default model: {serving.default_model}   stop with Ctrl-C", flush=True)
         try:
             _wait_for_interrupt()

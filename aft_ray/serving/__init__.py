@@ -13,6 +13,6 @@ the cost. `admin.py` has the routes for operators.
 """
 
 from aft_ray.serving.app import drain, serve_app, served_engine, stop
-from aft_ray.serving.deployments import build_app
+from aft_ray.serving.deployments import build_app, content_named
 
-__all__ = ["build_app", "drain", "serve_app", "served_engine", "stop"]
+__all__ = ["build_app", "content_named", "drain", "serve_app", "served_engine", "stop"]

@@ -45,7 +45,15 @@ class Adapter:
     path: str
     """What engines are asked for: a folder, a URL, or a commit of the hub."""
     version: str
-    """12 characters of the sha256 of its files; `configured` for an adapter of the config that was never replaced."""
+    """12 characters of the sha256 of its files; `configured` for an adapter of the config that is served from its own
+    place."""
+
+    @classmethod
+    def configured(cls, path: str) -> Adapter:
+        """Return an adapter of a config, whose version is known where it is a kept one."""
+        store, _, version = path.rpartition("/")
+        is_kept = store.endswith(f"/{VERSIONS}") and VERSION.fullmatch(version) is not None
+        return cls(path=path, version=version if is_kept else "configured")
 
 
 def check_name(name: str, base_name: str) -> None:
@@ -89,10 +97,11 @@ def keep_version(reference: str, store: Folder | None = None) -> Adapter:
     folder = local_copy(reference)
     with place.reached("read"):
         version = version_of(folder)
-    kept = (store or place.parent.child(VERSIONS)).child(version)
+    beside = place.parent if place.parent.name == VERSIONS else place.parent.child(VERSIONS)
+    kept = (store or beside).child(version)
     if not is_adapter(kept):
-        beside = Path(kept.path).parent if kept.is_local else cache_dir()
-        partial = beside / f"{version}.{uuid.uuid4().hex[:8]}.partial"
+        here = Path(kept.path).parent if kept.is_local else cache_dir()
+        partial = here / f"{version}.{uuid.uuid4().hex[:8]}.partial"
         try:
             with kept.reached("written"):
                 _copy(folder, partial)

@@ -105,7 +105,7 @@ class Table:
     @classmethod
     def configured(cls, adapters: Mapping[str, str]) -> Table:
         """Return the first table of a server, from the adapter folders that its config names."""
-        return cls(adapters={name: Adapter(path=path, version="configured") for name, path in adapters.items()})
+        return cls(adapters={name: Adapter.configured(path) for name, path in adapters.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ A Serve YAML names `build_app` (`import_path: aft_ray.serving:build_app`, `args:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from aft_ray.config import (
     validate,
     why_not_on_gpus,
 )
-from aft_ray.errors import ConfigError
+from aft_ray.errors import ConfigError, StorageError
 from aft_ray.gpus import num_gpus_of
 
 if TYPE_CHECKING:
@@ -31,13 +32,37 @@ if TYPE_CHECKING:
     from ray.serve.config import DeploymentActorConfig
     from ray.serve.schema import LoggingConfig
 
+logger = logging.getLogger("ray.serve.aft_ray")
+
 WATCHED_LORA_RANK = 16
 """Rank that engines are ready for besides that of the adapters they know, where `adapters_dir` may bring others."""
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """Return the application for `args`, the fields of `ServingConfig`; `engine` is required."""
-    return application(validate(ServingConfig, args, origin="serving"))
+    return application(content_named(validate(ServingConfig, args, origin="serving")))
+
+
+def content_named(config: ServingConfig) -> ServingConfig:
+    """Return the config with each adapter as the version that it is now (`adapters.keep_version`).
+
+    A replica that starts later, or an engine that loads an adapter again, then finds the weights that the others have,
+    whatever has been written to the adapter's own folder. Where no version can be kept, since that folder is read-only
+    or not seen from here, the adapter is served from its own place, and a warning says so.
+    """
+    from aft_ray.serving.adapters import VERSIONS, keep_version
+    from aft_ray.storage import Folder
+
+    if config.adapters is None:
+        return config
+    store = None if config.adapters_dir is None else Folder.at(config.adapters_dir).child(VERSIONS)
+    adapters = dict(config.adapters)
+    for name, reference in config.adapters.items():
+        try:
+            adapters[name] = keep_version(reference, store).path
+        except (ConfigError, StorageError) as error:
+            logger.warning("serving.adapters.%s is served from its own place, which must not change: %s", name, error)
+    return config.model_copy(update={"adapters": adapters})
 
 
 def application(config: ServingConfig) -> Application:

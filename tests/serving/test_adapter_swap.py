@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from aft_ray.config import EngineConfig, ReplicaConfig, ServingConfig, TransformersEngineConfig, VllmEngineConfig
 from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
-from aft_ray.serving import serve_app, stop
+from aft_ray.serving import content_named, serve_app, stop
 from aft_ray.templates import ChatFormat
 from tests.training.tiny import write_model
 
@@ -81,7 +81,7 @@ def server(request: pytest.FixtureRequest, truth: Truth, ray_cluster: None, tmp_
         aggregator=ReplicaConfig(num_cpus=0.5),
         keys_file=str(tmp_path / "keys.yaml"),
     )
-    yield serve_app(config, name="swap")
+    yield serve_app(content_named(config), name="swap")
     stop("swap")
 
 

@@ -17,17 +17,22 @@ import httpx
 import pytest
 import yaml
 
+from aft_ray.config import ScriptedEngineConfig, ServingConfig
+from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import ConfigError
-from aft_ray.serving import adapters
+from aft_ray.serving import adapters, build_app, content_named
 from aft_ray.serving.adapters import CONFIG, VERSIONS, WEIGHTS, keep_version, version_of
-from aft_ray.serving.deployments import build_app
+from aft_ray.serving.admission import Table
+from aft_ray.serving.service import Service
 from aft_ray.storage import Folder, local_copy
 from tests.hub import put_in_cache
 from tests.serving.test_adapter_swap import ADMIN, Truth, ask, write_adapter
+from tests.serving.test_ingress import over_http, service_over
 from tests.training.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "c" * 40
+KEYS = yaml.safe_dump({"ops": {"sha256": hashlib.sha256(b"ops").hexdigest(), "admin": True}})
 SERVE = """
 import json, sys
 import ray
@@ -85,9 +90,7 @@ def server(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     made = Server("", bucket, folder, truth, caches)
     made.upload("configured", made.write("configured", 1))
     put_in_cache(folder / "hub", "owner/lora", made.write("pinned", 2), COMMIT, "v1")
-    (folder / "keys.yaml").write_text(
-        yaml.safe_dump({"ops": {"sha256": hashlib.sha256(b"ops").hexdigest(), "admin": True}})
-    )
+    (folder / "keys.yaml").write_text(KEYS)
     greedy = {"temperature": 0.0, "max_tokens": 12}
     config = {
         "engine": {"type": "transformers", "model": str(truth.model), "max_model_len": 128, "dtype": "float32"},
@@ -121,6 +124,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.soak
 def test_a_name_moves_to_a_url_and_every_replica_fetches_it_to_its_own_node(server: Server) -> None:
     first, second = server.write("first", 3), server.write("second", 4)
     by_first, by_second = server.truth.answer(first), server.truth.answer(second)
@@ -141,11 +145,13 @@ def test_a_name_moves_to_a_url_and_every_replica_fetches_it_to_its_own_node(serv
     assert ask(server.url, "aft") == by_second, "what lies at the URL since then has not been moved in"
 
 
+@pytest.mark.soak
 def test_a_config_names_adapters_by_url_and_by_revision(server: Server) -> None:
     assert ask(server.url, "configured") == server.truth.answer(server.write("configured", 1))
     assert ask(server.url, "pinned") == server.truth.answer(server.write("pinned", 2))
 
 
+@pytest.mark.soak
 def test_a_name_moves_to_a_commit_of_the_hub(server: Server) -> None:
     moved = server.move("hub", "owner/lora#v1").json()
     expected = server.write("pinned", 2)
@@ -153,6 +159,7 @@ def test_a_name_moves_to_a_commit_of_the_hub(server: Server) -> None:
     assert ask(server.url, "hub") == server.truth.answer(expected)
 
 
+@pytest.mark.soak
 def test_a_watched_folder_on_object_storage(server: Server) -> None:
     first, second = server.write("watched", 5), server.write("watched", 6)
     for adapter in (first, second):
@@ -164,34 +171,70 @@ def test_a_watched_folder_on_object_storage(server: Server) -> None:
     wait_for(lambda: "dropped-in" not in server.names())
 
 
-@pytest.mark.parametrize(
-    ("path", "code", "words"),
-    [
-        ("{bucket}/nothing", None, "found no adapter"),
-        ("s3://no-such-bucket/aft", "adapter_unreadable", "there is no such bucket"),
-        ("ftp://host/aft", None, "unknown scheme ftp://"),
-        ("owner/nothing#v1", "adapter_unreadable", "owner/nothing#v1: no such folder here"),
-        ("{bucket}/foreign", "adapter_refused", "adapter_config.json is not that of a LoRA"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_with_the_reason_and_nothing_moves(
-    server: Server, path: str, code: str | None, words: str
-) -> None:
-    foreign = Folder.at(f"{server.bucket}/foreign")
-    foreign.write_bytes(WEIGHTS[0], b"none")
-    foreign.write_bytes(CONFIG, b"[]")
-    before = server.names()
-    response = server.move("unreadable", path.format(bucket=server.bucket))
-    error = response.json()["error"]
-    assert (response.status_code, error["code"]) == (400, code)
-    assert words in error["message"]
-    assert server.names() == before
+# ── without Serve ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def put(place: str, weights: bytes) -> str:
     Folder.at(place).write_bytes(CONFIG, b"{}")
     Folder.at(place).write_bytes(WEIGHTS[0], weights)
     return place
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Service:
+    """A server in this process whose engine takes any adapter."""
+    (tmp_path / "keys.yaml").write_text(KEYS)
+    return service_over(ScriptedEngine(ScriptedEngineConfig()), keys_file=str(tmp_path / "keys.yaml"))
+
+
+def move(service: Service, path: str) -> httpx.Response:
+    body = {"name": "aft", "path": path}
+    return over_http(service, lambda client: client.post("/admin/adapters", json=body, headers=ADMIN))
+
+
+def test_a_url_is_copied_beside_itself_under_a_name_of_its_content(bucket: str, alone: Service) -> None:
+    versions = f"{bucket}/beside/{VERSIONS}"
+    found = [move(alone, put(f"{bucket}/beside/aft", weights)).json() for weights in (b"one", b"two", b"one")]
+    assert found[0]["version"] == found[2]["version"] != found[1]["version"]
+    assert [one["path"] for one in found] == [f"{versions}/{one['version']}" for one in found]
+    assert Folder.at(found[1]["path"]).read_bytes(WEIGHTS[0]) == b"two"
+    again = move(alone, found[1]["path"]).json()
+    assert again["path"] == found[1]["path"], "a version is not copied again"
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "words"),
+    [
+        ("{bucket}/nothing", None, "found no adapter"),
+        ("s3://no-such-bucket/aft", "adapter_unreadable", "there is no such bucket"),
+        ("ftp://host/aft", None, "unknown scheme ftp://"),
+        ("s3:/one/slash", None, "a URL has two slashes"),
+        ("owner/nothing#v1", "adapter_unreadable", "owner/nothing#v1: no such folder here"),
+        ("/dev/null", "adapter_unreadable", "/dev/null: cannot be listed"),
+        ("a\0b", None, "found no adapter"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_reason_and_nothing_moves(
+    bucket: str, alone: Service, path: str, code: str | None, words: str
+) -> None:
+    response = move(alone, path.format(bucket=bucket))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], words in error["message"]) == (400, code, True), error
+    assert not alone.gate.table.adapters
+
+
+def test_adapters_of_a_config_are_served_as_the_versions_that_they_are(bucket: str, tmp_path: Path) -> None:
+    here, there = put(str(tmp_path / "here"), b"some"), put(f"{bucket}/config/there", b"some")
+    named = {"here": here, "there": there, "none": str(tmp_path / "none")}
+    config = content_named(ServingConfig(engine=ScriptedEngineConfig(), adapters=named))
+    assert config.adapters is not None
+    version = version_of(Path(here))
+    assert config.adapters["here"] == str(tmp_path / VERSIONS / version)
+    assert config.adapters["there"] == f"{bucket}/config/{VERSIONS}/{version}"
+    assert config.adapters["none"] == named["none"], "replicas say what is wrong with it"
+    table = Table.configured(config.adapters)
+    assert [one.version for one in table.adapters.values()] == [version, version, "configured"]
+    assert content_named(config) == config
 
 
 def test_an_adapter_that_changes_while_it_is_fetched_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,10 +141,19 @@ def test_what_is_looked_up(config: str) -> None:
         "scores={scorer: reward_model, reward_model: owner/reward}",
         "prompts.source=hub:owner/prompts@main:train_sft#v2",
         "proposals.engine={type: transformers, model: smollm2-135m-instruct}",
+        "serving.adapters={aft: owner/lora#v1, sft: /shared/sft}",
+        "evaluation.prompts={source: 'hub:owner/asked:test'}",
     ]
     loaded = load_config(config, settings)
-    assert list(hub_models(loaded)) == [("engine.model", "owner/base"), ("scores.reward_model", "owner/reward")]
-    assert list(hub_datasets(loaded)) == [("prompts.source", "owner/prompts")]
+    assert list(hub_models(loaded)) == [
+        ("engine.model", "owner/base"),
+        ("scores.reward_model", "owner/reward"),
+        ("serving.adapters.aft", "owner/lora#v1"),
+    ]
+    assert list(hub_datasets(loaded)) == [
+        ("prompts.source", "owner/prompts"),
+        ("evaluation.prompts.source", "owner/asked"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_a_config_outside_of_the_folder_is_sent_whole(project: Path) -> None:
         ("templates.aggregator=mine.yaml", "templates.aggregator mine.yaml: no such file"),
         ("prompts.source=rows.jsonl", "prompts.source rows.jsonl: no such file"),
         ("engine.model=./model", "engine.model ./model: no such file or folder here"),
+        ("evaluation.prompts={source: asked.jsonl}", "evaluation.prompts.source asked.jsonl: no such file"),
         ("prompts.source=../outside.jsonl", "lies outside of this folder"),
         ("prompts.source=secrets/rows.jsonl", "has the name of a secret"),
         ("run.environment_file=.env", "run.environment_file .env: secrets never travel"),
@@ -160,6 +161,9 @@ def test_what_can_neither_travel_nor_be_there_is_refused(project: Path, setting:
         "engine.model=gs://bucket/model",
         "run.environment_file=/run/secrets/aft_ray.env",
         "prompts.source=hub:owner/name",
+        "evaluation.prompts={source: 'hub:owner/name:test#v1'}",
+        "serving.adapters={aft: owner/lora#v1}",
+        "proposals.adapter=owner/lora",
         "engine.model=smollm2-135m-instruct",
     ],
 )

@@ -12,8 +12,9 @@ from aft_ray.config import Config, OpenAIEngineConfig
 from aft_ray.config.conditions import named_engines, named_sources
 from aft_ray.data.prompts.sources import HubDataset
 from aft_ray.engines.openai import key_header
-from aft_ray.hub import split
+from aft_ray.hub import is_hub_id, split
 from aft_ray.models import PACKAGED
+from aft_ray.pipeline.checks import named_adapters
 from aft_ray.pipeline.findings import Finding, ok, problem
 
 TIMEOUT_S = 20.0
@@ -28,11 +29,12 @@ def reach_all(config: Config) -> list[Finding]:
 
 
 def hub_models(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield the models of the hub that the config names, each once, with the first key that names it."""
+    """Yield the models and adapters of the hub that the config names, each once, with the first key that names it."""
     engines = named_engines(config)
     named = [(f"{key}.model", one.model) for key, one in engines if one.type == "vllm" or one.type == "transformers"]
     if config.scores.scorer == "reward_model" and config.scores.reward_model is not None:
         named.append(("scores.reward_model", config.scores.reward_model))
+    named += [(key, adapter) for key, adapter in named_adapters(config) if is_hub_id(adapter)]
     seen = set()
     for key, reference in named:
         is_place = "://" in reference or reference.startswith((".", "/", "~")) or os.path.isdir(reference)

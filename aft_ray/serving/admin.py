@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from aft_ray.errors import ConfigError, EngineError, StorageError
 from aft_ray.serving.adapters import (
@@ -56,7 +56,7 @@ class AdapterBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    path: str
+    path: str = Field(pattern=r"^[^\x00]+$")
 
 
 class DrainBody(BaseModel):
@@ -132,10 +132,7 @@ async def keep_watching(service: Service) -> None:
         try:
             if await service.gate.may_watch():
                 seen = await _take_changed(service, folder, seen)
-        except (
-            HttpError,
-            StorageError,
-        ) as error:  # the control or the storage does not answer: the next look tries again
+        except (HttpError, StorageError) as error:  # the control or the storage does not answer: try at the next look
             logger.error("cannot look for adapters in %s: %s", folder.location, error)
         except Exception as error:  # process boundary: this task must not end before its replica
             logger.error("cannot look for adapters in %s: %s", folder.location, type(error).__name__)
@@ -218,7 +215,7 @@ def admin_routes(service: Service) -> APIRouter:
         try:
             adapter = await install(service, body.name, body.path)
         except StorageError as error:
-            raise HttpError(400, str(error), param="path", code="adapter_unreadable") from None
+            raise HttpError(400, str(error), param="path", code="adapter_storage_error") from None
         except EngineError as error:
             message = f"the engines cannot serve this adapter: {error}"
             raise HttpError(400, message, param="path", code="adapter_refused") from None

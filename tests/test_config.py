@@ -46,6 +46,11 @@ def test_every_config_of_the_repository_loads(path: Path) -> None:
         ({"engine": {"type": "vlm", "model": "m/m"}}, ["engine", "vllm"]),
         ({"engine": {"type": "vllm"}}, ["engine.model", "required"]),
         ({"engine": {"type": "vllm", "model": "m/m", "max_len": 5}}, ["engine", "'max_len'", "'max_model_len'"]),
+        ({"prompts": {"source": "hub:"}}, ["prompts.source", "'hub:' names no data set"]),
+        (
+            {"prompts": {"decontaminate": ["a.csv", "hub:#v1"]}},
+            ["prompts.decontaminate", "'hub:#v1' names no data set"],
+        ),
         ({"selection": {"num_proposals": 9}}, ["num_proposals 9", "num_per_prompt", "Raise"]),
         ({"evaluation": {"plan": {"subset_size": 9}}}, ["evaluation.plan", "subset_size 9 > num_proposals 5"]),
         ({"evaluation": {"plan": {"num_proposal": 9}}}, ["evaluation.plan", "'num_proposals'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -140,6 +141,16 @@ class PromptsConfig(Strict):
     rows_per_shard: int | None = Field(default=None, ge=1)
     """Number of rows per output file. A file is the unit of resume. None: files grow from 8 rows to 512, so that small
     runs have several files and large runs have few."""
+
+    @field_validator("source", "decontaminate")
+    @classmethod
+    def _names_a_data_set(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for source in (value,) if isinstance(value, str) else value:
+            if re.fullmatch(r"hub:([@:#].*)?", source):
+                raise ValueError(
+                    f"{source!r} names no data set of the hub; expected hub:DATASET[@CONFIG][:SPLIT][#REVISION]"
+                )
+        return value
 
     @model_validator(mode="after")
     def _groups_answers(self) -> PromptsConfig:

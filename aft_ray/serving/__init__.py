@@ -1,4 +1,4 @@
-"""The endpoint: ingress -> proposer replicas -> aggregator replicas, on Ray Serve.
+"""The endpoint: ingress -> aggregator replicas -> proposer replicas, on Ray Serve.
 
     serve run aft_ray.serving:build_app ...       the `import_path` of `serve_configs/*.yaml`
     serve_app(config)                             the same from Python; `drain()` and `stop()` end it

@@ -194,10 +194,10 @@ def move(service: Service, path: str) -> httpx.Response:
 
 def test_a_url_is_copied_beside_itself_under_a_name_of_its_content(bucket: str, alone: Service) -> None:
     versions = f"{bucket}/beside/{VERSIONS}"
-    found = [move(alone, put(f"{bucket}/beside/aft", weights)).json() for weights in (b"one", b"two", b"one")]
+    found = [move(alone, put(f"{bucket}/beside/aft", weights)).json() for weights in (b"one", b"other", b"one")]
     assert found[0]["version"] == found[2]["version"] != found[1]["version"]
     assert [one["path"] for one in found] == [f"{versions}/{one['version']}" for one in found]
-    assert Folder.at(found[1]["path"]).read_bytes(WEIGHTS[0]) == b"two"
+    assert Folder.at(found[1]["path"]).read_bytes(WEIGHTS[0]) == b"other"
     again = move(alone, found[1]["path"]).json()
     assert again["path"] == found[1]["path"], "a version is not copied again"
 

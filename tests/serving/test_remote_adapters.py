@@ -43,7 +43,7 @@ from aft_ray.serving import serve_app, stop
 config, *caches = sys.argv[1:]
 cluster = Cluster()
 for cache in caches:
-    small = dict(num_cpus=1.2, object_store_memory=80_000_000)
+    small = dict(num_cpus=3, object_store_memory=80_000_000)
     cluster.add_node(env_vars={"AFT_RAY_CACHE": cache}, **small)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 cluster.wait_for_nodes()
@@ -100,7 +100,7 @@ def server(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         "plan": {"num_layers": 0, "proposal": greedy, "final": greedy},
         "port": 0,
         "ingress": {"num_cpus": 0.1},
-        "aggregator": {"num_cpus": 1, "min_replicas": 2, "max_replicas": 2},
+        "aggregator": {"num_cpus": 2, "min_replicas": 2, "max_replicas": 2},
         "keys_file": str(folder / "keys.yaml"),
     }
     (folder / "serving.json").write_text(json.dumps(config))

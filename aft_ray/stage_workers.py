@@ -22,6 +22,7 @@ from uuid import uuid4
 
 from aft_ray import metrics
 from aft_ray.errors import AftError, EngineDead, EngineError
+from aft_ray.models import fetched_bytes
 from aft_ray.shards import RowWorker, ShardSummary, Stage, Tally, make_shard
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Report:
     """Seconds since its worker was ready; None while it is being built."""
     open: Tally
     """The rows of shards that are not written yet."""
+    fetched: int = 0
+    """Bytes of models that came to its node since this worker began to be built; 0 when it is ready."""
     is_last: bool = False
 
 
@@ -72,6 +75,8 @@ class Workforce:
     """Seconds since the last report of any worker; None before the first one."""
     ready_s: float
     """Seconds since a worker was ready for the first time."""
+    fetched: int
+    """Bytes of models that came to the nodes of workers that are starting."""
     open: Tally
 
 
@@ -95,12 +100,16 @@ class Roster:
         now = time.monotonic()
         live = [report for heard, report in self.reports.values() if now - heard < SILENT_AFTER_S]
         ready = [report for report in live if report.ready_s is not None]
+        fetched: dict[str, int] = {}
+        for report in live:
+            fetched[report.node] = max(fetched.get(report.node, 0), report.fetched)
         return Workforce(
             num_ready=len(ready),
             num_starting=len(live) - len(ready),
             num_nodes=len({report.node for report in ready}),
             silent_s=None if self.last_report is None else now - self.last_report,
             ready_s=now - self.first_ready if self.first_ready else 0.0,
+            fetched=sum(fetched.values()),
             open=total(report.open for report in live),
         )
 
@@ -123,6 +132,7 @@ class _Reporter:
 
         self.roster, self.open_shards = roster, open_shards
         self.worker, self.node = uuid4().hex, ray.get_runtime_context().get_node_id()
+        self.began = time.time()
         self.ready_at: float | None = None
         self.stop = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
@@ -131,16 +141,17 @@ class _Reporter:
     def ready_s(self) -> float | None:
         return None if self.ready_at is None else time.monotonic() - self.ready_at
 
-    def send(self, is_last: bool = False) -> None:
+    def send(self, fetched: int = 0, is_last: bool = False) -> None:
         tally = total(self.open_shards.copy().values())
-        self.roster.report.remote(
-            Report(worker=self.worker, node=self.node, ready_s=self.ready_s, open=tally, is_last=is_last)
+        report = Report(
+            worker=self.worker, node=self.node, ready_s=self.ready_s, open=tally, fetched=fetched, is_last=is_last
         )
+        self.roster.report.remote(report)
 
     def _run(self) -> None:
         self.send()
         while not self.stop.wait(REPORT_EVERY_S):
-            self.send()
+            self.send(fetched=fetched_bytes(self.began) if self.ready_at is None else 0)
 
 
 class ShardActor:

@@ -321,6 +321,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 # ── this node's copies ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+COPIES_FOLDER = "copies"
+"""Where in the cache the copies of folders on object storage lie."""
+
+
 def cache_dir() -> Path:
     """Return the folder of this node that keeps converted models and copies of folders on object storage."""
     return Path(os.environ.get("AFT_RAY_CACHE", "~/.cache/aft_ray")).expanduser()
@@ -340,7 +344,7 @@ def local_copy(location: str | Path) -> Path:
         raise ConfigError(f"{location}: no such folder")
     listing = repr([(name, info.size, info.mtime_ns) for name, info in files.items()])
     key = hashlib.sha256(f"{folder.location}{listing}".encode()).hexdigest()[:16]
-    copy = cache_dir() / "copies" / f"{folder.name}-{key}"
+    copy = cache_dir() / COPIES_FOLDER / f"{folder.name}-{key}"
     if not copy.is_dir():
         from filelock import FileLock
 

@@ -6,6 +6,7 @@ Only the language model is ever replaced. README.md beside this file says what t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,20 @@ GROUPS = {
 workers; the longest groups first. Every other file is a group of its own."""
 FILES = [file for files in GROUPS.values() for file in files]
 GROUP_OF = {f"tests/{file}": name for name, files in GROUPS.items() for file in files}
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, metavar="N", help="skip the tests that have not begun after N minutes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"not begun within the {minutes:g} minutes of --minutes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

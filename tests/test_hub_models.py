@@ -19,7 +19,7 @@ import pytest
 from aft_ray.config import TransformersEngineConfig
 from aft_ray.errors import ConfigError, StorageError
 from aft_ray.hub import HubCommit, is_hub_id, origin
-from aft_ray.models import has_chat_template, resolve_adapter, resolve_model, resolve_tokenizer
+from aft_ray.models import fetched_bytes, has_chat_template, resolve_adapter, resolve_model, resolve_tokenizer
 from aft_ray.training.identity import model_identity
 from tests.hub import put_in_cache
 from tests.training.tiny import write_model
@@ -136,3 +136,22 @@ def test_hub_ids(reference: str) -> None:
 def test_what_is_no_hub_id(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert not is_hub_id(reference)
+
+
+def test_what_is_being_fetched_is_counted_and_what_was_there_before_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("AFT_RAY_CACHE", str(tmp_path / "aft_ray"))
+    assert fetched_bytes(since=0) == 0
+    files = {
+        "hub/models--owner--there/blobs/1234": 1,
+        "hub/models--owner--tiny/blobs/abcd.incomplete": 10,
+        "aft_ray/copies/model-12.partial/weights/model.safetensors": 100,
+        "aft_ray/models/converted/model.safetensors": 1000,
+    }
+    for name, size in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"." * size)
+    os.utime(tmp_path / "hub/models--owner--there/blobs/1234", (1000, 1000))
+    assert fetched_bytes(since=2000) == 110

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,13 +49,21 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_two_requests_of_eight_samples_need_three_replicas(url: str) -> None:
-    def ask(number: int) -> httpx.Response:
+    scaled = threading.Event()
+
+    def keep_asking(number: int) -> set[int]:
         body = {"messages": [{"role": "user", "content": f"question {number}"}]}
-        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+        found = set()
+        while not scaled.is_set():
+            found.add(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).status_code)
+        return found
 
     assert num_replicas() == 1
     with ThreadPoolExecutor(2) as clients:
-        replies = [clients.submit(ask, number) for number in range(2)]
-        wait_for(lambda: num_replicas() == 3, seconds=180)
-        assert [reply.result().status_code for reply in replies] == [200, 200]
+        replies = [clients.submit(keep_asking, number) for number in range(2)]
+        try:
+            wait_for(lambda: num_replicas() == 3, seconds=180)
+        finally:
+            scaled.set()
+        assert [reply.result() for reply in replies] == [{200}, {200}]
     wait_for(lambda: num_replicas() == 1, seconds=90)

@@ -22,6 +22,7 @@ import pytest
 from aft_ray.config import TransformersEngineConfig, VllmEngineConfig
 from aft_ray.engines import Engine, GenerateRequest, Sample, Sampling, TokenDelta, build_engine
 from aft_ray.engines.base import ToolUse, whole_calls
+from aft_ray.engines.vllm import VllmEngine
 from aft_ray.errors import EngineDead, EngineError, InvalidSchema
 from aft_ray.templates.loading import load_format
 
@@ -233,6 +234,24 @@ def test_closing_the_generator_aborts_and_the_engine_answers_on(bench: Bench) ->
         return time.monotonic() - start
 
     assert bench.run(close_early()) < 30
+
+
+def test_a_sample_that_vllm_gives_up_is_a_failed_one_without_a_text(bench: Bench) -> None:
+    if not isinstance(bench.engine, VllmEngine):
+        pytest.skip("only vLLM ends answers by itself")
+    core = bench.engine._engine
+
+    async def abort_early() -> Sample:
+        async for event in bench.engine.generate(bench.request((1,), stream=True, max_tokens=400, ignore_eos=True)):
+            if isinstance(event, Sample):
+                return event
+            await core.abort(list(core.output_processor.request_states), internal=True)
+        raise AssertionError("no sample came")
+
+    sample = bench.run(abort_early())
+    assert (sample.text, sample.finish_reason) == ("", "error")
+    assert "finish reason 'abort'" in str(sample.error)
+    assert 0 < sample.num_tokens < 400
 
 
 def test_a_missing_adapter_is_an_engine_error_that_names_the_folder(bench: Bench) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -381,6 +382,48 @@ def test_between_min_and_max_a_stage_uses_as_many_workers_as_have_work(
     manifest = run_stage(stage, max_failure_rate=0)
     assert (manifest.rows_out, manifest.failed) == (3 * num_shards, {}), "with fewer workers the rows would time out"
     assert len(list((tmp_path / "pids").iterdir())) == num_workers
+
+
+class OutlivesOthers(WaitsForOthers):
+    """Makes row 0 when no other process of the stage is left."""
+
+    async def process(self, row: dict[str, Any]) -> Processed:
+        made = await super().process(row)
+        async with asyncio.timeout(90 if row["number"] == 0 else None):
+            while row["number"] == 0 and any(map(psutil.pid_exists, self.others())):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        return made
+
+    def others(self) -> set[int]:
+        return {int(file.name) for file in self.folder.iterdir()} - {os.getpid()}
+
+
+def test_workers_that_a_stage_needs_no_longer_are_given_back_before_it_ends(ray_cluster: None, tmp_path: Path) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=30)
+    placement = PlacementConfig(num_cpus=1, min_actors=1, max_actors=3, max_shards_in_flight=2)
+    worker = partial(OutlivesOthers, tmp_path / "pids", 3)
+    manifest = run_stage(dataclasses.replace(squares(tmp_path), worker=worker, placement=placement), max_failure_rate=0)
+    assert (manifest.rows_out, manifest.failed) == (30, {}), "with workers that stay the first row would time out"
+
+
+class TakesLongToLoad(Squarer):
+    """A worker that is built in four seconds."""
+
+    def __init__(self) -> None:
+        time.sleep(4)
+        super().__init__()
+
+
+def test_a_model_that_takes_long_to_load_does_not_end_the_stage(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data ends an execution in which no shard is finished for half an hour; here, for a second."""
+    import ray
+
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1)
+    source(Folder.at(tmp_path / "numbers"), num_rows=6)
+    manifest = run_stage(dataclasses.replace(squares(tmp_path), worker=TakesLongToLoad), max_failure_rate=0)
+    assert manifest.rows_out == 6
 
 
 class Mortal(RowWorker):

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aft_ray.cluster_fit import check_fits, resources_of_worker
 from aft_ray.config import ServingConfig, gpus_of
@@ -25,6 +25,8 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 APP_NAME = "aft_ray"
 """Name of an application that belongs to no run."""
+ASK_S, TRY_S = 60.0, 10.0
+"""How long a draining server may take to answer a question, and one replica, which may be on a host that is gone."""
 
 
 def serve_app(config: ServingConfig, *, name: str = APP_NAME, replace_abandoned: bool = False) -> str:
@@ -102,14 +104,28 @@ async def _drain(name: str, timeout_s: float) -> int:
     from ray import serve
 
     ingress = serve.get_deployment_handle("Ingress", app_name=name)
-    async with asyncio.timeout(60):
-        await ingress.drain.remote()
+    await _ask(ingress.drain)
     give_up = time.monotonic() + timeout_s
-    while num_open := int(await ingress.num_open.remote()):
+    while num_open := int(await _ask(ingress.num_open)):
         if time.monotonic() > give_up:
             break
         await asyncio.sleep(0.25)
     return num_open
+
+
+async def _ask(method: Any) -> Any:
+    """Call a method of the ingress, and again where the replica that took the call is lost or does not answer."""
+    from ray.exceptions import RayActorError
+
+    give_up = time.monotonic() + ASK_S
+    while True:
+        try:
+            async with asyncio.timeout(TRY_S):
+                return await method.remote()
+        except (RayActorError, TimeoutError):
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(0.25)
 
 
 async def served_engine(name: str = APP_NAME) -> HandleEngine:

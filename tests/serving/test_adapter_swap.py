@@ -119,3 +119,14 @@ def test_after_every_move_a_name_answers_with_the_weights_it_stands_for(
     # Two versions side by side on one engine, which holds one adapter at a time.
     move(server, first, "old")
     assert [ask(server, name) for name in ("old", "aft", "base", "old")] == [by_first, by_third, base, by_first]
+
+
+def test_an_adapter_of_the_config_stays_what_it_was_when_the_server_started(
+    server: str, truth: Truth, tmp_path: Path
+) -> None:
+    """Engines load it with its first request, which may come to a replica that starts long afterwards."""
+    first, other = tmp_path / "first", write_adapter(tmp_path / "other", truth.model, 4)
+    by_first, by_other = truth.answer(first), truth.answer(other)
+    assert by_first != by_other
+    shutil.copytree(other, first, dirs_exist_ok=True)
+    assert ask(server, "aft") == by_first

@@ -40,7 +40,7 @@ from aft_ray.engines import Sampling
 from aft_ray.inference import Plan
 from aft_ray.serving import serve_app, stop
 from aft_ray.serving.app import prepare_for_serving
-from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.errors import HttpError
 
 APP = "load"
 DEADLINE_S = 60.0

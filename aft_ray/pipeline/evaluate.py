@@ -34,9 +34,9 @@ from aft_ray.pipeline.running import run_in, say
 from aft_ray.progress import Progress
 from aft_ray.records import fingerprint
 from aft_ray.runs import Run
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.inside import ServeTransport
-from aft_ray.serving.openai_request import plan_of, read_alias
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.http.inside import ServeTransport
+from aft_ray.serving.openai.request import plan_of, read_alias
 from aft_ray.shards import Stage
 
 SINGLE = "-single"

@@ -91,7 +91,7 @@ def drain(name: str = APP_NAME, timeout_s: float | None = None) -> int:
     load balancer chooses another server.
     """
 
-    from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+    from aft_ray.serving.openai.request import LONGEST_REQUEST_S
 
     longest_s = LONGEST_REQUEST_S if timeout_s is None else timeout_s
     # a handle may share its caller's loop (RAY_SERVE_THROUGHPUT_OPTIMIZED), and needs it until Serve has shut down

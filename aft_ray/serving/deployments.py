@@ -70,7 +70,7 @@ def application(config: ServingConfig) -> Application:
     from ray import serve
 
     from aft_ray.serving.ingress import Ingress
-    from aft_ray.serving.keys import key_digests
+    from aft_ray.serving.limits.keys import key_digests
 
     check_config(config)
     assert config.engine is not None
@@ -142,8 +142,8 @@ def control_actor(config: ServingConfig) -> DeploymentActorConfig:
     import ray
     from ray.serve.config import DeploymentActorConfig
 
-    from aft_ray.serving.control import Control
-    from aft_ray.serving.gate import ACTOR
+    from aft_ray.serving.limits.control import Control
+    from aft_ray.serving.limits.gate import ACTOR
 
     return DeploymentActorConfig(
         name=ACTOR,
@@ -189,7 +189,7 @@ def deployment_options(replicas: ReplicaConfig, scaling: Mapping[str, Any], gpus
 
     `gpus`: number of GPUs that the engine of a replica uses where the connected cluster has GPUs.
     """
-    from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+    from aft_ray.serving.openai.request import LONGEST_REQUEST_S
     from aft_ray.serving.replica import PROBE_TIMEOUT_S
 
     resources: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": num_gpus_of(replicas.num_gpus, gpus)}
@@ -222,9 +222,9 @@ def quiet_logs() -> LoggingConfig:
 
 def check_config(config: ServingConfig) -> None:
     """Check across fields: names and keys must exist, and the default plan must be within the server's own limits."""
-    from aft_ray.serving.http_errors import HttpError
-    from aft_ray.serving.keys import key_digests, read_keys, refuse_open_server, requires_keys
-    from aft_ray.serving.openai_request import check_limits, model_names
+    from aft_ray.serving.errors import HttpError
+    from aft_ray.serving.limits.keys import key_digests, read_keys, refuse_open_server, requires_keys
+    from aft_ray.serving.openai.request import check_limits, model_names
     from aft_ray.serving.traces import check_traces
 
     if config.engine is None:

@@ -1,4 +1,4 @@
-"""The deployment that receives HTTP: it runs the API of `api.py` and makes one streamed call per request.
+"""The deployment that receives HTTP: it runs the API of `http/api.py` and makes one streamed call per request.
 
 Keys, limits, parsing and server-sent events are its work; it knows no token and no template. A client that disconnects
 cancels its run, and with it every request in the engines. Prompts and answers are never logged.
@@ -15,13 +15,13 @@ import httpx
 from fastapi import FastAPI
 
 from aft_ray.config import ServingConfig
-from aft_ray.serving.admin import keep_watching
 from aft_ray.serving.aggregator_pool import AggregatorPool
-from aft_ray.serving.api import make_api
-from aft_ray.serving.gate import ControlActorClient, Gate
-from aft_ray.serving.inside import InsideReply, InsideRequest
-from aft_ray.serving.keys import KeyRing, refuse_open_server
-from aft_ray.serving.ledger import RequestLedger
+from aft_ray.serving.http.admin import keep_watching
+from aft_ray.serving.http.api import make_api
+from aft_ray.serving.http.inside import InsideReply, InsideRequest
+from aft_ray.serving.limits.gate import ControlActorClient, Gate
+from aft_ray.serving.limits.keys import KeyRing, refuse_open_server
+from aft_ray.serving.limits.ledger import RequestLedger
 from aft_ray.serving.replica_calls import by_own_transport
 from aft_ray.serving.service import Service, check_plan_fits
 from aft_ray.serving.traces import traces_of

@@ -20,8 +20,8 @@ from typing import Any
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished, LayerUsage
 from aft_ray.metrics import Definition, create
-from aft_ray.serving.http_errors import code_of
-from aft_ray.serving.openai_request import ChatCall, plan_name
+from aft_ray.serving.errors import code_of
+from aft_ray.serving.openai.request import ChatCall, plan_name
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 

@@ -9,10 +9,10 @@ from contextlib import aclosing, asynccontextmanager
 
 from aft_ray.errors import DeadlineExceeded
 from aft_ray.inference.events import Event, Finished
-from aft_ray.serving.http_errors import code_of
-from aft_ray.serving.ledger import OpenRequest
+from aft_ray.serving.errors import code_of
+from aft_ray.serving.limits.ledger import OpenRequest
 from aft_ray.serving.metrics import METRICS
-from aft_ray.serving.openai_request import LONGEST_REQUEST_S, ChatCall
+from aft_ray.serving.openai.request import LONGEST_REQUEST_S, ChatCall
 from aft_ray.serving.readiness import Readiness
 
 

@@ -10,13 +10,13 @@ from aft_ray.engines.base import SpanParent
 from aft_ray.errors import ConfigError, DeadlineExceeded
 from aft_ray.inference.layer import estimated_tokens
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.admission import Ticket, cost_of
-from aft_ray.serving.gate import Gate
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.keys import Caller, KeyRing
-from aft_ray.serving.ledger import Bill, OpenRequest, RequestLedger
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.limits.admission import Ticket, cost_of
+from aft_ray.serving.limits.gate import Gate
+from aft_ray.serving.limits.keys import Caller, KeyRing
+from aft_ray.serving.limits.ledger import Bill, OpenRequest, RequestLedger
 from aft_ray.serving.metrics import count_layer
-from aft_ray.serving.openai_request import ChatCall, check_biases, default_model, plan_name
+from aft_ray.serving.openai.request import ChatCall, check_biases, default_model, plan_name
 from aft_ray.serving.readiness import Readiness
 from aft_ray.serving.run_request import Answers, PoolInfo, RunRequest
 from aft_ray.serving.running_call import RunningCall

@@ -28,12 +28,12 @@ from aft_ray.config import TracesConfig
 from aft_ray.engines.base import Engine, EngineEvent, EngineInfo, GenerateRequest, SpanParent, TokenDelta
 from aft_ray.errors import AftError, ConfigError
 from aft_ray.inference.events import Event, LayerUsage
-from aft_ray.serving.http_errors import code_of
+from aft_ray.serving.errors import code_of
 
 if TYPE_CHECKING:
     from aft_ray.serving.aggregator import Aggregator
-    from aft_ray.serving.ledger import OpenRequest
-    from aft_ray.serving.openai_request import ChatCall
+    from aft_ray.serving.limits.ledger import OpenRequest
+    from aft_ray.serving.openai.request import ChatCall
     from aft_ray.serving.run_request import RunRequest
     from aft_ray.serving.running_call import RunningCall
 

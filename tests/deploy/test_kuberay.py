@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from aft_ray.cluster_fit import num_held, resources_of_worker
 from aft_ray.config import ServingConfig, load_config
 from aft_ray.config.loading import validate
-from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+from aft_ray.serving.openai.request import LONGEST_REQUEST_S
 from tests.deploy.test_image import TEXT as DOCKERFILE
 from tests.deploy.test_image import lock
 

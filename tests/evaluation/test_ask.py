@@ -24,8 +24,8 @@ from aft_ray.errors import EngineError
 from aft_ray.evaluation.ask import ANSWERS, AskedAnswer, answer_row, ask, request_body
 from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
-from aft_ray.serving.openai_body import ChatBody
-from aft_ray.serving.openai_request import call_of
+from aft_ray.serving.openai.body import ChatBody
+from aft_ray.serving.openai.request import call_of
 
 from .rows import draft, usage
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from aft_ray.serving.openai_body import UNSUPPORTED, WITHOUT_EFFECT
+from aft_ray.serving.openai.body import UNSUPPORTED, WITHOUT_EFFECT
 
 VALID: dict[str, Any] = {
     "model": "base@k2-l1",

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from aft_ray.serving.api import make_api
 from aft_ray.serving.app import free_port
+from aft_ray.serving.http.api import make_api
 from aft_ray.serving.service import Service
 
 

@@ -9,8 +9,8 @@ import pytest
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.admission import LOST_S, Admission, Refusal, Ticket, cost_of
-from aft_ray.serving.control import Control
+from aft_ray.serving.limits.admission import LOST_S, Admission, Refusal, Ticket, cost_of
+from aft_ray.serving.limits.control import Control
 
 NONE = KeyLimits()
 

@@ -27,8 +27,8 @@ from aft_ray.inference.plan import Plan
 from aft_ray.serving import scaling
 from aft_ray.serving.app import serve_app
 from aft_ray.serving.deployments import application, build_app, pool_options
-from aft_ray.serving.keys import KeyRing, digest, is_loopback
-from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+from aft_ray.serving.limits.keys import KeyRing, digest, is_loopback
+from aft_ray.serving.openai.request import LONGEST_REQUEST_S
 from aft_ray.serving.replica import check_adapters
 from aft_ray.serving.replica_calls import as_aft_error
 from aft_ray.serving.scaling import BySamples

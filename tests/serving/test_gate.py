@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig, ServingConfig
-from aft_ray.serving.admission import Ticket
-from aft_ray.serving.control import Control
-from aft_ray.serving.gate import ControlActorClient, Gate
+from aft_ray.serving.limits.admission import Ticket
+from aft_ray.serving.limits.control import Control
+from aft_ray.serving.limits.gate import ControlActorClient, Gate
 
 NUM_REQUESTS = 3
 

@@ -14,7 +14,7 @@ import pytest
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.api import make_api
+from aft_ray.serving.http.api import make_api
 from aft_ray.serving.service import Service
 from tests.serving.hostile import CHAT, VALID, hostile_bodies
 from tests.serving.test_ingress import over_http, post, service_over

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from ray.exceptions import RayTaskError
 
-from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.errors import HttpError
 
 
 def test_an_error_that_ray_brings_from_a_replica_is_the_one_that_was_raised() -> None:

@@ -20,15 +20,15 @@ from aft_ray.inference import Role
 from aft_ray.inference.events import AnswerDelta, Event, LayerUsage
 from aft_ray.inference.plan import Plan
 from aft_ray.records import Message
-from aft_ray.serving import replies
 from aft_ray.serving.aggregator import Aggregator
-from aft_ray.serving.api import make_api
-from aft_ray.serving.control import Control
-from aft_ray.serving.gate import ControlClient, Gate
-from aft_ray.serving.keys import Caller, KeyRing
-from aft_ray.serving.ledger import OpenRequest, RequestLedger
-from aft_ray.serving.openai_body import ChatBody
-from aft_ray.serving.openai_request import call_of
+from aft_ray.serving.http import replies
+from aft_ray.serving.http.api import make_api
+from aft_ray.serving.limits.control import Control
+from aft_ray.serving.limits.gate import ControlClient, Gate
+from aft_ray.serving.limits.keys import Caller, KeyRing
+from aft_ray.serving.limits.ledger import OpenRequest, RequestLedger
+from aft_ray.serving.openai.body import ChatBody
+from aft_ray.serving.openai.request import call_of
 from aft_ray.serving.run_request import RunRequest
 from aft_ray.serving.service import Service
 from aft_ray.templates import AggregatorTemplate, MessagesFormat

@@ -11,8 +11,8 @@ import pytest
 
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.grammar import MOST_WHITE_SPACE, converted, grammar_of, sentence
+from aft_ray.engines.json_schema import why_not_followed, written_out
 from aft_ray.engines.scripted import ScriptedEngine
-from aft_ray.serving.json_schema import why_not_followed, written_out
 from tests.serving.test_ingress import post, service_over
 
 RIVERS = {

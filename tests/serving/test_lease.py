@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig, ServingConfig
-from aft_ray.serving import admission, gate
 from aft_ray.serving.adapters import Adapter
-from aft_ray.serving.admission import LOST_S, Admission, Amount, Refusal, Ticket, Wait
-from aft_ray.serving.control import Control
-from aft_ray.serving.gate import Gate
-from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.limits import admission, gate
+from aft_ray.serving.limits.admission import LOST_S, Admission, Amount, Refusal, Ticket, Wait
+from aft_ray.serving.limits.control import Control
+from aft_ray.serving.limits.gate import Gate
 
 CONFIG = ServingConfig(engine=ScriptedEngineConfig(), adapters={"aft": "/first"})
 NONE = KeyLimits()

@@ -12,8 +12,8 @@ import pytest
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.api import make_api
-from aft_ray.serving.keys import digest
+from aft_ray.serving.http.api import make_api
+from aft_ray.serving.limits.keys import digest
 from tests.serving.test_ingress import service_over
 
 LIMIT = 1_000_000

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from aft_ray.config import ScriptedEngineConfig, ServingConfig
 from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_body import ChatBody, CompletionBody
-from aft_ray.serving.openai_request import ChatCall, call_of, split_alias
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.openai.body import ChatBody, CompletionBody
+from aft_ray.serving.openai.request import ChatCall, call_of, split_alias
 
 CONFIG = ServingConfig(
     engine=ScriptedEngineConfig(),

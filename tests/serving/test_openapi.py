@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.api import make_api
+from aft_ray.serving.http.api import make_api
 from tests.serving.test_ingress import service_over
 
 API = make_api(service_over(ScriptedEngine(ScriptedEngineConfig(num_tokens=2)), Plan(num_proposals=2)))

@@ -22,7 +22,7 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import ConfigError
 from aft_ray.serving import adapters, build_app, content_named
 from aft_ray.serving.adapters import CONFIG, VERSIONS, WEIGHTS, keep_version, version_of
-from aft_ray.serving.admission import Table
+from aft_ray.serving.limits.admission import Table
 from aft_ray.serving.service import Service
 from aft_ray.storage import Folder, local_copy
 from tests.hub import put_in_cache

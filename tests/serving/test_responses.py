@@ -14,8 +14,8 @@ import pytest
 from aft_ray.config import ScriptedEngineConfig
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.api import make_api
-from aft_ray.serving.openai_responses import messages_of
+from aft_ray.serving.http.api import make_api
+from aft_ray.serving.openai.responses_api import messages_of
 from aft_ray.serving.service import Service
 from tests.serving.test_ingress import service_over
 

@@ -13,7 +13,7 @@ import aft_ray.serving
 from aft_ray.config import ReplicaConfig, ServingConfig
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.metrics import DEFINITIONS
-from aft_ray.serving.openai_request import CAP_EXCEEDED, SWITCHES, ChatBody
+from aft_ray.serving.openai.request import CAP_EXCEEDED, SWITCHES, ChatBody
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 WORDS = set(re.findall(r"\w+", PAGE))

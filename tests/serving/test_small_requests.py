@@ -17,10 +17,10 @@ from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.errors import ConfigError
 from aft_ray.inference.plan import Plan
 from aft_ray.serving.adapters import found_in, keep_version
-from aft_ray.serving.admin import _take_changed
 from aft_ray.serving.app import free_port
-from aft_ray.serving.http_errors import without_paths
-from aft_ray.serving.keys import KeyRing, digest, read_keys
+from aft_ray.serving.errors import without_paths
+from aft_ray.serving.http.admin import _take_changed
+from aft_ray.serving.limits.keys import KeyRing, digest, read_keys
 from aft_ray.serving.run_request import PoolInfo
 from aft_ray.serving.service import check_plan_fits
 from aft_ray.storage import Folder

@@ -14,10 +14,11 @@ import pytest
 from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig
 from aft_ray.engines.base import EngineEvent, GenerateRequest
 from aft_ray.engines.scripted import ScriptedEngine
-from aft_ray.serving import admin, admission, gate
 from aft_ray.serving.adapters import VERSIONS, version_of
-from aft_ray.serving.control import Control
-from aft_ray.serving.gate import Gate
+from aft_ray.serving.http import admin
+from aft_ray.serving.limits import admission, gate
+from aft_ray.serving.limits.control import Control
+from aft_ray.serving.limits.gate import Gate
 from aft_ray.serving.service import Service
 from tests.serving.test_ingress import local_ask, service_over
 

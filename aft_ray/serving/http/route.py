@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
-from aft_ray.serving.http_errors import HttpError, as_http_error, code_of
+from aft_ray.serving.errors import HttpError, as_http_error, code_of
 from aft_ray.serving.metrics import METRICS
 
 REQUEST_ID = "x-request-id"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from aft_ray.serving.admission import LEASE_S, LEAST_LEASE, Amount, Renewal
+from aft_ray.serving.limits.admission import LEASE_S, LEAST_LEASE, Amount, Renewal
 
 
 class Lease:

@@ -27,7 +27,7 @@ HEADERS = {
 def page_routes() -> APIRouter:
     """Return the routes of the page, its style and its script. They are not part of the API's schema."""
     router = APIRouter(include_in_schema=False)
-    folder = files("aft_ray.serving") / "page"
+    folder = files("aft_ray.serving.http") / "page"
     text = {name: (folder / name).read_text() for name in ("index.html", "page.css", "page.js")}
 
     @router.get("/")

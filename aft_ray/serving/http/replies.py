@@ -10,9 +10,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished
-from aft_ray.serving.http_errors import as_http_error
-from aft_ray.serving.joined_calls import JoinedCalls
-from aft_ray.serving.openai_response import SSE_KEEP_ALIVE, Drafts, Reply
+from aft_ray.serving.errors import as_http_error
+from aft_ray.serving.http.joined_calls import JoinedCalls
+from aft_ray.serving.openai.response import SSE_KEEP_ALIVE, Drafts, Reply
 from aft_ray.serving.running_call import RunningCall
 
 KEEP_ALIVE_S = 2.0

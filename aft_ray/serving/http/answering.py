@@ -12,15 +12,15 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from aft_ray.fan_in import all_of
-from aft_ray.serving.http import request_id_of
-from aft_ray.serving.http_errors import HttpError, code_of
-from aft_ray.serving.joined_calls import JoinedCalls
-from aft_ray.serving.keys import Caller
-from aft_ray.serving.ledger import OpenRequest
-from aft_ray.serving.openai_body import ChatBody, CompletionBody
-from aft_ray.serving.openai_request import ChatCall, call_of, check_ids, echoing, fitted_to_engines
-from aft_ray.serving.openai_response import Reply
-from aft_ray.serving.replies import begun_stream, whole_reply
+from aft_ray.serving.errors import HttpError, code_of
+from aft_ray.serving.http.joined_calls import JoinedCalls
+from aft_ray.serving.http.replies import begun_stream, whole_reply
+from aft_ray.serving.http.route import request_id_of
+from aft_ray.serving.limits.keys import Caller
+from aft_ray.serving.limits.ledger import OpenRequest
+from aft_ray.serving.openai.body import ChatBody, CompletionBody
+from aft_ray.serving.openai.request import ChatCall, call_of, check_ids, echoing, fitted_to_engines
+from aft_ray.serving.openai.response import Reply
 from aft_ray.serving.service import Service
 
 IGNORED = "x-aft-ignored"

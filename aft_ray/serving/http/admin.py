@@ -34,9 +34,9 @@ from aft_ray.serving.adapters import (
     stamp_of,
     touch,
 )
-from aft_ray.serving.http import OpenAIRoute
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_request import LONGEST_REQUEST_S
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.http.route import OpenAIRoute
+from aft_ray.serving.openai.request import LONGEST_REQUEST_S
 from aft_ray.serving.service import Service
 from aft_ray.storage import Folder
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from aft_ray.config import KeyConfig, KeyLimits, ServingConfig, validate
 from aft_ray.config.loading import read_yaml
 from aft_ray.errors import ConfigError
-from aft_ray.serving.http_errors import HttpError
+from aft_ray.serving.errors import HttpError
 
 logger = logging.getLogger("ray.serve.aft_ray")
 

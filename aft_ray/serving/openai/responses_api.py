@@ -19,9 +19,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from aft_ray.inference.events import Answer, AnswerDelta, Finished, LayerDone, ProposalDone
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_body import ChatBody, unknown_parameter
-from aft_ray.serving.openai_response import Drafts, Reply
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.openai.body import ChatBody, unknown_parameter
+from aft_ray.serving.openai.response import Drafts, Reply
 
 SAME = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", "top_k", "min_p", "seed", "aft", "metadata",
         "user", "service_tier", "safety_identifier", "prompt_cache_key")  # fmt: skip

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aft_ray.inference.events import LayerUsage
-from aft_ray.serving.admission import Admitted
-from aft_ray.serving.gate import Gate
+from aft_ray.serving.limits.admission import Admitted
+from aft_ray.serving.limits.gate import Gate
 
 logger = logging.getLogger("ray.serve.aft_ray")
 

@@ -25,12 +25,12 @@ from pydantic_core import ErrorDetails
 
 from aft_ray.config import ServingConfig, merge
 from aft_ray.engines.base import Sampling
+from aft_ray.engines.json_schema import why_not_followed
 from aft_ray.errors import nearest
 from aft_ray.inference.plan import OF_AGGREGATIONS, FinalLayer, Plan
 from aft_ray.records import Message
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.json_schema import why_not_followed
-from aft_ray.serving.openai_body import (
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.openai.body import (
     LARGEST_TEMPERATURE,
     LARGEST_TOP_K,
     LONGEST_SCHEMA,

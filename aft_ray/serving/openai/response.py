@@ -21,7 +21,7 @@ from typing import Any, Literal
 from aft_ray.engines.base import CallPiece, TokenLogprob
 from aft_ray.inference.events import Answer, AnswerDelta, Event, Finished, LayerDone, LayerUsage, ProposalDone
 from aft_ray.inference.layer import EMPTY_ANSWER
-from aft_ray.serving.openai_request import ChatCall
+from aft_ray.serving.openai.request import ChatCall
 
 SSE_KEEP_ALIVE = ": keep-alive\n\n"
 SSE_DONE = "data: [DONE]\n\n"

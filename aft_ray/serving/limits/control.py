@@ -15,7 +15,7 @@ from typing import Any
 
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.serving.adapters import Adapter, Stamp
-from aft_ray.serving.admission import (
+from aft_ray.serving.limits.admission import (
     LEASE_S,
     Admission,
     Admitted,

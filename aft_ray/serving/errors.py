@@ -139,7 +139,7 @@ def _of_validation(error: RequestValidationError) -> HttpError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return HttpError(400, "the body is not valid JSON", code="invalid_json")
-    if first["type"] == "invalid_json":  # of `openai_body`, which says more
+    if first["type"] == "invalid_json":  # of `openai/body.py`, which says more
         return HttpError(400, first["msg"], code="invalid_json")
     named = first.get("ctx", {}).get("param")
     # Of a value of several types, pydantic adds the type that it tried last, such as `constrained-str` or `list[int]`.

@@ -13,10 +13,10 @@ from aft_ray.engines.base import ToolUse
 from aft_ray.errors import nearest
 from aft_ray.inference.plan import FinalLayer
 from aft_ray.records import Message
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.openai_messages import ChatMessage, conversation_of
-from aft_ray.serving.openai_schema import aft_schema
-from aft_ray.serving.openai_tools import ToolChoice, Tools, tool_use_of
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.openai.messages import ChatMessage, conversation_of
+from aft_ray.serving.openai.schema import aft_schema
+from aft_ray.serving.openai.tools import ToolChoice, Tools, tool_use_of
 
 LARGEST_TEMPERATURE = 2.0
 LARGEST_TOP_K = 2**31 - 1

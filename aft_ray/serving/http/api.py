@@ -13,16 +13,17 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from aft_ray.serving.admin import admin_routes
-from aft_ray.serving.admission import Room
-from aft_ray.serving.answering import IGNORED, calls_of_prompts, reply_to, resolved
-from aft_ray.serving.http import OpenAIRoute, unrouted_error
-from aft_ray.serving.keys import Caller
-from aft_ray.serving.openai_body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from aft_ray.serving.openai_request import check_ids, default_model, model_names, plan_limits, split_alias
-from aft_ray.serving.openai_response import Reply
-from aft_ray.serving.openai_responses import ResponsesReply, chat_body_of
-from aft_ray.serving.openai_schema import (
+from aft_ray.serving.http.admin import admin_routes
+from aft_ray.serving.http.answering import IGNORED, calls_of_prompts, reply_to, resolved
+from aft_ray.serving.http.page import page_routes
+from aft_ray.serving.http.route import OpenAIRoute, unrouted_error
+from aft_ray.serving.limits.admission import Room
+from aft_ray.serving.limits.keys import Caller
+from aft_ray.serving.openai.body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from aft_ray.serving.openai.request import check_ids, default_model, model_names, plan_limits, split_alias
+from aft_ray.serving.openai.response import Reply
+from aft_ray.serving.openai.responses_api import ResponsesReply, chat_body_of
+from aft_ray.serving.openai.schema import (
     ERRORS,
     ChatCompletion,
     Model,
@@ -34,7 +35,6 @@ from aft_ray.serving.openai_schema import (
     Tokens,
     answers,
 )
-from aft_ray.serving.page import page_routes
 from aft_ray.serving.service import Service
 
 logger = logging.getLogger("ray.serve.aft_ray")

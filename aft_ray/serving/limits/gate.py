@@ -23,9 +23,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from aft_ray.config import KeyLimits, ServingConfig
-from aft_ray.serving.admission import LEASE_S, Admitted, Renewal, Report, Table, Ticket, Wait
-from aft_ray.serving.http_errors import HttpError
-from aft_ray.serving.lease import Lease
+from aft_ray.serving.errors import HttpError
+from aft_ray.serving.limits.admission import LEASE_S, Admitted, Renewal, Report, Table, Ticket, Wait
+from aft_ray.serving.limits.lease import Lease
 
 logger = logging.getLogger("ray.serve.aft_ray")
 

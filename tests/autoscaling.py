@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tests.hosts import PORT, Hosts
+from tests.hosts import PORT, QUICK, Hosts
 
 OBJECT_STORE = 100_000_000
 EMPTY = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
@@ -67,8 +67,7 @@ def start_autoscaling_ray(
     command = ["ray", "start", "--head", "--block", f"--port={PORT}", f"--node-ip-address={address}", "--num-cpus=0"]
     command += ["--dashboard-host=127.0.0.1", f"--object-store-memory={OBJECT_STORE}", "--disable-usage-stats"]
     command.append(f"--autoscaling-config={config}")
-    fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    fake |= {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+    fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", **QUICK}
     cluster.start(0, command, log=cluster.folder / "ray-0.log", env=fake)
     cluster.ray_address = f"{address}:{PORT}"
     cluster.wait_for_nodes(1)
@@ -95,7 +94,7 @@ def lose(node: Mapping[str, Any]) -> None:
     raise AssertionError(f"no raylet of node {node['NodeID']}")
 
 
-def wait(condition: Callable[[], bool], seconds: float = 120) -> float:
+def wait(condition: Callable[[], bool], seconds: float = 240) -> float:
     """Wait for a condition and return the seconds that it took; after `seconds`, AssertionError."""
     began = time.monotonic()
     while not condition():

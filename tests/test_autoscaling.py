@@ -160,7 +160,7 @@ def drive(cluster: Hosts, folder: Path, code: str) -> dict[str, Any]:
     script = folder / "driver.py"
     body = "".join(f"    {line}\n" for line in (BEGIN + code + END).splitlines())
     script.write_text(f"if __name__ == '__main__':\n{body}")
-    cluster.run(0, [sys.executable, str(script), str(folder)], timeout_s=300)
+    cluster.run(0, [sys.executable, str(script), str(folder)], timeout_s=900)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     assert found.pop("before") == 0
     return found

@@ -15,6 +15,7 @@ import pytest
 from aft_ray.runs import read_manifest
 from aft_ray.shards import Processed
 from aft_ray.storage import Folder
+from tests.hosts import QUICK
 from tests.test_stages import Squarer, source
 
 pytestmark = pytest.mark.soak
@@ -135,8 +136,7 @@ class WhereItRuns(Squarer):
 def run_driver(tmp_path: Path, code: str, result: str) -> dict[str, Any]:
     script = tmp_path / "driver.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_health_check_period_ms": "500"}
-    environment["RAY_health_check_failure_threshold"] = "3"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **QUICK}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

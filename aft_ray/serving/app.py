@@ -25,6 +25,8 @@ logger = logging.getLogger("ray.serve.aft_ray")
 
 APP_NAME = "aft_ray"
 """Name of an application that belongs to no run."""
+RECOVER_S = 1800.0
+"""How long an application may take to start after it lost a process: a large model is loaded again."""
 ASK_S, TRY_S = 60.0, 10.0
 """How long a draining server may take to answer a question, and one replica, which may be on a host that is gone."""
 
@@ -64,7 +66,12 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, replace_abandoned:
         serve.delete(name)
     _internal_kv_put(OWNER + name.encode(), ray.get_runtime_context().get_job_id().encode())
     try:
-        serve.run(app, name=name, route_prefix=config.route_prefix, logging_config=quiet_logs())
+        try:
+            serve.run(app, name=name, route_prefix=config.route_prefix, logging_config=quiet_logs())
+        except RuntimeError:
+            if not has_lost_a_process(name):
+                raise
+            await_recovery(name)
     except RayServeException as error:
         if "is being used by application" not in str(error):
             raise
@@ -75,6 +82,34 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, replace_abandoned:
         stop(name)
         raise EngineError(f"the application did not start: {reason}") from None
     return base_url
+
+
+def has_lost_a_process(name: str) -> bool:
+    """Whether an application that starts is called failed for nothing but a replica or an actor that was lost.
+
+    Serve replaces what is lost, with its host for example, and goes on; but while an application starts, its status is
+    "failed" until the deployment is healthy.
+    """
+    from ray import serve
+
+    deployments = serve.status().applications[name].deployments.values()
+    triggers = {deployment.status_trigger for deployment in deployments if deployment.status == "DEPLOY_FAILED"}
+    return triggers == {"HEALTH_CHECK_FAILED"}
+
+
+def await_recovery(name: str) -> None:
+    """Wait until an application that lost a process has started. Raises RuntimeError where it does not."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    logger.warning("%s: a process was lost while the application started; Serve starts another one", name)
+    give_up = time.monotonic() + RECOVER_S
+    while serve.status().applications[name].status != "RUNNING":
+        has_failed = serve.status().applications[name].status == "DEPLOY_FAILED" and not has_lost_a_process(name)
+        if has_failed or time.monotonic() > give_up:
+            raise RuntimeError("a process was lost while it started, and it did not recover")
+        time.sleep(1)
+    _get_global_client().wait_for_proxies_serving()
 
 
 def check_replicas_fit(config: ServingConfig) -> None:

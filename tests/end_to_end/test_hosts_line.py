@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.command_line import ROOT
-from tests.hosts import Hosts, hosts, needs_hosts
+from tests.hosts import QUICK, Hosts, hosts, needs_hosts
 from tests.training.tiny import ANSWER, WORDS, write_model
 
 pytestmark = [pytest.mark.soak, needs_hosts, pytest.mark.timeout(1500)]
@@ -122,8 +122,7 @@ def cluster() -> Iterator[tuple[Hosts, dict[str, str]]]:
             "AWS_SECRET_ACCESS_KEY": "no secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "RAY_health_check_period_ms": "500",
-            "RAY_health_check_failure_threshold": "3",
+            **QUICK,
         }
         made.start(0, [sys.executable, "-m", "moto.server", "-H", made.address(0)], log=made.folder / "s3.log")
         made.start_ray(num_cpus=(0, 2, 2, 2), env=storage)

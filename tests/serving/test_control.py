@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     stop("guarded")
 
 
+class Holder:
+    """Holds its CPUs, for which replicas wait."""
+
+    def ready(self) -> None:
+        """Return when the actor runs."""
+
+
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
@@ -154,6 +162,39 @@ def test_limits_outlive_the_actor_that_keeps_them(server: Server) -> None:
     statuses = [response.status_code for response in ask_together(server, 16, SLOW)]
     assert sorted(statuses) == [200] * 6 + [429] * 10
     assert server.get("/admin/status")["num_requests"] == 0
+
+
+@pytest.mark.soak
+def test_a_control_actor_that_dies_while_the_application_starts_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    def control() -> list[Any]:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return [
+            ray.get_actor(one["name"], namespace=one["namespace"])
+            for one in named
+            if "control" in one["name"] and "late" in one["name"]
+        ]
+
+    holder = ray.remote(num_cpus=2)(Holder).remote()
+    ray.get(holder.ready.remote())
+    config = ServingConfig(
+        engine=ScriptedEngineConfig(),
+        port=0,
+        route_prefix="/late",
+        ingress=ReplicaConfig(num_cpus=0.1),
+        aggregator=ReplicaConfig(num_cpus=2.5),
+    )
+    with ThreadPoolExecutor(1) as starter:
+        url = starter.submit(serve_app, config, name="late")
+        wait_for(lambda: len(control()) == 1, 60)
+        [first] = control()
+        ray.get(first.__ray_ready__.remote())
+        ray.kill(first)
+        wait_for(lambda: [one._actor_id for one in control()] not in ([], [first._actor_id]), 90)
+        ray.kill(holder)
+        assert httpx.post(f"{url.result(120)}/v1/chat/completions", json=BODY, timeout=60).status_code == 200
+    stop("late")
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.hosts import hosts, needs_hosts
+from tests.hosts import QUICK, hosts, needs_hosts
 
 pytestmark = [pytest.mark.soak, needs_hosts, pytest.mark.timeout(600)]
 
@@ -68,9 +68,8 @@ def write_config(folder: Path) -> Path:
 
 def test_a_lost_host_costs_few_requests_and_a_server_stops_without_it(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
     with hosts(3) as cluster:
-        cluster.start_ray(num_cpus=(0, 1, 1), env=quick)
+        cluster.start_ray(num_cpus=(0, 1, 1), env=QUICK)
         log = tmp_path / "serve.log"
         server = cluster.start(0, [sys.executable, "-m", "aft_ray", "serve", "--config", str(config)], log=log)
         end = time.monotonic() + 120

@@ -21,6 +21,7 @@ from aft_ray.errors import ConfigError, TrainingFailed
 from aft_ray.storage import Folder
 from aft_ray.training import TrainingJob, train_adapters
 from aft_ray.training.metrics import METRICS
+from tests.hosts import QUICK
 from tests.kills import kill_a_train_worker, when
 
 pytestmark = pytest.mark.soak
@@ -161,7 +162,6 @@ def test_workers_without_the_build_for_gpus_are_named(tiny_model: Path, training
 def test_a_training_does_not_wait_for_nodes_that_cannot_come(
     tiny_model: Path, training_set: Path, tmp_path: Path
 ) -> None:
-    quick = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3", "RAY_health_check_period_ms": "500"}
-    quick["RAY_health_check_failure_threshold"] = "3"
+    quick = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3", **QUICK}
     text = said(A_LOST_NODE, tiny_model, training_set, tmp_path, **quick)
     assert "ConfigError: training requests 1 CPU per worker for 2 workers at a time, and the cluster holds 1." in text

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from aft_ray.storage import Folder
 from aft_ray.training.metrics import HELD_OUT, METRICS
+from tests.hosts import QUICK
 from tests.kills import kill_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,8 +181,7 @@ def test_a_preempted_node_and_a_lost_one_cost_one_failure_and_the_training_goes_
     """`max_failures` is 1, so the preemption is not among the failures. The only checkpoint is the one that the workers
     write when the preemption is announced.
     """
-    quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
-    quick["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.2"
+    quick = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2", **QUICK}
     finish(start(whole, tiny_model, training_set, "moved", script="nodes.py", **quick), whole)
     assert check_equal_to_whole(whole, "moved") == int((whole / "saved_on_notice").read_text())
 

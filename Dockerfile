@@ -28,7 +28,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     RAY_AUTH_MODE=token \
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=30 \
-    RAY_SERVE_USE_GRPC_BY_DEFAULT=1 \
     RAY_USAGE_STATS_ENABLED=0
 
 # gcc and Python's headers: Triton and vLLM compile kernels where they run. wget: the probes of KubeRay.

@@ -12,7 +12,7 @@ set -euo pipefail
 rank=$1 num_nodes=$2 head=$3
 shift 3
 
-export RAY_AUTH_MODE=token RAY_SERVE_USE_GRPC_BY_DEFAULT=1 RAY_USAGE_STATS_ENABLED=0
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 port=${RAY_PORT:-6379}
 export RAY_ADDRESS=$head:$port
 wait_s=${RAY_WAIT_S:-900}

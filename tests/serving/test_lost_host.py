@@ -85,6 +85,7 @@ def test_a_lost_host_costs_few_requests_and_a_server_stops_without_it(tmp_path: 
         time.sleep(LOST_S)
         cluster.cut(1)
         out, err = load.communicate(timeout=LOAD_S + 120)
+        assert load.returncode == 0, err[-3000:]
         answers = json.loads(out.splitlines()[-1])
         failed = [answer for answer in answers if answer[0] != 200]
         assert len(answers) > 50 and len(failed) <= 8, (len(answers), failed, err[-2000:])

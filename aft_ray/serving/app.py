@@ -109,7 +109,9 @@ def await_recovery(name: str) -> None:
         if has_failed or time.monotonic() > give_up:
             raise RuntimeError("a process was lost while it started, and it did not recover")
         time.sleep(1)
-    _get_global_client().wait_for_proxies_serving()
+    client = _get_global_client()
+    assert client is not None  # it raises where Serve does not run
+    client.wait_for_proxies_serving()
 
 
 def check_replicas_fit(config: ServingConfig) -> None:

@@ -91,7 +91,7 @@ def test_it_runs_as_a_user_with_few_rights_and_wants_the_token() -> None:
 def test_the_health_check_asks_routes_that_exist() -> None:
     (check,) = all_of("HEALTHCHECK")
     assert "http://127.0.0.1:8000/health || ray health-check" in check
-    assert '"/health"' in (ROOT / "aft_ray" / "serving" / "api.py").read_text()
+    assert '"/health"' in (ROOT / "aft_ray" / "serving" / "http" / "api.py").read_text()
     from ray.scripts.scripts import cli
 
     assert "health-check" in cli.commands

@@ -210,7 +210,7 @@ def test_no_request_is_cut_by_an_update_or_by_a_pod_that_goes(name: str) -> None
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
     assert spec["rayClusterDeletionDelaySeconds"] > LONGEST_REQUEST_S
     assert spec["excludeHeadPodFromServeSvc"] is True
-    routes = (ROOT / "aft_ray" / "serving" / "api.py").read_text()
+    routes = (ROOT / "aft_ray" / "serving" / "http" / "api.py").read_text()
     for group in cluster["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         probe = pod["containers"][0]["readinessProbe"]["httpGet"]

@@ -126,6 +126,7 @@ def test_an_evaluation_is_a_line_of_stages_that_is_resumed_and_refused_like_any_
     assert files_of(settings) == made
 
 
+@pytest.mark.soak
 def test_prompts_of_another_source_are_asked_in_place_of_the_held_out_ones(
     ray_cluster: None, config: Make, tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def test_what_a_killed_evaluation_left_is_replaced(config: Make) -> None:
     assert evaluation_app(run) not in serve.status().applications
 
 
+@pytest.mark.soak
 def test_an_evaluation_leaves_the_application_of_somebody_else_alone(ray_cluster: None, config: Make) -> None:
     from ray import serve
 

@@ -121,6 +121,7 @@ def test_after_every_move_a_name_answers_with_the_weights_it_stands_for(
     assert [ask(server, name) for name in ("old", "aft", "base", "old")] == [by_first, by_third, base, by_first]
 
 
+@pytest.mark.soak
 def test_an_adapter_of_the_config_stays_what_it_was_when_the_server_started(
     server: str, truth: Truth, tmp_path: Path
 ) -> None:

@@ -185,6 +185,6 @@ def test_the_page_and_its_parts_come_with_a_strict_policy(site: str) -> None:
 
 @pytest.mark.parametrize("name", ["index.html", "page.css", "page.js"])
 def test_the_page_names_nothing_outside_and_writes_no_html(name: str) -> None:
-    text = (files("aft_ray.serving") / "page" / name).read_text()
+    text = (files("aft_ray.serving.http") / "page" / name).read_text()
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace("// ", ""))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Storage|cookie", text)

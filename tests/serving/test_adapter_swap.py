@@ -122,6 +122,7 @@ def test_after_every_move_a_name_answers_with_the_weights_it_stands_for(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("server", ["transformers"], indirect=True)
 def test_an_adapter_of_the_config_stays_what_it_was_when_the_server_started(
     server: str, truth: Truth, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import stat
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -98,12 +99,12 @@ def fetched_bytes(since: float) -> int:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    files = itertools.chain(Path(HF_HUB_CACHE).glob("models--*/blobs/*"), (cache_dir() / COPIES_FOLDER).rglob("*"))
     total = 0
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):  # an unfinished file gets its own name when it is whole
-            found = file.stat()
-            total += found.st_size if stat.S_ISREG(found.st_mode) and found.st_mtime >= since else 0
+    for folder, _, names in itertools.chain(os.walk(HF_HUB_CACHE), os.walk(cache_dir() / COPIES_FOLDER)):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # what is whole gets its own name, and so does its folder
+                found = os.lstat(os.path.join(folder, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) and found.st_mtime >= since else 0
     return total
 
 

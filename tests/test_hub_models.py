@@ -155,3 +155,29 @@ def test_what_is_being_fetched_is_counted_and_what_was_there_before_is_not(
         (tmp_path / name).write_bytes(b"." * size)
     os.utime(tmp_path / "hub/models--owner--there/blobs/1234", (1000, 1000))
     assert fetched_bytes(since=2000) == 110
+
+
+def test_folders_that_get_their_own_name_while_they_are_counted_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count runs in the thread by which a worker reports that it lives."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("AFT_RAY_CACHE", str(tmp_path))
+    partial, whole = tmp_path / "copies" / "model.partial", tmp_path / "copies" / "model"
+    for number in range(20):
+        (partial / str(number)).mkdir(parents=True)
+        (partial / str(number) / "weights").write_bytes(b".")
+    is_over = threading.Event()
+
+    def rename() -> None:
+        while not is_over.is_set():
+            partial.rename(whole)
+            whole.rename(partial)
+
+    renaming = threading.Thread(target=rename)
+    renaming.start()
+    try:
+        assert all(0 <= fetched_bytes(since=0) <= 40 for _ in range(300))
+    finally:
+        is_over.set()
+        renaming.join()

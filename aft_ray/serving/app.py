@@ -104,8 +104,8 @@ def await_recovery(name: str) -> None:
 
     logger.warning("%s: a process was lost while the application started; Serve starts another one", name)
     give_up = time.monotonic() + RECOVER_S
-    while serve.status().applications[name].status != "RUNNING":
-        has_failed = serve.status().applications[name].status == "DEPLOY_FAILED" and not has_lost_a_process(name)
+    while (status := serve.status().applications[name].status) != "RUNNING":
+        has_failed = status == "DEPLOY_FAILED" and not has_lost_a_process(name)
         if has_failed or time.monotonic() > give_up:
             raise RuntimeError("a process was lost while it started, and it did not recover")
         time.sleep(1)

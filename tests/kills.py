@@ -41,8 +41,8 @@ def kill_many_times(work: Callable[..., object], *arguments: Any, num_kills: int
 
 
 def when(condition: Callable[[], bool], action: Callable[[], None]) -> None:
-    """Wait for the condition, at most 500 s, and then act."""
-    end = time.monotonic() + 500
+    """Wait for the condition, at most 900 s, and then act."""
+    end = time.monotonic() + 900
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
     action()

@@ -141,6 +141,7 @@ def cubes(tmp_path: Path, is_light: bool) -> Stage:
     )
 
 
+@pytest.mark.parametrize("is_light", [pytest.param(False, marks=pytest.mark.soak), True], ids=["actors", "driver"])
 def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(
     ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:
@@ -164,6 +165,7 @@ def test_failed_rows_are_retried_alone_and_go_through_the_later_stages(
     assert [row["number"] for row in later.output.rows()] == list(range(20))
 
 
+@pytest.mark.soak
 def test_rows_that_are_tried_again_do_not_count_as_failed_before_they_are_made(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -260,6 +262,7 @@ def test_a_stage_without_its_source_says_which_one_is_missing(ray_cluster: None,
         run_stage(squares(tmp_path), max_failure_rate=0)
 
 
+@pytest.mark.soak
 def test_a_slow_row_delays_its_own_shard_and_no_other(ray_cluster: None, tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=60)
     stage = squares(tmp_path, slow_until=(tmp_path / "squares", 19))
@@ -370,7 +373,11 @@ class WaitsForOthers(RowWorker):
 
 
 @pytest.mark.parametrize(
-    "num_shards, num_workers", [(20, 3), (3, 2)], ids=["work for more than there may be", "work for two"]
+    "num_shards, num_workers",
+    [
+        pytest.param(20, 3, id="work for more than there may be", marks=pytest.mark.soak),
+        pytest.param(3, 2, id="work for two"),
+    ],
 )
 def test_between_min_and_max_a_stage_uses_as_many_workers_as_have_work(
     ray_cluster: None, tmp_path: Path, num_shards: int, num_workers: int
@@ -398,6 +405,7 @@ class OutlivesOthers(WaitsForOthers):
         return {int(file.name) for file in self.folder.iterdir()} - {os.getpid()}
 
 
+@pytest.mark.soak
 def test_workers_that_a_stage_needs_no_longer_are_given_back_before_it_ends(ray_cluster: None, tmp_path: Path) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=30)
     placement = PlacementConfig(num_cpus=1, min_actors=1, max_actors=3, max_shards_in_flight=2)
@@ -414,6 +422,7 @@ class TakesLongToLoad(Squarer):
         super().__init__()
 
 
+@pytest.mark.soak
 def test_a_model_that_takes_long_to_load_does_not_end_the_stage(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -484,6 +493,7 @@ def test_an_engine_that_dies_again_and_again_stops_the_stage_with_its_last_words
     assert stage.output.names(".parquet") == [], "no row is blamed"
 
 
+@pytest.mark.soak
 def test_a_resumed_stage_counts_only_its_own_work_in_rates_and_all_rows_at_the_end(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

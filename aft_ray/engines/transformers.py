@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_WINDOW_S = 0.05
 """Requests that arrive within this time share a batch. It is short beside the seconds that a batch takes."""
+MAX_SCORED = 2**26
+"""Logits, or pairs of tokens in an attention mask, up to which scores share a forward pass: 256 MB in float32."""
 
 
 @dataclass(eq=False)
@@ -39,6 +41,16 @@ class _Job:
     @property
     def kind(self) -> tuple[Sampling, tuple[int, ...], str | None]:
         return self.request.sampling, self.request.stop_ids, self.request.adapter
+
+
+@dataclass(eq=False)
+class _ScoreJob:
+    """One continuation that waits for its log-probabilities."""
+
+    prompt_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+    adapter: str | None
+    scores: list[float] | None = None
 
 
 class TransformersEngine:
@@ -56,16 +68,16 @@ class TransformersEngine:
             dtype=dtype_to_load(config.dtype, self.device),
             trust_remote_code=config.trust_remote_code,
             device_map=self.device,
-            # torch's fused attention decodes long contexts on a CPU at a quarter of the plain one's speed
-            attn_implementation="eager" if self.device == "cpu" else None,
         )
         self.model.eval()
         self.eos_ids = _as_ids(self.model.generation_config.eos_token_id)
         # `generate` takes what a request leaves open from here, such as a model's own repetition_penalty or num_beams
         self.model.generation_config = GenerationConfig()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=config.trust_remote_code)
+        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self._adapters: dict[str, str] = {}
         self._waiting: list[_Job] = []
+        self._to_score: list[_ScoreJob] = []
         self._runner: asyncio.Task[None] | None = None
         self._model_lock = asyncio.Lock()
 
@@ -215,19 +227,55 @@ class TransformersEngine:
     async def score(
         self, prompt_ids: Sequence[int], continuation_ids: Sequence[int], adapter: str | None = None
     ) -> list[float]:
-        async with self._model_lock:
-            return await asyncio.to_thread(self._score, list(prompt_ids), list(continuation_ids), adapter)
+        """See `Engine.score`. Who gets the model first scores what the others wait for too."""
+        job = _ScoreJob(tuple(prompt_ids), tuple(continuation_ids), adapter)
+        self._to_score.append(job)
+        try:
+            async with self._model_lock:
+                if job.scores is None:
+                    batch = self._next_to_score(job)
+                    scores = await asyncio.to_thread(self._score, batch)
+                    for one, found in zip(batch, scores, strict=True):
+                        one.scores = found
+        finally:
+            self._to_score.remove(job)
+        assert job.scores is not None
+        return job.scores
 
-    def _score(self, prompt_ids: list[int], continuation_ids: list[int], adapter: str | None) -> list[float]:
+    def _next_to_score(self, job: _ScoreJob) -> list[_ScoreJob]:
+        """Return the job and those that can share its forward pass, as far as there is memory for it."""
+        alike = [one for one in self._to_score if one.scores is None and one.adapter == job.adapter and one is not job]
+        batch = [job]
+        for one in alike:
+            larger = [*batch, one]
+            num_scored = max(len(other.continuation_ids) for other in larger) + 1
+            width = max(len(other.prompt_ids) + len(other.continuation_ids) for other in larger)
+            if len(larger) * max(num_scored * self.vocab_size, width * width) > MAX_SCORED:
+                break
+            batch = larger
+        return batch
+
+    def _score(self, batch: Sequence[_ScoreJob]) -> list[list[float]]:
         import torch
 
-        self._use_adapter(adapter)
-        ids = torch.tensor([prompt_ids + continuation_ids], device=self.device)
+        self._use_adapter(batch[0].adapter)
+        ids, mask = _left_padded([job.prompt_ids + job.continuation_ids for job in batch], 0, self.device)
+        longest = max(len(job.continuation_ids) for job in batch)
         with torch.inference_mode():
-            # only the positions that predict the continuation go through the head
-            logits = self.model(input_ids=ids, logits_to_keep=len(continuation_ids) + 1).logits[0, :-1]
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        return logprobs.gather(1, ids[0, len(prompt_ids) :, None]).squeeze(1).tolist()
+            # only the positions that predict the continuations go through the head
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                logits_to_keep=longest + 1,
+            ).logits[:, :-1]
+            scores = []
+            for row, job in enumerate(batch):
+                num_tokens = len(job.continuation_ids)
+                logprobs = torch.log_softmax(logits[row, longest - num_tokens :].float(), dim=-1)
+                wanted = torch.tensor(job.continuation_ids, device=self.device)
+                scores.append(logprobs.gather(1, wanted[:, None]).squeeze(1).tolist())
+        return scores
 
     def _use_adapter(self, adapter: str | None) -> None:
         """Answer with this adapter from now on, or with the base model when it is None.

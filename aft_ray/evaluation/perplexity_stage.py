@@ -33,7 +33,7 @@ SCORE = pa.struct(
 )
 PERPLEXITIES = pa.schema([("prompt_id", pa.string()), ("scores", pa.list_(SCORE))])
 NO_TARGET = "empty target"
-MAX_CONCURRENCY = 8
+MAX_CONCURRENCY = 32
 """Number of targets that a worker has scored at the same time."""
 
 

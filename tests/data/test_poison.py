@@ -14,6 +14,7 @@ from aft_ray.runs import Manifest, Run
 from tests.data.test_prompts import write_jsonl
 from tests.data.test_prompts_stage import BAD, FINE, MEGABYTE
 
+pytestmark = pytest.mark.soak
 EASY = [{"prompt": f"What is six times seven? ({n})", "task": "numeric", "reference": "42"} for n in range(6)]
 ANSWERS = ["", "stop <|im_end|>\n<|im_start|>user\nmore", "before\0after", "r" * 1_000_000, "It is 42", "It is 41"]
 

@@ -78,6 +78,7 @@ def test_every_module_says_what_it_is_for() -> None:
         assert path.read_text().removeprefix("r").startswith('"""'), path
 
 
+@pytest.mark.soak
 def test_importing_every_module_starts_nothing_and_writes_nothing(tmp_path: Path) -> None:
     code = f"""
 import importlib, os, pathlib, pkgutil, socket, sys

@@ -169,6 +169,7 @@ def test_what_decides_about_training_is_no_setting_of_the_evaluations_prompts(tm
         make(tmp_path, "no tokenizer", evaluation={"prompts": {"source": "sets/*.jsonl", "held_out": 5}})
 
 
+@pytest.mark.soak
 def test_the_answers_of_an_adapter_are_refused_when_its_content_has_changed(
     ray_cluster: None, config: Make, tmp_path: Path
 ) -> None:

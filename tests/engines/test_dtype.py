@@ -13,6 +13,7 @@ from aft_ray import cpu
 from aft_ray.config import TrainingConfig, TransformersEngineConfig
 from aft_ray.engines.transformers import TransformersEngine
 from aft_ray.training import loading
+from tests.training.tiny import write_model
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -32,13 +33,11 @@ def test_an_x86_cpu_has_bfloat16_with_avx512() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an engine takes the GPU")
 @pytest.mark.parametrize("stated", ["auto", "bfloat16", "float32"])
 def test_auto_is_float32_where_bfloat16_would_crawl(
-    stated: str, has_bfloat16: bool, smollm2: Path, tmp_path: Path
+    stated: str, has_bfloat16: bool, tmp_path: Path
 ) -> None:
-    saved = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, num_hidden_layers=1)
-    saved.save_pretrained(tmp_path)
-    for file in smollm2.glob("*token*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = TransformersEngineConfig.model_validate({"model": str(tmp_path), "dtype": stated})
+    folder = write_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = TransformersEngineConfig.model_validate({"model": str(folder), "dtype": stated})
     expected = {"auto": "bfloat16" if has_bfloat16 else "float32"}.get(stated, stated)
     assert TransformersEngine(config).model.dtype == getattr(torch, expected)
 

@@ -1,4 +1,7 @@
-"""The two local engines with the real SmolLM2-135M-Instruct. The tests share one engine of each kind."""
+"""What local engines promise: transformers with a tiny model, and both with the real SmolLM2-135M-Instruct.
+
+The tests share one engine of each kind.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from aft_ray.engines import Engine, GenerateRequest, Sample, Sampling, TokenDelt
 from aft_ray.engines.base import ToolUse, whole_calls
 from aft_ray.engines.vllm import VllmEngine
 from aft_ray.errors import EngineDead, EngineError, InvalidSchema
+from aft_ray.models import resolve_model
 from aft_ray.templates.loading import load_format
-
-pytestmark = pytest.mark.model
+from tests.training.tiny import write_model
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = (
@@ -36,14 +39,14 @@ QUESTION = (
 
 
 class Bench:
-    """An engine, its event loop and its chat format."""
+    """An engine, its event loop, its model's folder and its chat format."""
 
-    def __init__(self, kind: str) -> None:
-        self.runner = asyncio.Runner()
+    def __init__(self, kind: str, model: Path) -> None:
+        self.runner, self.model = asyncio.Runner(), model
         config = (
             # float32: in bfloat16 a batch of another size may round to other tokens, on some processors
             VllmEngineConfig(
-                model=MODEL,
+                model=str(model),
                 max_model_len=512,
                 dtype="float32",
                 max_num_seqs=16,
@@ -51,7 +54,7 @@ class Bench:
                 tool_parser="hermes",
             )
             if kind == "vllm"
-            else TransformersEngineConfig(model=MODEL, max_model_len=512)
+            else TransformersEngineConfig(model=str(model), max_model_len=512)
         )
         self.engine: Engine = self.run(self._build(config))
         self.format = load_format(self.engine.info)
@@ -78,9 +81,16 @@ class Bench:
         return sorted((e for e in events if isinstance(e, Sample)), key=lambda sample: sample.index)
 
 
-@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.soak)])
-def bench(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[Bench]:
-    bench = Bench(request.param)
+REAL = (pytest.mark.model, pytest.mark.soak)
+
+
+@pytest.fixture(
+    scope="module", params=["tiny", *(pytest.param(kind, marks=REAL) for kind in ("transformers", "vllm"))]
+)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    is_tiny = request.param == "tiny"
+    model = write_model(tmp_path_factory.mktemp("model"), window=1024) if is_tiny else resolve_model(MODEL)
+    bench = Bench(request.param, Path(model))
     yield bench
     bench.run(bench.engine.close())
     bench.runner.close()
@@ -129,8 +139,10 @@ def test_streamed_pieces_add_up_to_the_sample(bench: Bench) -> None:
 
 
 def test_a_stop_string_ends_the_sample_before_it(bench: Bench) -> None:
+    if "abc" not in bench.format.decode(bench.format.tokenizer("abc").input_ids):
+        pytest.skip("transformers' stop strings need a tokenizer that can spell; test_transformers.py has one")
     (whole,) = bench.run(bench.samples(bench.request((7,), temperature=0.0)))
-    word = whole.text.split()[3]
+    word = bench.format.decode(whole.token_ids[3:4]).strip()
     (cut,) = bench.run(bench.samples(bench.request((7,), temperature=0.0, stop=(word,))))
     assert cut.finish_reason == "stop"
     assert word not in cut.text
@@ -259,25 +271,28 @@ def test_a_missing_adapter_is_an_engine_error_that_names_the_folder(bench: Bench
         bench.run(bench.engine.score(bench.ids, (1, 2), adapter="/no/such/adapter"))
 
 
-@pytest.fixture(scope="module")
-def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def write_adapters(folder: Path, model: Path) -> tuple[str, str]:
     """Save two LoRA adapters with random weights through peft."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    folders = []
-    for seed in (1, 2):
+    folders = (str(folder / "one"), str(folder / "two"))
+    for seed, adapter in enumerate(folders, start=1):
         torch.manual_seed(seed)
         lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16), lora)
-        folders.append(str(tmp_path_factory.mktemp("adapter")))
-        model.save_pretrained(folders[-1])
-    return folders[0], folders[1]
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), lora)
+        adapted.save_pretrained(adapter)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def adapters(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"), bench.model)
 
 
 def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
-    bench: Bench, adapters: tuple[str, str], smollm2: Path
+    bench: Bench, adapters: tuple[str, str]
 ) -> None:
     answer = tuple(bench.format.target_ids(QUESTION, "Look at the watering first."))
     base, first, second, first_again, base_again = (
@@ -286,8 +301,8 @@ def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
     )
     assert (first_again, base_again) == (pytest.approx(first, rel=0.01), pytest.approx(base, rel=0.01))
     for adapter, found in zip(adapters, (first, second), strict=True):
-        assert found == pytest.approx(plain_score(smollm2, adapter, bench.ids, answer), rel=0.03)
-    assert len({round(value) for value in (base, first, second)}) == 3
+        assert found == pytest.approx(plain_score(bench.model, adapter, bench.ids, answer), rel=0.03)
+    assert len({round(value, 1) for value in (base, first, second)}) == 3
 
     async def together() -> list[list[float]]:
         scores = (bench.engine.score(bench.ids, answer, adapter=adapter) for adapter in (None, *adapters) * 2)
@@ -385,6 +400,8 @@ def test_samples_of_one_prompt_share_its_prefill(bench: Bench) -> None:
     assert cached[1] >= len(ids) - 64, "the other three read what the first one computed"
 
 
+@pytest.mark.model
+@pytest.mark.soak
 def test_a_padded_batch_answers_as_each_prompt_alone(smollm2: Path) -> None:
     """In float32, padding, the shared prefill and the batch do not change the text at all."""
     import torch
@@ -429,6 +446,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.model
 @pytest.mark.soak
 def test_a_killed_owner_leaves_no_engine_process_behind(tmp_path: Path, smollm2: Path) -> None:
     script = tmp_path / "owner.py"
@@ -461,10 +479,13 @@ def _session_of(leader: int) -> set[int]:
     return found
 
 
+@pytest.mark.model
 @pytest.mark.soak
-def test_every_request_to_an_engine_whose_core_was_killed_ends_as_dead(adapters: tuple[str, str]) -> None:
+def test_every_request_to_an_engine_whose_core_was_killed_ends_as_dead(smollm2: Path, tmp_path: Path) -> None:
     """Running requests, an adapter that is just being loaded, and everything that comes later."""
     import psutil
+
+    adapter, _ = write_adapters(tmp_path, smollm2)
 
     async def work() -> None:
         before = set(psutil.Process().children(recursive=True))
@@ -482,7 +503,7 @@ def test_every_request_to_an_engine_whose_core_was_killed_ends_as_dead(adapters:
         await asyncio.sleep(2)
         assert not running.done()
         cores[0].suspend()
-        loading = asyncio.create_task(engine.score((1, 2), (3,), adapter=adapters[0]))
+        loading = asyncio.create_task(engine.score((1, 2), (3,), adapter=adapter))
         await asyncio.sleep(0.5)
         cores[0].kill()
         for task in (running, loading):
@@ -502,8 +523,6 @@ def write_phi3(folder: Path) -> tuple[Path, Path]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Phi3Config, Phi3ForCausalLM
-
-    from tests.training.tiny import write_model
 
     model_folder = write_model(folder / "model", hidden_size=128)
     torch.manual_seed(0)
@@ -528,6 +547,7 @@ def write_phi3(folder: Path) -> tuple[Path, Path]:
     return model_folder, folder / "adapter"
 
 
+@pytest.mark.model
 @pytest.mark.soak
 def test_an_adapter_on_fused_layers_scores_as_under_peft_and_speculation_changes_no_greedy_token(
     tmp_path: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,38 @@ def unknown_type(adapter: Path) -> None:
 def another_rank(adapter: Path) -> None:
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 2'))
+
+
+def test_scores_that_share_a_forward_pass_are_those_of_each_alone(
+    engine: TransformersEngine, runner: asyncio.Runner, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    adapter, broken = (str(write_adapter(model, tmp_path / name)) for name in ("good", "broken"))
+    corrupt_weights(Path(broken))
+    asked = [
+        (draw.choices(range(8, 24), k=draw.randint(1, 30)), draw.choices(range(8, 24), k=draw.randint(1, 9)), one)
+        for one in (None, adapter, broken) * 4
+    ]
+
+    async def scores(apart: bool) -> list[Any]:
+        tasks = []
+        for one in asked:
+            tasks.append(asyncio.create_task(engine.score(*one)))
+            if apart:
+                await asyncio.wait(tasks)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    passes: list[int] = []
+    score = engine._score
+    monkeypatch.setattr(engine, "_score", lambda batch: passes.append(len(batch)) or score(batch))
+    alone, together = (runner.run(scores(apart)) for apart in (True, False))
+    assert passes[:12] == [1] * 12 and max(passes[12:]) > 1
+    for (_, continuation, one), expected, found in zip(asked, alone, together, strict=True):
+        if one == broken:
+            assert isinstance(expected, Exception) and isinstance(found, Exception)
+        else:
+            assert len(found) == len(continuation)
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["first-adapter", "second-adapter"])

@@ -22,6 +22,7 @@ from aft_ray.serving import content_named, serve_app, stop
 from aft_ray.templates import ChatFormat
 from tests.training.tiny import write_model
 
+pytestmark = pytest.mark.soak
 QUESTION: Any = [{"role": "user", "content": "the old green river near a small town"}]
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 ADMIN = {"authorization": "Bearer ops"}
@@ -60,7 +61,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     return Truth(write_model(tmp_path_factory.mktemp("model"), hidden_size=128))  # heads that vLLM has a CPU kernel for
 
 
-@pytest.fixture(params=["transformers", pytest.param("vllm", marks=[pytest.mark.model, pytest.mark.soak])])
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.model)])
 def server(request: pytest.FixtureRequest, truth: Truth, ray_cluster: None, tmp_path: Path) -> Iterator[str]:
     engine: EngineConfig = (
         TransformersEngineConfig(model=str(truth.model), max_model_len=128, dtype="float32")
@@ -121,7 +122,6 @@ def test_after_every_move_a_name_answers_with_the_weights_it_stands_for(
     assert [ask(server, name) for name in ("old", "aft", "base", "old")] == [by_first, by_third, base, by_first]
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("server", ["transformers"], indirect=True)
 def test_an_adapter_of_the_config_stays_what_it_was_when_the_server_started(
     server: str, truth: Truth, tmp_path: Path

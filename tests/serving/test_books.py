@@ -20,7 +20,7 @@ from aft_ray.serving import serve_app, stop
 NUM_REQUESTS = 40
 
 
-@pytest.fixture(params=["shared", "split"])
+@pytest.fixture(params=["split", pytest.param("shared", marks=pytest.mark.soak)])
 def served(request: pytest.FixtureRequest, ray_cluster: None, tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
     topology: Literal["shared", "split"] = request.param
     small = ReplicaConfig(num_cpus=0.1)

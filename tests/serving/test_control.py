@@ -336,6 +336,7 @@ def test_an_adapter_that_appears_in_the_watched_folder_is_served_and_can_be_remo
     assert {server.post(BODY | {"model": "dropped-in"}).status_code for _ in range(4)} == {404}
 
 
+@pytest.mark.soak
 def test_the_watched_folder_is_served_whichever_ingress_replica_dies(server: Server) -> None:
     import ray
 

@@ -17,6 +17,7 @@ from aft_ray.inference.plan import Plan
 from aft_ray.serving import serve_app, stop
 from tests.training.tiny import write_model
 
+pytestmark = pytest.mark.soak
 SHORT = Sampling(max_tokens=8)
 GREEDY = Sampling(temperature=0.0, max_tokens=8)
 NUM_REQUESTS = 40
@@ -95,7 +96,6 @@ def two_vllm_replicas(ray_cluster: None, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.model
-@pytest.mark.soak
 def test_no_request_fails_while_the_core_of_a_vllm_engine_is_killed(two_vllm_replicas: str) -> None:
     from ray import serve
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from aft_ray.config import ReplicaConfig, ScriptedEngineConfig, ServingConfig
+from aft_ray.engines import Sampling
 from aft_ray.inference.plan import Plan
 from aft_ray.serving import serve_app, stop
 
 pytestmark = pytest.mark.soak
 APP = "growing"
+LONG = Sampling(max_tokens=3000)
 
 
 @pytest.fixture
 def url(ray_cluster: None) -> Iterator[str]:
     small = ReplicaConfig(num_cpus=0.1)
     config = ServingConfig(
-        engine=ScriptedEngineConfig(seconds_per_token=0.2, num_tokens=60),
-        plan=Plan(num_proposals=8, num_layers=1),
+        engine=ScriptedEngineConfig(seconds_per_token=0.2, num_tokens=3000),  # longer than any start of a replica
+        plan=Plan(num_proposals=8, num_layers=1, proposal=LONG, aggregation=(LONG,), final=LONG),
         port=0,
         route_prefix=f"/{APP}",
         ingress=small,
@@ -49,21 +50,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_two_requests_of_eight_samples_need_three_replicas(url: str) -> None:
-    scaled = threading.Event()
-
-    def keep_asking(number: int) -> set[int]:
-        body = {"messages": [{"role": "user", "content": f"question {number}"}]}
-        found = set()
-        while not scaled.is_set():
-            found.add(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).status_code)
-        return found
-
-    assert num_replicas() == 1
-    with ThreadPoolExecutor(2) as clients:
-        replies = [clients.submit(keep_asking, number) for number in range(2)]
-        try:
-            wait_for(lambda: num_replicas() == 3, seconds=180)
-        finally:
-            scaled.set()
-        assert [reply.result() for reply in replies] == [{200}, {200}]
-    wait_for(lambda: num_replicas() == 1, seconds=90)
+    with httpx.Client(timeout=120) as client, contextlib.ExitStack() as open_requests:
+        assert num_replicas() == 1
+        for number in range(2):
+            body = {"messages": [{"role": "user", "content": f"question {number}"}], "stream": True}
+            reply = open_requests.enter_context(client.stream("POST", f"{url}/v1/chat/completions", json=body))
+            assert reply.status_code == 200
+        wait_for(lambda: num_replicas() == 3, seconds=300)
+    wait_for(lambda: num_replicas() == 1, seconds=120)  # their clients have left

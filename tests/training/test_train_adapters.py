@@ -27,6 +27,7 @@ from aft_ray.training.examples import batch_order
 from aft_ray.training.metrics import METRICS
 from aft_ray.training.proof import batch_loss
 
+pytestmark = pytest.mark.soak
 CONFIG = TrainingConfig(
     num_workers=2,
     batch_size_per_worker=4,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import pickle
 import time
@@ -190,8 +191,10 @@ def _make_in_actors(attempt: Attempt, todo: Sequence[str], max_failure_rate: flo
         Progress(stage.name, total=attempt.num_rows) as progress,
         ProgressThread(attempt, progress, roster),
     ):
-        for row in outcomes.iter_rows():
-            outcome: Outcome = pickle.loads(row["outcome"])
+        # `iter_rows` gives a row out when the next one is there, and shards may be minutes apart
+        batches = outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for pickled in itertools.chain.from_iterable(batch["outcome"].to_pylist() for batch in batches):
+            outcome: Outcome = pickle.loads(pickled)
             if isinstance(outcome.made, AftError):
                 raise _of(stage, outcome.made)
             attempt.add(outcome, outcome.made)

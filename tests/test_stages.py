@@ -192,6 +192,17 @@ def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(
     assert manifest.status == "running"
 
 
+def test_the_driver_hears_of_a_finished_shard_while_the_other_is_still_at_work(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    source(Folder.at(tmp_path / "numbers"), num_rows=6)
+    never = (tmp_path / "squares", 100)
+    stage = squares(tmp_path, bad=(3, 4, 5), slow_until=never)
+    with pytest.raises(TooManyFailures, match="3 of 3 rows failed"):
+        run_stage(stage, max_failure_rate=0.1)
+    assert stage.output.names(".parquet") == ["shard-00001.parquet"]
+
+
 def test_a_broken_worker_stops_the_stage_instead_of_blaming_its_rows(
     ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:

@@ -32,9 +32,7 @@ def test_an_x86_cpu_has_bfloat16_with_avx512() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an engine takes the GPU")
 @pytest.mark.parametrize("stated", ["auto", "bfloat16", "float32"])
-def test_auto_is_float32_where_bfloat16_would_crawl(
-    stated: str, has_bfloat16: bool, tmp_path: Path
-) -> None:
+def test_auto_is_float32_where_bfloat16_would_crawl(stated: str, has_bfloat16: bool, tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     config = TransformersEngineConfig.model_validate({"model": str(folder), "dtype": stated})

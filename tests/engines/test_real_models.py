@@ -84,9 +84,7 @@ class Bench:
 REAL = (pytest.mark.model, pytest.mark.soak)
 
 
-@pytest.fixture(
-    scope="module", params=["tiny", *(pytest.param(kind, marks=REAL) for kind in ("transformers", "vllm"))]
-)
+@pytest.fixture(scope="module", params=["tiny", *(pytest.param(kind, marks=REAL) for kind in ("transformers", "vllm"))])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     is_tiny = request.param == "tiny"
     model = write_model(tmp_path_factory.mktemp("model"), window=1024) if is_tiny else resolve_model(MODEL)
@@ -302,7 +300,7 @@ def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
     assert (first_again, base_again) == (pytest.approx(first, rel=0.01), pytest.approx(base, rel=0.01))
     for adapter, found in zip(adapters, (first, second), strict=True):
         assert found == pytest.approx(plain_score(bench.model, adapter, bench.ids, answer), rel=0.03)
-    assert len({round(value, 1) for value in (base, first, second)}) == 3
+    assert len({round(value, 2) for value in (base, first, second)}) == 3
 
     async def together() -> list[list[float]]:
         scores = (bench.engine.score(bench.ids, answer, adapter=adapter) for adapter in (None, *adapters) * 2)
@@ -310,7 +308,7 @@ def test_adapters_are_told_apart_by_path_and_leave_the_base_model_alone(
 
     expected = [base, first, second] * 2
     assert [sum(one) for one in bench.run(together())] == [pytest.approx(value, rel=0.01) for value in expected]
-    request = dataclasses.replace(bench.request((1,), temperature=0.0), adapter=adapters[0])
+    request = dataclasses.replace(bench.request((1,), temperature=0.0), adapter=adapters[1])
     (sample,) = bench.run(bench.samples(request))
     (plain,) = bench.run(bench.samples(bench.request((1,), temperature=0.0)))
     assert sample.text != plain.text

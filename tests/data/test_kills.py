@@ -71,7 +71,7 @@ def content(folder: Folder) -> dict[str, list[dict[str, Any]]]:
     return {name: folder.read_table(name).to_pylist() for name in folder.names(".parquet")}
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(15, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_kills", [1, pytest.param(15, marks=pytest.mark.soak)])
 def test_a_stage_killed_many_times_ends_with_the_files_of_an_uninterrupted_run(
     num_kills: int, tmp_path: Path, chatml_tokenizer: str
 ) -> None:

@@ -425,7 +425,7 @@ def test_a_stage_killed_at_any_moment_and_restarted_leaves_the_same_files(
 
 
 @pytest.mark.parametrize(("few", "many"), [(500, 2_500), pytest.param(1_000, 8_000, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("near_duplicates", [None, 0.8])
+@pytest.mark.parametrize("near_duplicates", [None, pytest.param(0.8, marks=pytest.mark.soak)])
 def test_memory_does_not_grow_with_the_source(
     tmp_path: Path, near_duplicates: float | None, few: int, many: int
 ) -> None:

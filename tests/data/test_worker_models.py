@@ -66,7 +66,9 @@ def test_every_config_of_the_project_is_listed() -> None:
     assert names - {"miniature/base"} == set(LOADED)
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] if models is SMALL else []) for name, models in LOADED.items()]
+)
 def test_a_worker_loads_the_model_of_its_stage_and_no_other(
     name: str, loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,11 @@ from aft_ray.config import ReplicaConfig, ScriptedEngineConfig, ServingConfig
 from aft_ray.inference.plan import Plan
 from aft_ray.serving import serve_app, stop
 
+pytestmark = pytest.mark.soak
 NUM_REQUESTS = 40
 
 
-@pytest.fixture(params=["split", pytest.param("shared", marks=pytest.mark.soak)])
+@pytest.fixture(params=["shared", "split"])
 def served(request: pytest.FixtureRequest, ray_cluster: None, tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
     topology: Literal["shared", "split"] = request.param
     small = ReplicaConfig(num_cpus=0.1)

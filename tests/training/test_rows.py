@@ -151,7 +151,8 @@ def write_long_rows(folder: Path, num_rows: int, num_tokens: int) -> None:
         pq.write_table(shard, folder / f"shard-{number:05d}.parquet")
 
 
-@pytest.mark.parametrize("pack_length", [None, pytest.param(8192, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("pack_length", [None, 8192])
 def test_memory_does_not_grow_with_the_rows(pack_length: int | None, tmp_path: Path) -> None:
     """A worker that opens the file which another one wrote, as all workers of a node but the first do."""
     used = {}

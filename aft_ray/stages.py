@@ -19,7 +19,7 @@ import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -192,7 +192,7 @@ def _make_in_actors(attempt: Attempt, todo: Sequence[str], max_failure_rate: flo
         ProgressThread(attempt, progress, roster),
     ):
         # `iter_rows` gives a row out when the next one is there, and shards may be minutes apart
-        batches = outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        batches: Iterable[Any] = outcomes.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for pickled in itertools.chain.from_iterable(batch["outcome"].to_pylist() for batch in batches):
             outcome: Outcome = pickle.loads(pickled)
             if isinstance(outcome.made, AftError):

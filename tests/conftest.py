@@ -18,6 +18,7 @@ from aft_ray.cpu import let_waiting_threads_sleep
 from aft_ray.serving.app import prepare_for_serving
 
 if TYPE_CHECKING:
+    from tests.hub import Hub
     from tests.ray_head import Head
     from tests.scripted_endpoint import ScriptedEndpoint
 
@@ -161,6 +162,21 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
     with scripted_endpoint() as server:
         yield server
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty stand-in for the Hugging Face hub, which this process is logged in to."""
+    from huggingface_hub import constants
+
+    from tests.hub import hub_server
+
+    with hub_server() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files then go by Git LFS
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        yield hub
 
 
 @pytest.fixture(scope="session")

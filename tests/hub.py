@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import shutil
 import threading
@@ -24,6 +25,8 @@ class Hub:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Repository (`datasets/me/data`) -> path -> content."""
     messages: list[str] = field(default_factory=list)
+    large: dict[str, bytes] = field(default_factory=dict)
+    """Content of large files (Git LFS) by sha256."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,18 +47,34 @@ class Handler(BaseHTTPRequestHandler):
         repo, _, action = path.removeprefix("/api/").rpartition("/main")[0].rpartition("/")
         if action == "preupload":
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for file in json.loads(body)["files"]
             ]
             return self._answer({"files": files})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{self.hub.url}/large/{one['oid']}"}}
+            return self._answer({"transfer": "basic", "objects": objects})
         assert action == "commit", self.path
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "header":
                 self.hub.messages.append(line["value"]["summary"])
             else:
-                content = base64.b64decode(line["value"]["content"])
-                self.hub.files.setdefault(repo, {})[line["value"]["path"]] = content
+                file = line["value"]
+                content = self.hub.large[file["oid"]] if line["key"] == "lfsFile" else base64.b64decode(file["content"])
+                self.hub.files.setdefault(repo, {})[file["path"]] = content
         self._answer({"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": "1" * 40})
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        assert self.path == f"/large/{hashlib.sha256(content).hexdigest()}"
+        self.hub.large[self.path.removeprefix("/large/")] = content
+        self._answer({})
 
     def do_GET(self) -> None:
         self._answer({"error": "not found"}, 404)

@@ -74,7 +74,6 @@ class TransformersEngine:
         # `generate` takes what a request leaves open from here, such as a model's own repetition_penalty or num_beams
         self.model.generation_config = GenerationConfig()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.model_path, trust_remote_code=config.trust_remote_code)
-        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self._adapters: dict[str, str] = {}
         self._waiting: list[_Job] = []
         self._to_score: list[_ScoreJob] = []
@@ -250,7 +249,7 @@ class TransformersEngine:
             larger = [*batch, one]
             num_scored = max(len(other.continuation_ids) for other in larger) + 1
             width = max(len(other.prompt_ids) + len(other.continuation_ids) for other in larger)
-            if len(larger) * max(num_scored * self.vocab_size, width * width) > MAX_SCORED:
+            if len(larger) * max(num_scored * len(self.tokenizer), width * width) > MAX_SCORED:
                 break
             batch = larger
         return batch

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import yaml
-from huggingface_hub import constants
 
 from aft_ray.data.card import write_card
 from aft_ray.data.messages import write_dataset
@@ -21,7 +19,7 @@ from aft_ray.runs import RESOLVED, Run
 from aft_ray.storage import Folder
 from tests.command_line import aft_ray
 from tests.data.test_kills import STAGES, run_in, work
-from tests.hub import Hub, hub_server
+from tests.hub import Hub
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +96,6 @@ def test_the_command_writes_the_folder(run: Run, tmp_path: Path) -> None:
     done = aft_ray("dataset", "--config", f"{run.folder.location}/{RESOLVED}", "--output", str(tmp_path / "data"))
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/data/aft/train.jsonl: " in done.stdout
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_server() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        yield hub
 
 
 def push(run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:

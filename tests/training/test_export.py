@@ -26,7 +26,7 @@ from aft_ray.training.export import export_model, find_trained, rounded
 from aft_ray.training.loading import with_lora
 from aft_ray.training.rows import first_examples, shard_hashes
 from aft_ray.training.task import TrainSummary, TrainTask, task_settings
-from tests.hub import put_in_cache
+from tests.hub import Hub, put_in_cache
 
 SMALL = 1e-4
 """A learning rate at which the adapter changes weights by less than half a step of bfloat16."""
@@ -318,6 +318,21 @@ def test_the_same_export_again_says_so_and_writes_nothing(
     assert "there already" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("form", ["exported", "merged"])
+def test_what_is_pushed_to_the_hub_is_what_is_exported(
+    form: str, run: FinishedRun, hub: Hub, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder: Path = request.getfixturevalue(form)
+    what = {"exported": "adapter", "merged": "merged"}[form]
+    arguments = ["push", "me/mine", "--config", str(run.file), "--what", what]
+    assert guarded(lambda: app(arguments, standalone_mode=False)) == 0
+    expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert hub.files == {"models/me/mine": expected}
+    assert sum(name.endswith(".safetensors") for name in expected) == len(hub.large) == 1
+    assert hub.created[0].get("type") in {None, "model"}
+    assert f"files are at {hub.url}/me/mine" in capsys.readouterr().out
 
 
 def test_a_folder_with_anything_else_is_refused_and_left_alone(

@@ -85,16 +85,16 @@ def serve_app(config: ServingConfig, *, name: str = APP_NAME, replace_abandoned:
 
 
 def has_lost_a_process(name: str) -> bool:
-    """Whether an application that starts is called failed for nothing but a replica or an actor that was lost.
+    """Whether an application that starts was called failed for nothing but a replica or an actor that was lost.
 
     Serve replaces what is lost, with its host for example, and goes on; but while an application starts, its status is
-    "failed" until the deployment is healthy.
+    "failed" until the deployment is healthy. By the time that this asks, all of them may be.
     """
     from ray import serve
 
     deployments = serve.status().applications[name].deployments.values()
     triggers = {deployment.status_trigger for deployment in deployments if deployment.status == "DEPLOY_FAILED"}
-    return triggers == {"HEALTH_CHECK_FAILED"}
+    return triggers <= {"HEALTH_CHECK_FAILED"}
 
 
 def await_recovery(name: str) -> None:
@@ -104,9 +104,8 @@ def await_recovery(name: str) -> None:
 
     logger.warning("%s: a process was lost while the application started; Serve starts another one", name)
     give_up = time.monotonic() + RECOVER_S
-    while (status := serve.status().applications[name].status) != "RUNNING":
-        has_failed = status == "DEPLOY_FAILED" and not has_lost_a_process(name)
-        if has_failed or time.monotonic() > give_up:
+    while serve.status().applications[name].status != "RUNNING":
+        if not has_lost_a_process(name) or time.monotonic() > give_up:
             raise RuntimeError("a process was lost while it started, and it did not recover")
         time.sleep(1)
     client = _get_global_client()

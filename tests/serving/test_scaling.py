@@ -56,5 +56,5 @@ def test_two_requests_of_eight_samples_need_three_replicas(url: str) -> None:
             body = {"messages": [{"role": "user", "content": f"question {number}"}], "stream": True}
             reply = open_requests.enter_context(client.stream("POST", f"{url}/v1/chat/completions", json=body))
             assert reply.status_code == 200
-        wait_for(lambda: num_replicas() == 3, seconds=300)
-    wait_for(lambda: num_replicas() == 1, seconds=120)  # their clients have left
+        wait_for(lambda: num_replicas() == 3, seconds=180)
+    wait_for(lambda: num_replicas() == 1, seconds=90)  # their clients have left

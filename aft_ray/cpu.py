@@ -6,15 +6,17 @@ import os
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether this machine's CPU multiplies bfloat16 matrices (on x86: whether it has AVX-512).
+    """Return whether this machine's CPU has instructions that multiply bfloat16 matrices.
 
-    Where it does not, torch multiplies number by number: with AVX2 alone, a training step of SmolLM2-135M takes 14
-    times as long as in float32.
+    On x86 they are AVX512_BF16 or AMX. With AVX-512 alone, torch says that bfloat16 is supported and converts every
+    number: SmolLM2-135M reads prompts 2.9 times as fast in float32, and trains 2.5 times as fast. With AVX2 alone it
+    multiplies number by number, and a training step takes 14 times as long.
     """
     import torch
 
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
-    return bool(probe is not None and probe())
+    instructions = torch.cpu.get_capabilities()
+    return bool(probe and probe()) and any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def dtype_to_load(stated: str, device: str) -> str:

@@ -41,6 +41,7 @@ from aft_ray.errors import (
     PromptTooLong,
     QuorumNotMet,
 )
+from aft_ray.serving.openai.schema import Error, ErrorBody
 
 logger = logging.getLogger("ray.serve.aft_ray")
 
@@ -68,7 +69,7 @@ class HttpError(AftError):
         self.retry_after_s = retry_after_s
         """Seconds after which to send the same request again (the `Retry-After` header)."""
         self.headers = dict(headers or {})
-        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
+        self.body = ErrorBody(error=Error(message=message, type=type, param=param, code=code))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the keyword arguments when Ray pickles the error: pickle restores positional arguments only."""
@@ -90,7 +91,7 @@ def as_http_error(error: Exception, request_id: str) -> HttpError:
 def code_of(error: Exception) -> str:
     """Return the code of the error object."""
     expected = _of_expected(error)
-    return "internal_error" if expected is None else str(expected.body["error"]["code"])
+    return "internal_error" if expected is None else expected.body.error.code
 
 
 def _of_expected(error: Exception) -> HttpError | None:

@@ -26,8 +26,9 @@ def has_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.is_file(), reason="reads the flags of Linux on x86")
-def test_an_x86_cpu_has_bfloat16_with_avx512() -> None:
-    assert cpu.cpu_has_bfloat16() == ("avx512bw" in CPUINFO.read_text())
+def test_an_x86_cpu_has_bfloat16_with_instructions_for_it_and_not_with_avx512_alone() -> None:
+    flags = CPUINFO.read_text().split()
+    assert cpu.cpu_has_bfloat16() == ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an engine takes the GPU")

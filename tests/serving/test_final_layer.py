@@ -6,6 +6,7 @@ Each of them applies to the final layer only, or is refused by name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,10 +16,10 @@ import httpx
 import pytest
 
 from aft_ray.config import ScriptedEngineConfig
-from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling
+from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sample, Sampling, TokenDelta, TokenLogprob
 from aft_ray.engines.scripted import ScriptedEngine
 from aft_ray.inference.plan import Plan
-from tests.serving.test_ingress import post, service_over
+from tests.serving.test_ingress import over_http, post, service_over
 
 SCHEMA = {"type": "object", "properties": {"rivers": {"type": "integer"}}, "required": ["rivers"]}
 LONG_SCHEMA = {"name": "long", "schema": {"$comment": "x" * 40_000}}
@@ -111,6 +112,37 @@ def test_log_probabilities_are_those_of_the_final_answers_tokens(stream: bool) -
     assert "".join(token["token"] for token in tokens) == plain
     assert all(token["logprob"] == -1.0 and bytes(token["bytes"]).decode() == token["token"] for token in tokens)
     assert all([t["token"] for t in token["top_logprobs"]] == [token["token"], "other-1"] for token in tokens)
+
+
+class ForbiddingEngine(ScriptedEngine):
+    """A scripted engine whose second likeliest token is one that a grammar forbids, as vLLM reports it."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+        async with aclosing(super().generate(request)) as events:
+            async for event in events:
+                if isinstance(event, (TokenDelta, Sample)):
+                    event = replace(event, logprobs=tuple(map(forbidding, event.logprobs)))
+                yield event
+
+
+def forbidding(token: TokenLogprob) -> TokenLogprob:
+    return replace(token, top=(*token.top[:1], ("forbidden", -math.inf)))
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "plain"])
+def test_an_impossible_token_of_a_chat_has_a_log_probability_that_json_can_hold(stream: bool) -> None:
+    service = service_over(ForbiddingEngine(ScriptedEngineConfig()))
+    response = post(service, logprobs=True, top_logprobs=2, stream=stream)
+    choices = [c for event in events_of(response) for c in event["choices"]] if stream else response.json()["choices"]
+    tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    assert {token["top_logprobs"][1]["logprob"] for token in tokens} == {-9999.0}
+
+
+def test_an_impossible_token_of_a_text_has_a_log_probability_that_json_can_hold() -> None:
+    service = service_over(ForbiddingEngine(ScriptedEngineConfig()))
+    body = {"prompt": "list rivers", "logprobs": 2}
+    [choice] = over_http(service, lambda client: client.post("/v1/completions", json=body)).json()["choices"]
+    assert {top["forbidden"] for top in choice["logprobs"]["top_logprobs"]} == {-9999.0}
 
 
 def test_log_probabilities_without_alternatives_have_none() -> None:

@@ -32,7 +32,7 @@ def call(**body: Any) -> ChatCall:
 def refusal(**body: Any) -> tuple[int, str, str]:
     with pytest.raises(HttpError) as caught:
         call(**body)
-    return caught.value.status, caught.value.body["error"]["param"], str(caught.value)
+    return caught.value.status, caught.value.body.error.param, str(caught.value)
 
 
 def test_a_plain_model_name_uses_the_servers_plan() -> None:
@@ -174,7 +174,7 @@ def test_a_quorum_that_no_layer_could_meet_is_refused() -> None:
 def test_a_request_beyond_the_servers_limits_names_the_limit(body: dict[str, Any], param: str) -> None:
     with pytest.raises(HttpError) as caught:
         call(**body)
-    error = caught.value.body["error"]
+    error = caught.value.body.error.model_dump()
     assert (caught.value.status, error["param"], error["code"]) == (400, param, "cap_exceeded")
     assert "allows at most" in error["message"]
 

@@ -9,13 +9,12 @@ from http import HTTPStatus
 from urllib.parse import quote
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from aft_ray.fan_in import all_of
 from aft_ray.serving.errors import HttpError, code_of
 from aft_ray.serving.http.joined_calls import JoinedCalls
 from aft_ray.serving.http.replies import begun_stream, whole_reply
-from aft_ray.serving.http.route import request_id_of
+from aft_ray.serving.http.route import json_response, request_id_of
 from aft_ray.serving.limits.keys import Caller
 from aft_ray.serving.limits.ledger import OpenRequest
 from aft_ray.serving.openai.body import ChatBody, CompletionBody
@@ -90,7 +89,7 @@ async def reply_to(
         headers[IGNORED] = ", ".join(map(quote, first.ignored))
     if first.stream:
         return await begun_stream(reply, running, headers)
-    return JSONResponse(await whole_reply(reply, running), headers=headers)
+    return json_response(await whole_reply(reply, running), headers=headers)
 
 
 async def opened_all(

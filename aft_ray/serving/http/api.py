@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response, Security
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -21,10 +20,11 @@ from aft_ray.serving.limits.admission import Room
 from aft_ray.serving.limits.keys import Caller
 from aft_ray.serving.openai.body import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from aft_ray.serving.openai.request import check_ids, default_model, model_names, plan_limits, split_alias
-from aft_ray.serving.openai.response import Reply
+from aft_ray.serving.openai.response import ChatReply, TextReply
 from aft_ray.serving.openai.responses_api import ResponsesReply, chat_body_of
 from aft_ray.serving.openai.schema import (
     ERRORS,
+    AftModel,
     ChatCompletion,
     Model,
     ModelList,
@@ -69,22 +69,24 @@ def open_routes(service: Service) -> APIRouter:
     """Return the routes for load balancers, which need no key."""
     router = APIRouter(route_class=OpenAIRoute)
 
-    @router.get("/health", responses={200: {"model": Status}})
-    async def health() -> dict[str, str]:
+    @router.get("/health")
+    async def health() -> Status:
         """Answer 200 as long as the process is alive."""
-        return {"status": "ok"}
+        return Status(status="ok")
 
-    @router.get("/ready", responses={200: {"model": Status}, 503: {"model": Status}})
-    async def ready(request: Request) -> JSONResponse:
+    @router.get("/ready", responses={503: {"model": Status}})
+    async def ready(response: Response) -> Status:
         """Answer 200 if every engine pool writes a token in time and the server accepts requests, else 503."""
         if service.gate.table.draining:
-            return JSONResponse({"status": "draining"}, 503)
+            response.status_code = 503
+            return Status(status="draining")
         try:
             await service.readiness.check()
         except Exception as error:  # process boundary: not ready, whatever the reason; the class is logged
             logger.warning("not ready: %s", type(error).__name__)
-            return JSONResponse({"status": "engines do not answer"}, 503)
-        return JSONResponse({"status": "ready"})
+            response.status_code = 503
+            return Status(status="engines do not answer")
+        return Status(status="ready")
 
     return router
 
@@ -107,17 +109,18 @@ def token_routes(service: Service) -> APIRouter:
     """Return the routes between text and ids, where vLLM has them."""
     router = APIRouter(route_class=OpenAIRoute, dependencies=key_given(service)[1])
 
-    @router.post("/tokenize", responses={200: {"model": Tokens}, **ERRORS})
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    @router.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: TokenizeBody) -> Tokens:
         """Return the ids of a text as it is, or of a conversation with its generation prompt."""
         ids = await service.answers.tokens_of(body.text())
-        return {"count": len(ids), "max_model_len": service.answers.info.aggregator.max_model_len, "tokens": list(ids)}
+        window = service.answers.info.aggregator.max_model_len
+        return Tokens(count=len(ids), max_model_len=window, tokens=list(ids))
 
-    @router.post("/detokenize", responses={200: {"model": Text}, **ERRORS})
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    @router.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: DetokenizeBody) -> Text:
         """Return the text of ids, control tokens included."""
         check_ids(body.tokens, service.answers.info.aggregator_vocabulary, "tokens")
-        return {"prompt": await service.answers.text_of(body.tokens)}
+        return Text(prompt=await service.answers.text_of(body.tokens))
 
     return router
 
@@ -127,24 +130,23 @@ def model_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", route_class=OpenAIRoute, dependencies=key_given(service)[1])
     started = int(time.time())
 
-    def model_object(name: str) -> dict[str, Any]:
+    def model_named(name: str) -> Model:
         aliases = [f"{name}@k<proposals>-l<layers>", f"{name}@single"]
-        aft = plan_limits(service.config) | {"default": name == default_model(service.current_config)}
-        return {
-            "id": name, "object": "model", "created": started, "owned_by": "aft_ray", "aliases": aliases, "aft": aft,
-        }  # fmt: skip
+        is_default = name == default_model(service.current_config)
+        aft = AftModel(**plan_limits(service.config), default=is_default)
+        return Model(id=name, object="model", created=started, owned_by="aft_ray", aliases=aliases, aft=aft)
 
-    @router.get("/models", responses={200: {"model": ModelList}, **ERRORS})
-    async def models() -> dict[str, Any]:
+    @router.get("/models", responses=ERRORS)
+    async def models() -> ModelList:
         """List the base model and the adapters, each with the aliases that choose a plan."""
         names = model_names(service.current_config)
         listed = [f"{name}@{plan}" for name in names for plan in service.config.listed_plans]
-        return {"object": "list", "data": [*map(model_object, names), *map(model_object, listed)]}
+        return ModelList(object="list", data=[*map(model_named, names), *map(model_named, listed)])
 
-    @router.get("/models/{name:path}", responses={200: {"model": Model}, **ERRORS})
-    async def model(name: str) -> dict[str, Any]:
+    @router.get("/models/{name:path}", responses=ERRORS)
+    async def model(name: str) -> Model:
         split_alias(name, service.current_config)  # raises the 404
-        return model_object(name)
+        return model_named(name)
 
     return router
 
@@ -157,12 +159,12 @@ def answer_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions", response_model=None, responses=answers(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request, key: Caller = caller_given) -> Response:
         calls = [await resolved(service, body)]
-        return await reply_to(service, calls, partial(Reply, kind="chat"), "chatcmpl-", request, key)
+        return await reply_to(service, calls, ChatReply, "chatcmpl-", request, key)
 
     @router.post("/completions", response_model=None, responses=answers(TextCompletion))
     async def completions(body: CompletionBody, request: Request, key: Caller = caller_given) -> Response:
         calls = await calls_of_prompts(service, body)
-        make = partial(Reply, kind="text", answer_is_shown=body.max_tokens != 0)
+        make = partial(TextReply, answer_is_shown=body.max_tokens != 0)
         return await reply_to(service, calls, make, "cmpl-", request, key)
 
     @router.post("/responses", response_model=None, responses=answers(ResponseObject))
@@ -170,6 +172,6 @@ def answer_routes(service: Service) -> APIRouter:
         body: Annotated[dict[str, Any], Body()], request: Request, key: Caller = caller_given
     ) -> Response:
         calls = [await resolved(service, chat_body_of(body))]
-        return await reply_to(service, calls, partial(ResponsesReply, kind="chat", asked=body), "resp_", request, key)
+        return await reply_to(service, calls, partial(ResponsesReply, asked=body), "resp_", request, key)
 
     return router

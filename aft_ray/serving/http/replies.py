@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
 
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from aft_ray.inference.events import AnswerDelta, Event, Finished
@@ -19,7 +19,7 @@ KEEP_ALIVE_S = 2.0
 """A stream is never silent for longer, because proxies close idle connections."""
 
 
-async def whole_reply(reply: Reply, running: RunningCall | JoinedCalls) -> dict[str, Any]:
+async def whole_reply(reply: Reply, running: RunningCall | JoinedCalls) -> BaseModel:
     """Return the reply of a run in one piece."""
     drafts = Drafts()
     try:
@@ -52,8 +52,7 @@ async def streamed_reply(
 ) -> AsyncGenerator[str, None]:
     """Yield the reply as server-sent events, from the first event of the run on. Whatever happens, it is ended."""
     drafts = Drafts()
-    for payload in reply.opening():
-        yield reply.encoded(payload)
+    yield reply.opening()
     event = first
     try:
         while True:
@@ -62,12 +61,10 @@ async def streamed_reply(
                     yield SSE_KEEP_ALIVE
                 case AnswerDelta():
                     if event.text or event.reasoning or event.tool_calls or event.logprobs:
-                        for payload in reply.piece(event):
-                            yield reply.encoded(payload)
+                        yield reply.piece(event)
                 case Finished():
                     drafts.add(event)
-                    for payload in reply.closing(event, drafts):
-                        yield reply.encoded(payload)
+                    yield reply.closing(event, drafts)
                     break
                 case _:
                     drafts.add(event)
@@ -75,8 +72,7 @@ async def streamed_reply(
                         yield reply.progress(event, drafts)
             event = await running.next(KEEP_ALIVE_S)
     except Exception as error:  # process boundary: the status line was sent already, so the error travels in the stream
-        for payload in reply.failed(as_http_error(error, reply.request_id).body["error"]):
-            yield reply.encoded(payload)
+        yield reply.failed(as_http_error(error, reply.request_id).body.error)
     yield reply.END
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from aft_ray.serving.errors import HttpError, as_http_error, code_of
 from aft_ray.serving.metrics import METRICS
+from aft_ray.serving.openai.schema import encoded
 
 REQUEST_ID = "x-request-id"
 
@@ -49,12 +50,17 @@ async def unrouted_error(request: Request, error: Exception) -> Response:
     return with_request_id(request, response)
 
 
-def error_response(error: HttpError) -> JSONResponse:
+def json_response(reply: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a reply in one piece."""
+    return Response(encoded(reply), status, headers, media_type="application/json")
+
+
+def error_response(error: HttpError) -> Response:
     """Return the error as OpenAI clients expect it. A 401 must carry a challenge (RFC 9110, 11.6.1)."""
     headers = error.headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {})
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
-    return JSONResponse(error.body, error.status, headers)
+    return json_response(error.body, error.status, headers)
 
 
 def request_id_of(request: Request) -> str:

@@ -135,7 +135,7 @@ def call_of(body: ChatBody | CompletionBody, config: ServingConfig) -> ChatCall:
         stream=body.stream,
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         include_proposals=include_proposals,
-        ignored=tuple(str(refusal.body["error"]["param"]) for refusal in body.refusals),
+        ignored=tuple(str(refusal.body.error.param) for refusal in body.refusals),
         progress=progress,
     )
 

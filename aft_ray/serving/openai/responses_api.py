@@ -10,8 +10,8 @@ completed.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,23 @@ from pydantic import ValidationError
 from aft_ray.inference.events import Answer, AnswerDelta, Finished, LayerDone, ProposalDone
 from aft_ray.serving.errors import HttpError
 from aft_ray.serving.openai.body import ChatBody, unknown_parameter
-from aft_ray.serving.openai.response import Drafts, Reply
+from aft_ray.serving.openai.response import Drafts, Reply, sse_data
+from aft_ray.serving.openai.schema import (
+    CutShort,
+    Error,
+    FunctionCallItem,
+    Item,
+    ItemStatus,
+    MessageItem,
+    OutputText,
+    ReasoningItem,
+    ReasoningText,
+    ResponseError,
+    ResponseEvent,
+    ResponseObject,
+    ResponseReasoning,
+    ResponseUsage,
+)
 
 SAME = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", "top_k", "min_p", "seed", "aft", "metadata",
         "user", "service_tier", "safety_identifier", "prompt_cache_key")  # fmt: skip
@@ -161,79 +177,81 @@ def _response_format(asked: Any) -> Any:
     return asked
 
 
+Kind = Literal["reasoning", "message", "function_call"]
+PREFIX: Mapping[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+"""How the ids of items begin."""
+TEXT_OF: Mapping[Kind, str] = {
+    "reasoning": "reasoning_text",
+    "message": "output_text",
+    "function_call": "function_call_arguments",
+}
+"""What the events call the text of an item."""
+
+
 @dataclass(kw_only=True)
 class _Item:
     """An output item that is being streamed."""
 
     place: int
-    kind: Literal["reasoning", "message", "function_call"]
+    kind: Kind
     id: str
     text: str = ""
     """Its text so far; of a function call, its arguments."""
     name: str = ""
     call_id: str = ""
 
-    def object(self, status: str) -> dict[str, Any]:
+    def object(self, status: ItemStatus) -> Item:
         """Return the item as the output of a response has it."""
         if self.kind == "reasoning":
-            content = [{"type": "reasoning_text", "text": self.text}]
-            return {"type": "reasoning", "id": self.id, "summary": [], "content": content, "status": status}
+            thought = ReasoningText(type="reasoning_text", text=self.text)
+            return ReasoningItem(type="reasoning", id=self.id, summary=[], content=[thought], status=status)
         if self.kind == "function_call":
-            return {
-                "type": "function_call", "id": self.id, "call_id": self.call_id, "name": self.name,
-                "arguments": self.text, "status": status,
-            }  # fmt: skip
+            return FunctionCallItem(
+                type="function_call",
+                id=self.id,
+                call_id=self.call_id,
+                name=self.name,
+                arguments=self.text,
+                status=status,
+            )
         content = [self.part()] if self.text or status == "completed" else []
-        return {"type": "message", "id": self.id, "role": "assistant", "content": content, "status": status}
+        return MessageItem(type="message", id=self.id, role="assistant", content=content, status=status)
 
-    def part(self) -> dict[str, Any]:
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+    def part(self) -> OutputText:
+        return OutputText(type="output_text", text=self.text, annotations=[], logprobs=[])
+
+    def event(self, type: str, **more: Any) -> ResponseEvent:
+        """Return an event about the text of the item."""
+        place: dict[str, Any] = {"item_id": self.id, "output_index": self.place}
+        if self.kind != "function_call":
+            place["content_index"] = 0
+        if self.kind == "message":
+            place["logprobs"] = []
+        return ResponseEvent(type=type, **place, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsesReply(Reply):
-    """The reply to one call as a `response`."""
+    """The reply of `/v1/responses`. It holds the state of its stream."""
 
     asked: Mapping[str, Any]
     """The request, parts of which a response repeats."""
     _items: list[_Item] = field(default_factory=list)
-    _num_sent: list[int] = field(default_factory=lambda: [0])
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     END = ""
     """The last event of a stream is `response.completed`."""
 
-    def encoded(self, payload: dict[str, Any]) -> str:
-        """Return an event of the stream, which numbers them."""
-        numbered = {"type": payload["type"], "sequence_number": self._num_sent[0], **payload}
-        self._num_sent[0] += 1
-        return f"event: {payload['type']}\ndata: {json.dumps(numbered, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    def whole(self, finished: Finished, drafts: Drafts) -> ResponseObject:
+        status = _status_of(finished)
+        return self._ended(finished, drafts, [item.object(status) for item in self._items_of(finished.answer)])
 
-    def whole(self, finished: Finished, drafts: Drafts) -> dict[str, Any]:
-        answer = finished.answer
-        is_cut = answer.finish_reason == "length"
-        output = [item.object("incomplete" if is_cut else "completed") for item in self._items_of(answer)]
-        usage = self.usage(finished)
-        return {
-            **self._envelope("incomplete" if is_cut else "completed"),
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": output,
-            "usage": {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": usage["completion_tokens_details"],
-                "total_tokens": usage["total_tokens"],
-                "aft": usage["aft"],
-            },
-            **self._aft(drafts),
-        }
-
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> str:
         kinds = ("response.created", "response.in_progress")
-        return [{"type": kind, "response": self._envelope("in_progress")} for kind in kinds]
+        return self._sent([ResponseEvent(type=kind, response=self._response("in_progress")) for kind in kinds])
 
-    def piece(self, delta: AnswerDelta) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
+    def piece(self, delta: AnswerDelta) -> str:
+        events: list[ResponseEvent] = []
         if delta.reasoning:
             events += self._grown("reasoning", delta.reasoning)
         if delta.text:
@@ -243,29 +261,36 @@ class ResponsesReply(Reply):
                 events += self._opened("function_call", name=call.name, call_id=call.id or "")
             if call.arguments:
                 events += self._grown("function_call", call.arguments)
-        return events
+        return self._sent(events)
 
     def progress(self, event: ProposalDone | LayerDone, drafts: Drafts) -> str:
         return ""  # clients of this interface refuse events that they do not know
 
-    def closing(self, finished: Finished, drafts: Drafts) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
+    def closing(self, finished: Finished, drafts: Drafts) -> str:
+        events: list[ResponseEvent] = []
         if not self._items:  # an empty answer, or one that was decided without a model and not sent in pieces
             for item in self._items_of(finished.answer):
                 events += self._opened(item.kind, name=item.name, call_id=item.call_id)
                 events += self._grown(item.kind, item.text) if item.text else []
         events += self._closed()
-        whole = self.whole(finished, drafts)
-        if self._items:
-            cut = whole["status"] == "incomplete"
-            whole["output"] = [item.object("incomplete" if cut else "completed") for item in self._items]
-        return [*events, {"type": f"response.{whole['status']}", "response": whole}]
+        status = _status_of(finished)
+        whole = self._ended(finished, drafts, [item.object(status) for item in self._items])
+        return self._sent([*events, ResponseEvent(type=f"response.{status}", response=whole)])
 
-    def failed(self, error: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the events of a run that failed after its stream had begun."""
-        said = {"code": error["code"] or "server_error", "message": error["message"]}
-        response = {**self._envelope("failed"), "error": said}
-        return [{**said, "type": "error", "param": error["param"]}, {"type": "response.failed", "response": response}]
+    def failed(self, error: Error) -> str:
+        said = ResponseError(code=error.code, message=error.message)
+        response = self._response("failed", error=said)
+        return self._sent(
+            [
+                ResponseEvent(type="error", code=error.code, message=error.message, param=error.param),
+                ResponseEvent(type="response.failed", response=response),
+            ]
+        )
+
+    def _sent(self, events: Iterable[ResponseEvent]) -> str:
+        """Return the events as they are sent: named and numbered."""
+        numbered = (event.model_copy(update={"sequence_number": next(self._numbers)}) for event in events)
+        return "".join(f"event: {event.type}\n{sse_data(event)}" for event in numbered)
 
     def _items_of(self, answer: Answer) -> Iterator[_Item]:
         """Yield the items of an answer that was not streamed."""
@@ -280,78 +305,79 @@ class ResponsesReply(Reply):
             said = {"text": call.arguments, "name": call.name or "", "call_id": call.id or ""}
             yield self._item(place + number, "function_call", **said)
 
-    def _item(self, place: int, kind: Literal["reasoning", "message", "function_call"], **changes: str) -> _Item:
-        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc"}[kind]
-        return _Item(place=place, kind=kind, id=f"{prefix}_{self.id.removeprefix('resp_')}_{place}", **changes)
+    def _item(self, place: int, kind: Kind, **changes: str) -> _Item:
+        return _Item(place=place, kind=kind, id=f"{PREFIX[kind]}_{self.id.removeprefix('resp_')}_{place}", **changes)
 
-    def _opened(self, kind: Literal["reasoning", "message", "function_call"], **changes: str) -> list[dict[str, Any]]:
+    def _opened(self, kind: Kind, **changes: str) -> list[ResponseEvent]:
         """Return the events that end the item under way and begin a new one."""
         ends = self._closed()
         item = self._item(len(self._items), kind, **changes)
         self._items.append(item)
-        added = {"type": "response.output_item.added", "output_index": item.place, "item": item.object("in_progress")}
-        if kind != "message":
-            return [*ends, added]
-        return [*ends, added, {**self._of(item), "type": "response.content_part.added", "part": item.part()}]
+        begun = item.object("in_progress")
+        added = ResponseEvent(type="response.output_item.added", output_index=item.place, item=begun)
+        part = [item.event("response.content_part.added", part=item.part())] if kind == "message" else []
+        return [*ends, added, *part]
 
-    def _grown(self, kind: Literal["reasoning", "message", "function_call"], text: str) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        if not self._items or self._items[-1].kind != kind:
-            events += self._opened(kind)
+    def _grown(self, kind: Kind, text: str) -> list[ResponseEvent]:
+        opened = self._opened(kind) if not self._items or self._items[-1].kind != kind else []
         item = self._items[-1]
         item.text += text
-        name = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
-        return [*events, {**self._of(item), "type": f"response.{name[kind]}.delta", "delta": text}]
+        return [*opened, item.event(f"response.{TEXT_OF[kind]}.delta", delta=text)]
 
-    def _closed(self) -> list[dict[str, Any]]:
+    def _closed(self) -> list[ResponseEvent]:
         """Return the events that end the item under way."""
         if not self._items:
             return []
         item = self._items[-1]
-        done = {"type": "response.output_item.done", "output_index": item.place, "item": item.object("completed")}
-        match item.kind:
-            case "reasoning":
-                ends = [{**self._of(item), "type": "response.reasoning_text.done", "text": item.text}]
-            case "message":
-                ends = [
-                    {**self._of(item), "type": "response.output_text.done", "text": item.text},
-                    {**self._of(item), "type": "response.content_part.done", "part": item.part()},
-                ]
-            case "function_call":
-                said = {"arguments": item.text, "name": item.name}
-                ends = [{**self._of(item), "type": "response.function_call_arguments.done", **said}]
-        return [*ends, done]
-
-    def _of(self, item: _Item) -> dict[str, Any]:
-        found: dict[str, Any] = {"type": "", "item_id": item.id, "output_index": item.place}
+        text = {"arguments": item.text, "name": item.name} if item.kind == "function_call" else {"text": item.text}
+        ends = [item.event(f"response.{TEXT_OF[item.kind]}.done", **text)]
         if item.kind == "message":
-            found |= {"content_index": 0, "logprobs": []}
-        return found | ({"content_index": 0} if item.kind == "reasoning" else {})
+            ends.append(item.event("response.content_part.done", part=item.part()))
+        ended = item.object("completed")
+        return [*ends, ResponseEvent(type="response.output_item.done", output_index=item.place, item=ended)]
 
-    def _envelope(self, kind: str) -> dict[str, Any]:
+    def _ended(self, finished: Finished, drafts: Drafts, output: list[Item]) -> ResponseObject:
+        status, usage = _status_of(finished), self.usage(finished)
+        cut = CutShort(reason="max_output_tokens") if status == "incomplete" else None
+        counted = ResponseUsage(
+            input_tokens=usage.prompt_tokens,
+            input_tokens_details=usage.prompt_tokens_details,
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=usage.completion_tokens_details,
+            total_tokens=usage.total_tokens,
+            aft=usage.aft,
+        )
+        return self._response(status, incomplete_details=cut, output=output, usage=counted, **self.aft(drafts))
+
+    def _response(
+        self, status: Literal["in_progress", "completed", "incomplete", "failed"], **known: Any
+    ) -> ResponseObject:
+        """Return the response with what is known of it so far."""
         asked, last = self.asked, self.call.plan.sampling_of(self.call.plan.num_layers)
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "status": kind,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": asked.get("instructions"),
-            "max_output_tokens": asked.get("max_output_tokens"),
-            "metadata": asked.get("metadata") or {},
-            "model": self.call.model,
-            "output": [],
-            "parallel_tool_calls": asked.get("parallel_tool_calls") is not False,
-            "previous_response_id": None,
-            "reasoning": {"effort": self.call.reasoning_effort, "summary": None},
-            "store": False,
-            "temperature": last.temperature,
-            "text": asked.get("text") or {"format": {"type": "text"}},
-            "tool_choice": asked.get("tool_choice") or "auto",
-            "tools": asked.get("tools") or [],
-            "top_p": last.top_p,
-            "truncation": "disabled",
-            "usage": None,
-            "user": asked.get("user"),
-        }
+        fields: dict[str, Any] = {"error": None, "incomplete_details": None, "output": [], "usage": None, **known}
+        return ResponseObject(
+            id=self.id,
+            object="response",
+            created_at=self.created,
+            status=status,
+            instructions=asked.get("instructions"),
+            max_output_tokens=asked.get("max_output_tokens"),
+            metadata=asked.get("metadata") or {},
+            model=self.call.model,
+            parallel_tool_calls=asked.get("parallel_tool_calls") is not False,
+            previous_response_id=None,
+            reasoning=ResponseReasoning(effort=self.call.reasoning_effort, summary=None),
+            store=False,
+            temperature=last.temperature,
+            text=asked.get("text") or {"format": {"type": "text"}},
+            tool_choice=asked.get("tool_choice") or "auto",
+            tools=asked.get("tools") or [],
+            top_p=last.top_p,
+            truncation="disabled",
+            user=asked.get("user"),
+            **fields,
+        )
+
+
+def _status_of(finished: Finished) -> Literal["completed", "incomplete"]:
+    return "incomplete" if finished.answer.finish_reason == "length" else "completed"

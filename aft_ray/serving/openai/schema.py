@@ -1,7 +1,7 @@
-"""The requests and replies as the OpenAPI document (`/openapi.json`) describes them.
+"""The replies of the endpoint as pydantic models. `/openapi.json` is generated from them and from `body.py`.
 
-The code that answers does not use these models. Tests keep them true: they send generated requests and check every
-reply against the document.
+`encoded` writes what was given to a model and leaves out the rest, so a field with a default is one that only some
+replies have.
 """
 
 from __future__ import annotations
@@ -114,8 +114,28 @@ class Draft(BaseModel):
 class AftReply(BaseModel):
     """The plan that ran and every answer by layer (`aft.include_proposals`)."""
 
-    plan: dict[str, Any]
+    plan: Plan
     layers: list[list[Draft]]
+
+
+class Progress(BaseModel):
+    """How far the layer of a finished draft is, or a layer that is done."""
+
+    layer: int
+    num_layers: int
+    num_done: int
+    num_failed: int
+    num_proposals: int
+    layer_usage: LayerUsage | None = None
+    """Of a layer that is done."""
+    draft: Draft | None = None
+    """A finished draft (`aft.include_proposals`)."""
+
+
+class AftProgress(BaseModel):
+    """The `aft` object of an `aft.progress` event."""
+
+    progress: Progress
 
 
 class CalledFunction(BaseModel):
@@ -141,6 +161,31 @@ class AnswerMessage(BaseModel):
     refusal: None
     reasoning_content: str | None = None
     tool_calls: list[CalledTool] | None = None
+
+
+class CalledFunctionPiece(BaseModel):
+    """A piece of a tool call's arguments; the first piece has the function's name."""
+
+    arguments: str
+    name: str | None = None
+
+
+class CalledToolPiece(BaseModel):
+    """A piece of a tool call; the first piece has its id and type."""
+
+    index: int
+    function: CalledFunctionPiece
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class AnswerPiece(BaseModel):
+    """A piece of the final answer, of which the first chunk has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CalledToolPiece] | None = None
 
 
 class TopLogprob(BaseModel):
@@ -185,6 +230,27 @@ class ChatCompletion(BaseModel):
     aft: AftReply | None = None
 
 
+class ChatPiece(BaseModel):
+    """A piece of one of the n answers; the last piece has the reason why the answer ended."""
+
+    index: int
+    delta: AnswerPiece
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a stream of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatPiece]
+    usage: Usage | None = None
+    aft: AftReply | AftProgress | None = None
+
+
 class TextLogprobs(BaseModel):
     """Log-probabilities of a text's tokens."""
 
@@ -208,13 +274,31 @@ class Text(BaseModel):
     prompt: str
 
 
-class TextChoice(BaseModel):
-    """One of the n answers."""
+class TextPiece(BaseModel):
+    """A piece of one of the n answers; the last piece has the reason why the answer ended."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None
+    finish_reason: str | None
+
+
+class TextChoice(TextPiece):
+    """One of the n answers."""
+
     finish_reason: str
+
+
+class TextChunk(BaseModel):
+    """One event of a stream of `/v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextPiece]
+    usage: Usage | None = None
+    aft: AftReply | AftProgress | None = None
 
 
 class TextCompletion(BaseModel):
@@ -240,17 +324,134 @@ class ResponseUsage(BaseModel):
     aft: AftUsage
 
 
+class ResponseError(BaseModel):
+    """Why a response failed after its stream had begun."""
+
+    code: str
+    message: str
+
+
+class CutShort(BaseModel):
+    """Why a response is incomplete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseReasoning(BaseModel):
+    """How much a model was asked to think. Its thinking is an item of the output."""
+
+    effort: str | None
+    summary: None
+
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class ReasoningText(BaseModel):
+    """The thinking before an answer."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(BaseModel):
+    """The thinking of a response."""
+
+    type: Literal["reasoning"]
+    id: str
+    summary: list[Any]
+    content: list[ReasoningText]
+    status: ItemStatus
+
+
+class OutputText(BaseModel):
+    """The text of a message."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[Any]
+
+
+class MessageItem(BaseModel):
+    """The answer of a response."""
+
+    type: Literal["message"]
+    id: str
+    role: Literal["assistant"]
+    content: list[OutputText]
+    status: ItemStatus
+
+
+class FunctionCallItem(BaseModel):
+    """A tool call of a response."""
+
+    type: Literal["function_call"]
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: ItemStatus
+
+
+Item = ReasoningItem | MessageItem | FunctionCallItem
+
+
 class ResponseObject(BaseModel):
-    """The reply of `/v1/responses`."""
+    """The reply of `/v1/responses`. What a request asked for is repeated in it as it came."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["completed", "incomplete"]
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseError | None
+    incomplete_details: CutShort | None
+    instructions: Any
+    max_output_tokens: Any
+    metadata: Any
     model: str
-    output: list[dict[str, Any]]
-    usage: ResponseUsage
+    output: list[Item]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: ResponseReasoning
+    store: Literal[False]
+    temperature: float
+    text: Any
+    tool_choice: Any
+    tools: Any
+    top_p: float
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+    user: Any
     aft: AftReply | None = None
+
+
+class ResponseEvent(BaseModel):
+    """One event of a stream of `/v1/responses`; what else it has depends on its type."""
+
+    type: str
+    sequence_number: int = 0
+    response: ResponseObject | None = None
+    """The response as it is known so far."""
+    output_index: int | None = None
+    """The place of the item that the event is about."""
+    item: Item | None = None
+    item_id: str | None = None
+    content_index: int | None = None
+    part: OutputText | None = None
+    delta: str | None = None
+    text: str | None = None
+    arguments: str | None = None
+    name: str | None = None
+    logprobs: list[Any] | None = None
+    code: str | None = None
+    message: str | None = None
+    param: str | None = None
+
+
+def encoded(reply: BaseModel) -> str:
+    """Return a reply as JSON, without the fields that it was not given."""
+    return reply.model_dump_json(exclude_unset=True)
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

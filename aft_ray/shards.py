@@ -88,8 +88,8 @@ class Stage:
     run: str = ""
     """Name of the run, for metrics and logs."""
     is_light: bool = False
-    """Whether a worker needs no model and little time per row, so that a small stage takes less time than its actors
-    would need to start."""
+    """Whether a worker loads no model and computes little: a small stage is then made by the driver, which needs less
+    time for it than an actor needs to start. What computes may be elsewhere, behind an endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

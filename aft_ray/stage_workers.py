@@ -1,7 +1,7 @@
 """The processes of a stage: each holds one row worker, makes shards with it, and says once a second how it goes.
 
-    ShardActor   an actor of the pool. It makes several shards at a time on one event loop, and builds a new worker
-                 where an engine died
+    ShardMaker   makes several shards at a time on one event loop, and builds a new worker where an engine died
+    ShardActor   a ShardMaker in an actor of the pool
     Roster       one actor per stage. It keeps the last report of every ShardActor, for the progress line
 
 Nothing but the progress line depends on reports. What a stage has made is in the receipts of its shards.
@@ -127,73 +127,71 @@ def total(tallies: Iterable[Tally]) -> Tally:
 class _Reporter:
     """A thread that reports to the roster, also while the event loop is busy with building a worker."""
 
-    def __init__(self, roster: Any, open_shards: dict[str, Tally]) -> None:
+    def __init__(self, roster: Any, maker: ShardMaker) -> None:
         import ray
 
-        self.roster, self.open_shards = roster, open_shards
+        self.roster, self.maker = roster, maker
         self.worker, self.node = uuid4().hex, ray.get_runtime_context().get_node_id()
         self.began = time.time()
-        self.ready_at: float | None = None
         self.stop = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
-    @property
-    def ready_s(self) -> float | None:
-        return None if self.ready_at is None else time.monotonic() - self.ready_at
-
     def send(self, fetched: int = 0, is_last: bool = False) -> None:
-        tally = total(self.open_shards.copy().values())
         report = Report(
-            worker=self.worker, node=self.node, ready_s=self.ready_s, open=tally, fetched=fetched, is_last=is_last
+            worker=self.worker,
+            node=self.node,
+            ready_s=self.maker.ready_s,
+            open=self.maker.open,
+            fetched=fetched,
+            is_last=is_last,
         )
         self.roster.report.remote(report)
 
     def _run(self) -> None:
         self.send()
         while not self.stop.wait(REPORT_EVERY_S):
-            self.send(fetched=fetched_bytes(self.began) if self.ready_at is None else 0)
+            self.send(fetched=fetched_bytes(self.began) if self.maker.ready_s is None else 0)
 
 
-class ShardActor:
-    """An actor that holds one worker and makes several shards at a time with it, on one event loop."""
+class ShardMaker:
+    """One worker of a stage, which makes several shards at a time on one event loop."""
 
-    def __init__(self, stage: Stage, roster: Any, retry_failed: bool) -> None:
+    def __init__(self, stage: Stage, retry_failed: bool) -> None:
         self.stage, self.retry_failed = stage, retry_failed
-        self.open_shards: dict[str, Tally] = {}
-        self.reporter = _Reporter(roster, self.open_shards)
         self.worker: RowWorker | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.building = asyncio.Lock()
+        self.ready_at: float | None = None
+        self.open_shards: dict[str, Tally] = {}
         self.num_deaths = 0
         self.given_up: EngineError | None = None
 
-    async def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Return a pickled Outcome. Errors are data: Ray would wrap them in pages of its own traceback."""
-        tally = self.open_shards[item["shard"]] = Tally()
-        made: ShardSummary | AftError
+    @property
+    def ready_s(self) -> float | None:
+        """Seconds since the worker was ready for the first time."""
+        return None if self.ready_at is None else time.monotonic() - self.ready_at
+
+    @property
+    def open(self) -> Tally:
+        """The rows of shards that are not written yet."""
+        return total(self.open_shards.copy().values())
+
+    async def make(self, shard: str) -> ShardSummary:
+        """Make a shard. Raises the AftError that must stop the stage."""
+        tally = self.open_shards[shard] = Tally()
         try:
             worker = await self._current()
             with counted(self.stage, tally):
                 made = await make_shard(
-                    self.stage,
-                    item["shard"],
-                    worker,
-                    tally=tally,
-                    replace=self._replace,
-                    retry_failed=self.retry_failed,
+                    self.stage, shard, worker, tally=tally, replace=self._replace, retry_failed=self.retry_failed
                 )
             self.num_deaths = 0
-        except AftError as error:
-            made = error
+            return made
         finally:
-            del self.open_shards[item["shard"]]
-        outcome = Outcome(
-            made=made,
-            worker=self.reporter.worker,
-            node=self.reporter.node,
-            ready_s=self.reporter.ready_s or 0.0,
-        )
-        return {"outcome": pickle.dumps(outcome)}
+            del self.open_shards[shard]
+
+    async def close(self) -> None:
+        if self.worker is not None:
+            await closed(self.worker)
 
     async def _current(self) -> RowWorker:
         async with self.building:
@@ -222,16 +220,40 @@ class ShardActor:
         if self.given_up is not None:
             raise self.given_up
         if self.worker is None:
-            self.loop = asyncio.get_running_loop()
             self.worker = build(self.stage)
-            self.reporter.ready_at = self.reporter.ready_at or time.monotonic()
+            self.ready_at = self.ready_at or time.monotonic()
         return self.worker
+
+
+class ShardActor:
+    """A `ShardMaker` in an actor of Ray Data."""
+
+    def __init__(self, stage: Stage, roster: Any, retry_failed: bool) -> None:
+        self.maker = ShardMaker(stage, retry_failed)
+        self.reporter = _Reporter(roster, self.maker)
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return a pickled Outcome. Errors are data: Ray would wrap them in pages of its own traceback."""
+        self.loop = asyncio.get_running_loop()
+        made: ShardSummary | AftError
+        try:
+            made = await self.maker.make(item["shard"])
+        except AftError as error:
+            made = error
+        outcome = Outcome(
+            made=made,
+            worker=self.reporter.worker,
+            node=self.reporter.node,
+            ready_s=self.maker.ready_s or 0.0,
+        )
+        return {"outcome": pickle.dumps(outcome)}
 
     def __del__(self) -> None:
         """Close the worker. Ray Data drops this object, in another thread, when the actor has no more work."""
         self.reporter.stop.set()
-        if self.worker is not None and self.loop is not None:
-            asyncio.run_coroutine_threadsafe(closed(self.worker), self.loop).result(CLOSE_WITHIN_S)
+        if self.loop is not None:
+            asyncio.run_coroutine_threadsafe(self.maker.close(), self.loop).result(CLOSE_WITHIN_S)
         self.reporter.send(is_last=True)
 
 

@@ -7,7 +7,8 @@ which rows are missing, and continues with those.
     proposals/shard-00007.parquet -> [actor: worker.process(row) for each row] -> scores/shard-00007.parquet
                                                                  failures -> scores/failed/shard-00007.jsonl
 
-The driver keeps a summary of each shard and no row. A small stage that needs no model is made by the driver itself.
+The driver keeps a summary of each shard and no row. A small stage whose workers load no model is made by the driver
+itself.
 """
 
 from __future__ import annotations
@@ -17,38 +18,37 @@ import dataclasses
 import itertools
 import math
 import pickle
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from aft_ray.cluster_fit import check_fits, resources_of_worker
 from aft_ray.config import PlacementConfig
 from aft_ray.errors import AftError, InputError, ResumeRefused, TooManyFailures
+from aft_ray.fan_in import Emit, fan_in
 from aft_ray.gpus import num_gpus_of
 from aft_ray.progress import Progress
 from aft_ray.records import fingerprint
 from aft_ray.runs import Manifest, begin, read_manifest, write_manifest
 from aft_ray.shards import (
-    RowWorker,
     ShardSummary,
     Stage,
-    Tally,
     changed_rows,
     list_failures,
-    make_shard,
     read_receipt,
     summary_of,
 )
 from aft_ray.stage_attempt import Attempt, ProgressThread
-from aft_ray.stage_workers import Outcome, Roster, ShardActor, build, closed, counted
+from aft_ray.stage_workers import Outcome, Roster, ShardActor, ShardMaker
 
 READERS = 16
 """Threads that read footers, which wait for the storage."""
-ROWS_IN_DRIVER = 512
+ROWS_IN_DRIVER = 2048
 """Rows up to which the driver makes a light stage itself. Actors need 2 to 3 seconds to start, and more on a busy
-machine (benchmarks/stage_start.py)."""
+machine (benchmarks/stage_start.py); in that time one process makes some 5,000 rows (benchmarks/scale.py)."""
 
 
 def run_stage(
@@ -140,27 +140,36 @@ def _other_rows(stage: Stage, name: str, prompt_ids: Sequence[str]) -> str:
 
 
 async def _make_in_driver(attempt: Attempt, todo: Sequence[str], max_failure_rate: float) -> None:
-    """Make the named shards in this process, one after the other."""
+    """Make the named shards in this process, as many at a time as an actor would."""
     import ray
 
     stage, node = attempt.stage, ray.get_runtime_context().get_node_id()
-    worker: RowWorker | None = None
-    try:
-        with Progress(stage.name, total=attempt.num_rows) as progress:
-            worker, ready_at = build(stage), time.monotonic()
-            for name in todo:
-                with counted(stage, tally := Tally()):
-                    made = await make_shard(stage, name, worker, tally=tally, retry_failed=attempt.retry_failed)
-                ready_s = time.monotonic() - ready_at
-                attempt.add(Outcome(made=made, worker="driver", node=node, ready_s=ready_s), made)
-                attempt.show(progress, working_s=ready_s)
-                if attempt.fails_too_often(max_failure_rate):
-                    break
-    except AftError as error:
-        raise _of(stage, error) from error
-    finally:
-        if worker is not None:
-            await closed(worker)
+    maker = ShardMaker(stage, attempt.retry_failed)
+    places = asyncio.Semaphore(stage.placement.max_shards_in_flight)
+
+    async def make(name: str, emit: Emit[ShardSummary]) -> None:
+        async with places:
+            emit(await maker.make(name))
+
+    async def keep_showing(progress: Progress) -> None:
+        while True:
+            attempt.show(progress, open_shards=maker.open, working_s=maker.ready_s)
+            await asyncio.sleep(1.0)
+
+    with Progress(stage.name, total=attempt.num_rows) as progress:
+        shown = asyncio.create_task(keep_showing(progress))
+        try:
+            async with aclosing(fan_in([partial(make, name) for name in todo])) as shards:
+                async for made in shards:
+                    attempt.add(Outcome(made=made, worker="driver", node=node, ready_s=maker.ready_s or 0.0), made)
+                    if attempt.fails_too_often(max_failure_rate):
+                        break
+        except AftError as error:
+            raise _of(stage, error) from error
+        finally:
+            shown.cancel()
+            await maker.close()
+        attempt.show(progress, working_s=maker.ready_s)
 
 
 def _of(stage: Stage, error: AftError) -> AftError:

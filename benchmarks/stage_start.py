@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64, help="rows of the stage; above 512 both go to actors")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the stage; above 2048 both go to actors")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = f"{HERE}:{HERE.parent}"

@@ -193,11 +193,11 @@ def test_more_failures_than_allowed_stop_the_run_and_keep_what_is_done(
 
 
 def test_the_driver_hears_of_a_finished_shard_while_the_other_is_still_at_work(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=6)
     never = (tmp_path / "squares", 100)
-    stage = squares(tmp_path, bad=(3, 4, 5), slow_until=never)
+    stage = squares(tmp_path, is_light=is_light, bad=(3, 4, 5), slow_until=never)
     with pytest.raises(TooManyFailures, match="3 of 3 rows failed"):
         run_stage(stage, max_failure_rate=0.1)
     assert stage.output.names(".parquet") == ["shard-00001.parquet"]
@@ -359,11 +359,12 @@ class KeepsFull(RowWorker):
 
 
 def test_the_place_of_a_finished_shard_is_taken_while_all_others_are_still_at_work(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:
     source(Folder.at(tmp_path / "numbers"), num_rows=60)
     placement = PlacementConfig(num_cpus=1, max_shards_in_flight=KeepsFull.IN_FLIGHT)
-    stage = dataclasses.replace(squares(tmp_path), worker=partial(KeepsFull, 20), placement=placement)
+    stage = squares(tmp_path, is_light=is_light)
+    stage = dataclasses.replace(stage, worker=partial(KeepsFull, 20), placement=placement)
     manifest = run_stage(stage, max_failure_rate=0)
     assert (manifest.rows_out, manifest.failed) == (60, {}), "with a pause between shards the rows would time out"
 
@@ -468,10 +469,11 @@ class Mortal(RowWorker):
         (self.folder / f"{self.name}.closed").touch()
 
 
-def mortal(tmp_path: Path, num_rows: int) -> Stage:
+def mortal(tmp_path: Path, num_rows: int, is_light: bool) -> Stage:
     (tmp_path / "lives").mkdir()
     source(Folder.at(tmp_path / "numbers"), num_rows=45)
-    return dataclasses.replace(squares(tmp_path), worker=partial(Mortal, tmp_path / "lives", num_rows))
+    stage = squares(tmp_path, is_light=is_light)
+    return dataclasses.replace(stage, worker=partial(Mortal, tmp_path / "lives", num_rows))
 
 
 def lives(tmp_path: Path, end: str) -> set[str]:
@@ -479,9 +481,9 @@ def lives(tmp_path: Path, end: str) -> set[str]:
 
 
 def test_an_engine_that_dies_is_built_again_and_costs_only_the_rows_in_flight(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:
-    stage = mortal(tmp_path, num_rows=12)
+    stage = mortal(tmp_path, num_rows=12, is_light=is_light)
     manifest = run_stage(stage, max_failure_rate=0)
     assert [row["square"] for row in stage.output.rows()] == [n * n for n in range(45)]
     assert (manifest.status, manifest.failed, manifest.completion_tokens) == ("done", {}, 45)
@@ -495,9 +497,9 @@ def test_an_engine_that_dies_is_built_again_and_costs_only_the_rows_in_flight(
 
 
 def test_an_engine_that_dies_again_and_again_stops_the_stage_with_its_last_words(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, is_light: bool
 ) -> None:
-    stage = mortal(tmp_path, num_rows=0)
+    stage = mortal(tmp_path, num_rows=0, is_light=is_light)
     with pytest.raises(EngineError, match=r"squares: the engine died 3 times .* at last: its last words"):
         run_stage(stage, max_failure_rate=1)
     assert len(lives(tmp_path, "built")) == 3

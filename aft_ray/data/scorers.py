@@ -173,8 +173,8 @@ def gpus_of_scorer(config: Config) -> int:
 
 
 def is_light(config: ScoresConfig) -> bool:
-    """Return whether the scorer needs no model."""
-    return config.scorer not in {"reward_model", "judge", "likelihood"}
+    """Return whether the scorer needs no model and takes milliseconds. A user's own function may do anything."""
+    return config.scorer not in {"reward_model", "judge", "likelihood"} and config.verifier is None
 
 
 def answer_scorer_config(config: ScoresConfig) -> ScoresConfig:

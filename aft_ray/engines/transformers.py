@@ -149,9 +149,11 @@ class TransformersEngine:
         sampling, stop_ids, adapter = batch[0].kind
         self._use_adapter(adapter)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        prompts = list(dict.fromkeys(job.request.prompt_ids for job in batch))
-        prompt_of = torch.tensor([prompts.index(job.request.prompt_ids) for job in batch], device=self.device)
-        ids, mask = _left_padded(prompts, pad, self.device)
+        places: dict[tuple[int, ...], int] = {}
+        prompt_of = torch.tensor(
+            [places.setdefault(job.request.prompt_ids, len(places)) for job in batch], device=self.device
+        )
+        ids, mask = _left_padded(list(places), pad, self.device)
         width = ids.shape[1]
         output = self.model.generate(
             input_ids=ids[prompt_of],

@@ -109,4 +109,5 @@ def stage(
         },
         worker=partial(AnswerWorker, client, base_url, system, model, plan, run.config.run.seed, max_concurrency),
         placement=PlacementConfig(num_cpus=0.1, max_shards_in_flight=max_concurrency),
+        is_light=True,
     )

@@ -129,6 +129,7 @@ def stage(
         },
         worker=partial(PerplexityWorker, engine, conditions, config.templates, config.training_set.max_length),
         placement=PlacementConfig(num_cpus=0.1),
+        is_light=True,
     )
 
 

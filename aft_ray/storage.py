@@ -113,8 +113,7 @@ class Folder:
 
     def is_empty(self) -> bool:
         """Whether nothing lies in this folder, or it is not there."""
-        with self.reached("listed"):
-            return not self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return not self.files() and not self.folder_names(partial=True)
 
     def names(self, suffix: str = "") -> list[str]:
         """Return the sorted names of the complete files in this folder, not below it, that end with `suffix`."""
@@ -167,12 +166,27 @@ class Folder:
             before = self.read_bytes(name) if self.exists(name) else b""
             self.write_bytes(name, before + line.encode() + b"\n")
 
-    def folder_names(self) -> list[str]:
-        """Return the sorted names of the complete folders in this one, not below it."""
+    def folder_names(self, partial: bool = False) -> list[str]:
+        """Return the sorted names of the folders in this one, not below it: of the complete ones, or of all."""
+        is_google = self.fs.type_name == "gcs"  # there pyarrow finds folders by the objects below them only
         with self.reached("listed"):
-            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        names = [info.base_name for info in infos if info.type == pafs.FileType.Directory]
-        return sorted(name for name in names if not name.endswith(PARTIAL))
+            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=is_google))
+        names = {info.base_name for info in infos if info.type == pafs.FileType.Directory}
+        if is_google:
+            names = {first for first, slash, _ in (self._below(info).partition("/") for info in infos) if slash}
+        return sorted(name for name in names if partial or not name.endswith(PARTIAL))
+
+    def _below(self, info: pafs.FileInfo) -> str:
+        """Return the path of something in this folder, relative to it. That of a folder ends with a slash."""
+        path = str(info.path).removeprefix(f"{self.path}/")
+        return f"{path}/" if info.type == pafs.FileType.Directory else path
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder in this one and what lies in it."""
+        with self.reached("removed", name):
+            self.fs.delete_dir_contents(self.file(name))
+            if self.exists(name):  # on object storage a folder may be no more than its objects
+                self.fs.delete_dir(self.file(name))
 
     def remove_partial(self) -> None:
         """Remove what killed or failed writers left in this folder and below it; nobody may be writing there.
@@ -248,8 +262,9 @@ def _refuse_one_slash(location: str) -> None:
         raise ConfigError(f"{location}: a URL has two slashes: {scheme}://{rest}")
 
 
+NO_BUCKET = "there is no such bucket"
 REASONS = {
-    "NO_SUCH_BUCKET": "there is no such bucket",
+    "NO_SUCH_BUCKET": NO_BUCKET,
     "ACCESS_DENIED": "access is denied; check the credentials and the bucket's policy",
     "INVALID_ACCESS_KEY_ID": "the storage does not know this access key",
     "SIGNATURE_DOES_NOT_MATCH": "the secret key does not fit the access key",
@@ -283,7 +298,10 @@ def check_writable(location: str) -> None:
         found = folder.read_bytes(probe)
         folder.remove(probe)
     except (StorageError, OSError, pa.ArrowException) as error:
-        reason = storage_reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        # an object needs no folder, so that only its bucket can be missing
+        is_bucket = not folder.is_local and isinstance(cause, FileNotFoundError)
+        reason = NO_BUCKET if is_bucket else storage_reason(cause)
         raise ConfigError(f"{location}: this place cannot hold a run: {reason}") from None
     if found != probe.encode():
         raise ConfigError(f"{location}: this place cannot hold a run: a file that was written reads differently")

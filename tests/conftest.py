@@ -155,6 +155,21 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def google_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a bucket on a local server of Google's storage. Start Ray after it."""
+    from tests.object_storage import google_server
+
+    with google_server(tmp_path_factory.mktemp("google")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=["bucket", "google_bucket"])
+def any_bucket(request: pytest.FixtureRequest) -> str:
+    """The URL of a bucket on each kind of object storage."""
+    return str(request.getfixturevalue(request.param))
+
+
 @pytest.fixture
 def endpoint() -> Iterator[ScriptedEndpoint]:
     """An OpenAI-compatible endpoint that plays the oddities of real ones."""

@@ -18,22 +18,34 @@ from aft_ray.storage import Folder, check_writable, content_hash, list_files, lo
 NOBODY_THERE = "http://127.0.0.1:9"
 
 
-def test_a_folder_on_s3_holds_what_a_local_one_does(bucket: str) -> None:
-    folder = Folder.at(f"{bucket}/one").child("stage")
+def test_a_folder_on_object_storage_holds_what_a_local_one_does(any_bucket: str) -> None:
+    folder = Folder.at(f"{any_bucket}/one").child("stage")
     assert folder.is_empty()
     folder.write_table("a.parquet", pa.table({"n": [1, 2]}))
     folder.append_line("log.jsonl", '{"n": 1}')
     folder.append_line("log.jsonl", '{"n": 2}')
     there = pickle.loads(pickle.dumps(folder))
-    assert there.location == f"{bucket}/one/stage" and there.name == "stage"
+    assert there.location == f"{any_bucket}/one/stage" and there.name == "stage"
     assert there.rows() == [{"n": 1}, {"n": 2}]
     assert there.json_lines("log.jsonl") == [{"n": 1}, {"n": 2}]
-    assert list(list_files(Folder.at(f"{bucket}/one"))) == ["stage/a.parquet", "stage/log.jsonl"]
+    assert list(list_files(Folder.at(f"{any_bucket}/one"))) == ["stage/a.parquet", "stage/log.jsonl"]
     assert not there.is_empty()
 
 
-def test_a_copy_is_made_once_and_again_when_the_files_change(bucket: str, tmp_path: Path) -> None:
-    folder = Folder.at(f"{bucket}/model")
+def test_folders_on_object_storage_are_listed_and_removed_as_local_ones_are(any_bucket: str, tmp_path: Path) -> None:
+    for folder in (Folder.at(f"{any_bucket}/two"), Folder.at(tmp_path)):
+        folder.write_bytes("list.json", b"{}")
+        folder.child("best-1/sub").write_bytes("weights", b"1")
+        folder.child("best-10").write_bytes("weights", b"1")
+        assert folder.folder_names() == ["best-1", "best-10"]
+        assert not folder.child("best-1").is_empty() and folder.child("best-1").exists()
+        folder.remove_folder("best-1")
+        assert list(list_files(folder)) == ["best-10/weights", "list.json"]
+        assert folder.child("best-1").is_empty() and not folder.child("best-1").exists()
+
+
+def test_a_copy_is_made_once_and_again_when_the_files_change(any_bucket: str, tmp_path: Path) -> None:
+    folder = Folder.at(f"{any_bucket}/model")
     folder.write_bytes("config.json", b"{}")
     folder.child("sub").write_bytes("weights", b"1")
     with mock.patch.dict(os.environ, {"AFT_RAY_CACHE": str(tmp_path)}):
@@ -43,17 +55,17 @@ def test_a_copy_is_made_once_and_again_when_the_files_change(bucket: str, tmp_pa
         assert local_copy(folder.location) == copy and copy.stat().st_mtime_ns == before
         folder.child("sub").write_bytes("weights", b"22")
         assert (local_copy(folder.location) / "sub" / "weights").read_bytes() == b"22"
-        with pytest.raises(ConfigError, match=f"{bucket}/nothing: no such folder"):
-            local_copy(f"{bucket}/nothing")
+        with pytest.raises(ConfigError, match=f"{any_bucket}/nothing: no such folder"):
+            local_copy(f"{any_bucket}/nothing")
     assert local_copy(tmp_path) == tmp_path
 
 
-def test_the_same_files_have_the_same_hash_wherever_they_lie(bucket: str, tmp_path: Path) -> None:
-    for place in (f"{bucket}/hashed", str(tmp_path / "here")):
+def test_the_same_files_have_the_same_hash_wherever_they_lie(any_bucket: str, tmp_path: Path) -> None:
+    for place in (f"{any_bucket}/hashed", str(tmp_path / "here")):
         Folder.at(place).write_bytes("adapter_model.safetensors", b"weights")
-    assert content_hash(f"{bucket}/hashed") == content_hash(tmp_path / "here")
+    assert content_hash(f"{any_bucket}/hashed") == content_hash(tmp_path / "here")
     Folder.at(tmp_path / "here").write_bytes("adapter_model.safetensors", b"Weights")
-    assert content_hash(f"{bucket}/hashed") != content_hash(tmp_path / "here")
+    assert content_hash(f"{any_bucket}/hashed") != content_hash(tmp_path / "here")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -84,8 +96,13 @@ def test_a_place_that_cannot_work_is_refused_in_one_sentence(bucket: str, locati
     assert "\n" not in str(refused.value)
 
 
-def test_a_place_that_works_keeps_nothing_of_the_check(bucket: str, tmp_path: Path) -> None:
-    for place in (f"{bucket}/probed", str(tmp_path / "probed")):
+def test_a_bucket_that_google_does_not_have_is_named(google_bucket: str) -> None:
+    with pytest.raises(ConfigError, match=r"gs://no-such-bucket/run: .* there is no such bucket"):
+        check_writable("gs://no-such-bucket/run")
+
+
+def test_a_place_that_works_keeps_nothing_of_the_check(any_bucket: str, tmp_path: Path) -> None:
+    for place in (f"{any_bucket}/probed", str(tmp_path / "probed")):
         check_writable(place)
         assert Folder.at(place).is_empty()
 

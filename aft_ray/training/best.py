@@ -62,8 +62,7 @@ def forget_best(folder: Folder, but: Best | None = None) -> None:
     """Remove the files of every best state but one; best.json stays and tells its step."""
     for name in folder.folder_names():
         if name.startswith("best-") and (but is None or name != but.folder):
-            with folder.reached("removed", name):
-                folder.fs.delete_dir(folder.file(name))
+            folder.remove_folder(name)
 
 
 def evaluations_since_best(losses: Sequence[float]) -> int:

@@ -1,4 +1,7 @@
-"""A run whose folder lies on object storage: every step, two kills, the report, and places that are refused."""
+"""A run whose folder lies on object storage: every step, two kills, the report, and places that are refused.
+
+All of it on S3; on Google's storage data and training.
+"""
 
 from __future__ import annotations
 
@@ -147,20 +150,49 @@ def check_trained(run: Folder, variant: str) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def run_until(step: str, config: Path, folder: Path) -> None:
+    """Run the line to the end of a step in a process of its own."""
+    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(config), "--until", step]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AFT_RAY_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.soak
 def test_the_data_stages_of_a_scripted_model_work_on_s3(bucket: str, tmp_path: Path, chatml_tokenizer: str) -> None:
     run = Folder.at(f"{bucket}/data/run")
     config = write_config(tmp_path, run.location, engine={"type": "scripted", "tokenizer": chatml_tokenizer})
-    command = [sys.executable, "-m", "aft_ray", "run", "--config", str(config), "--until", "training_set"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run_until("training_set", config, tmp_path)
     manifest = read_manifest(run.child("training_set"))
     assert manifest is not None and manifest.status == "done"
     assert run.child("training_set").exists("card.md")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.soak
+def test_data_and_training_work_on_google_storage(google_bucket: str, tmp_path: Path) -> None:
+    run = Folder.at(f"{google_bucket}/line/run")
+    model = write_model(tmp_path / "model", window=1024)
+    config = write_config(
+        tmp_path,
+        run.location,
+        engine={"type": "transformers", "model": str(model), "max_model_len": 1024, "dtype": "float32"},
+        training_set={"max_length": 1024, "variants": ["aft"]},
+        training={
+            "batch_size_per_worker": 4,
+            "deepspeed": "none",
+            "num_epochs": NUM_STEPS // 4,
+            "save_steps": 10,
+            "eval_steps": NUM_STEPS // 2,
+            "load_best_model_at_end": True,
+        },
+    )
+    run_until("train", config, tmp_path)
+    assert len(run.child("proposals").rows()) == len(run.child("training_set").rows()) == 20
+    check_trained(run, "aft")
+    assert b"aft-" in run.child("checkpoints/ray_train").read_bytes(KEPT)
 
 
 @pytest.mark.parametrize(

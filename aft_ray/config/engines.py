@@ -197,7 +197,7 @@ def vllm_arguments() -> frozenset[str]:
 class TransformersEngineConfig(_LocalEngine):
     """Plain `transformers.generate`. It starts in a second, runs anywhere and batches concurrent requests."""
 
-    OPERATIONAL = frozenset({"max_batch_size"})
+    OPERATIONAL = frozenset({"max_batch_size", "num_threads"})
 
     type: Literal["transformers"] = "transformers"
     """transformers."""
@@ -210,6 +210,8 @@ class TransformersEngineConfig(_LocalEngine):
     """`auto` takes the dtype in which the model was saved, or float32 on a CPU that cannot multiply in bfloat16."""
     max_batch_size: int = Field(default=32, ge=1)
     """Largest number of samples that are generated together."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Threads that a CPU computes with. None: as many as the worker or replica has CPUs (`num_cpus`)."""
     trust_remote_code: bool = False
     """Whether code in the model's repository may run. Only for repositories that you trust."""
 

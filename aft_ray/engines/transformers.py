@@ -63,6 +63,8 @@ class TransformersEngine:
         self.config = config
         self.model_path = resolve_model(config.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             self.model_path,
             dtype=dtype_to_load(config.dtype, self.device),

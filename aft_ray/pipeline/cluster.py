@@ -78,7 +78,9 @@ class RaySession:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        logging.getLogger("aft_ray.shards").setLevel(logging.ERROR)  # as for workers: failed rows are in failed/
+        # As for workers: failed rows are in failed/, and the reason why a text has no score is beside it.
+        for name in ("aft_ray.shards", "aft_ray.data.verifiers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         if self.address != "local":
             check_nodes(self.config)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from aft_ray.config import Config, PromptsConfig, ReplicaConfig, ScriptedEngineConfig, ServingConfig
 from aft_ray.data.prompts.stage import make_evaluation_prompts
@@ -309,3 +311,45 @@ def test_an_evaluation_leaves_the_application_of_somebody_else_alone(ray_cluster
         stop("production")
     assert num_heard > 5
     assert set(heard) == {"from production"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_evaluation_that_is_stopped_while_it_asks_keeps_its_answers(
+    ray_cluster: None, chatml_tokenizer: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?", "task": "numeric", "reference": str(2 * n)} for n in range(12)]
+    write_jsonl(tmp_path / "prompts.jsonl", *rows)
+    settings = make(
+        tmp_path,
+        chatml_tokenizer,
+        run={"dir": str(tmp_path / "run"), "max_failure_rate": 1.0},
+        prompts={"source": str(tmp_path / "prompts.jsonl"), "held_out": 10, "rows_per_shard": 2},
+        serving={"engine": {"type": "scripted", "seconds_per_token": 0.1}, "ingress": SMALL, "aggregator": SMALL},
+        evaluation={"max_concurrency": 1},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
+    command = [sys.executable, "-m", "aft_ray", "evaluate", "--config", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run_steps(settings, DATA)
+    # what a shell starts in the background ignores SIGINT, and so does all that it starts
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", *command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    answers = Folder.at(settings.run.dir).child("evaluation/base/answers")
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("answers") and answers.names(".parquet"):
+            process.send_signal(number)
+            break
+    said += process.stderr.readlines()
+    assert process.wait(120) == 130, "".join(said)
+    assert "the same command continues from here" in "".join(said)
+    made = {name: info.mtime_ns for name, info in answers.files().items() if name.endswith(".parquet")}
+    assert 0 < len(made) < len(answers.parent.parent.child("held_out").names(".parquet"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert "is written, without: model/sft; model/aft." in done.stderr, "everything but the training is there"
+    assert len(answers.rows()) == 10
+    assert made.items() <= {name: info.mtime_ns for name, info in answers.files().items()}.items()

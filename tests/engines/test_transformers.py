@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aft_ray.config import TransformersEngineConfig
@@ -253,3 +254,15 @@ def test_an_answer_that_ignores_its_end_is_as_long_as_it_may_be(
     assert len(sampled(runner, engine, logit_bias=bias).token_ids) == 1
     ignoring = sampled(runner, engine, logit_bias=bias, ignore_eos=True)
     assert (len(ignoring.token_ids), ignoring.finish_reason) == (12, "length")
+
+
+def test_it_computes_with_as_many_threads_as_its_setting_says(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    model = str(write_model(tmp_path))
+    try:
+        TransformersEngine(TransformersEngineConfig(model=model, num_threads=before + 1))
+        assert torch.get_num_threads() == before + 1
+        TransformersEngine(TransformersEngineConfig(model=model))
+        assert torch.get_num_threads() == before + 1, "without a setting they are left as they are"
+    finally:
+        torch.set_num_threads(before)

@@ -314,9 +314,8 @@ def test_an_evaluation_leaves_the_application_of_somebody_else_alone(ray_cluster
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_an_evaluation_that_is_stopped_while_it_asks_keeps_its_answers(
-    ray_cluster: None, chatml_tokenizer: str, tmp_path: Path, number: signal.Signals
+    ray_cluster: None, chatml_tokenizer: str, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"What is {n} and {n}?", "task": "numeric", "reference": str(2 * n)} for n in range(12)]
     write_jsonl(tmp_path / "prompts.jsonl", *rows)
@@ -325,31 +324,44 @@ def test_an_evaluation_that_is_stopped_while_it_asks_keeps_its_answers(
         chatml_tokenizer,
         run={"dir": str(tmp_path / "run"), "max_failure_rate": 1.0},
         prompts={"source": str(tmp_path / "prompts.jsonl"), "held_out": 10, "rows_per_shard": 2},
-        serving={"engine": {"type": "scripted", "seconds_per_token": 0.1}, "ingress": SMALL, "aggregator": SMALL},
+        serving={"engine": {"type": "scripted", "seconds_per_token": 0.15}, "ingress": SMALL, "aggregator": SMALL},
         evaluation={"max_concurrency": 1},
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_unset=True)))
-    command = [sys.executable, "-m", "aft_ray", "evaluate", "--config", str(tmp_path / "run.yaml")]
+    # what a shell starts in the background ignores SIGINT, and so does all that it starts
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "aft_ray", "evaluate"]
+    command += ["--config", str(tmp_path / "run.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run_steps(settings, DATA)
-    # what a shell starts in the background ignores SIGINT, and so does all that it starts
-    process = subprocess.Popen(
-        ["env", "--default-signal=INT", *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
     answers = Folder.at(settings.run.dir).child("evaluation/base/answers")
+    made: dict[str, int] = {}
+    for stop_by in (signal.SIGINT, signal.SIGTERM):
+        said = stopped(command, environment, answers, stop_by)
+        assert "the same command continues from here" in said
+        assert made.items() <= written(answers).items()
+        made = written(answers)
+        assert 0 < len(made) < len(answers.parent.parent.child("held_out").names(".parquet"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert "is written, without: model/sft; model/aft." in done.stderr, "everything but the training is there"
+    assert len(answers.rows()) == 10
+    assert made.items() <= written(answers).items()
+
+
+def stopped(command: list[str], environment: dict[str, str], answers: Folder, stop_by: signal.Signals) -> str:
+    """Start an evaluation, stop it while it asks, as soon as there are answers, and return what it said."""
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
         if line.startswith("answers") and answers.names(".parquet"):
-            process.send_signal(number)
+            process.send_signal(stop_by)
             break
     said += process.stderr.readlines()
     assert process.wait(120) == 130, "".join(said)
-    assert "the same command continues from here" in "".join(said)
-    made = {name: info.mtime_ns for name, info in answers.files().items() if name.endswith(".parquet")}
-    assert 0 < len(made) < len(answers.parent.parent.child("held_out").names(".parquet"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert "is written, without: model/sft; model/aft." in done.stderr, "everything but the training is there"
-    assert len(answers.rows()) == 10
-    assert made.items() <= {name: info.mtime_ns for name, info in answers.files().items()}.items()
+    return "".join(said)
+
+
+def written(folder: Folder) -> dict[str, int]:
+    """Return when each shard was written."""
+    return {name: info.mtime_ns for name, info in folder.files().items() if name.endswith(".parquet")}

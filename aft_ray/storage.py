@@ -113,7 +113,7 @@ class Folder:
 
     def is_empty(self) -> bool:
         """Whether nothing lies in this folder, or it is not there."""
-        return not self.files() and not self.folder_names(partial=True)
+        return not self._listed()
 
     def names(self, suffix: str = "") -> list[str]:
         """Return the sorted names of the complete files in this folder, not below it, that end with `suffix`."""
@@ -166,15 +166,17 @@ class Folder:
             before = self.read_bytes(name) if self.exists(name) else b""
             self.write_bytes(name, before + line.encode() + b"\n")
 
-    def folder_names(self, partial: bool = False) -> list[str]:
-        """Return the sorted names of the folders in this one, not below it: of the complete ones, or of all."""
-        is_google = self.fs.type_name == "gcs"  # there pyarrow finds folders by the objects below them only
+    def folder_names(self) -> list[str]:
+        """Return the sorted names of the complete folders in this one, not below it."""
+        names = {first for first, slash, _ in (self._below(info).partition("/") for info in self._listed()) if slash}
+        return sorted(name for name in names if not name.endswith(PARTIAL))
+
+    def _listed(self) -> list[pafs.FileInfo]:
+        """Return what lies in this folder; on Google's storage all below it, since only objects show a folder there."""
+        is_google = self.fs.type_name == "gcs"
         with self.reached("listed"):
-            infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=is_google))
-        names = {info.base_name for info in infos if info.type == pafs.FileType.Directory}
-        if is_google:
-            names = {first for first, slash, _ in (self._below(info).partition("/") for info in infos) if slash}
-        return sorted(name for name in names if partial or not name.endswith(PARTIAL))
+            found = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True, recursive=is_google))
+        return list(found)
 
     def _below(self, info: pafs.FileInfo) -> str:
         """Return the path of something in this folder, relative to it. That of a folder ends with a slash."""

@@ -18,6 +18,8 @@ from unittest import mock
 
 import pytest
 
+from tests.ray_head import free_port
+
 BUCKET = "runs"
 
 
@@ -56,12 +58,6 @@ def google_server(folder: Path) -> Iterator[str]:
     command = ["gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
     with serving(*command, "--default-bucket", BUCKET, port=port), mock.patch.dict(os.environ, settings):
         yield f"gs://{BUCKET}"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager

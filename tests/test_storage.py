@@ -37,6 +37,7 @@ def test_a_write_that_fails_leaves_nothing_and_what_a_kill_left_can_be_removed(t
     (tmp_path / "taken" / f"half.parquet.1-a{PARTIAL}").touch()
     (tmp_path / f"adapter{PARTIAL}" / "below").mkdir(parents=True)
     assert folder.folder_names() == ["taken"]
+    assert not folder.child("taken").is_empty(), "half a file is something"
     folder.remove_partial()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
 

@@ -8,7 +8,6 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+
+from tests.ray_head import free_port
 
 pytestmark = pytest.mark.soak
 
@@ -221,9 +222,3 @@ def is_ready(http: httpx.Client) -> bool:
         return http.get("/ready", timeout=20).is_success
     except httpx.TransportError:
         return False  # nothing listens yet, or Serve waits for its first replica
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

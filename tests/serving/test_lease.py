@@ -14,7 +14,7 @@ from aft_ray.config import AdmissionConfig, KeyLimits, ScriptedEngineConfig, Ser
 from aft_ray.serving.adapters import Adapter
 from aft_ray.serving.errors import HttpError
 from aft_ray.serving.limits import admission, gate
-from aft_ray.serving.limits.admission import LOST_S, Admission, Amount, Refusal, Ticket, Wait
+from aft_ray.serving.limits.admission import LOST_S, Admission, Admitted, Amount, Refusal, Ticket, Wait
 from aft_ray.serving.limits.control import Control
 from aft_ray.serving.limits.gate import Gate
 
@@ -31,6 +31,8 @@ class Wire:
         self._way = asyncio.Lock()
         self.asked = set[str]()
         """The tickets that the control was asked to admit."""
+        self.on_admitted: Callable[[Ticket], None] = lambda ticket: None
+        """Called when the control admits a request: the answer reaches its gate later, and not in order."""
 
     async def __call__(
         self, method: str, *args: Any, state: Callable[[], tuple[Any, ...]] = tuple, **kwargs: Any
@@ -41,6 +43,8 @@ class Wire:
         async with self._way:
             await asyncio.sleep(self._rng.uniform(0, 0.001))
             answer = getattr(self.control, method)(*args, **kwargs)
+            if isinstance(answer, Admitted):
+                self.on_admitted(answer.ticket)
         await asyncio.sleep(self._rng.uniform(0, 0.01))
         return answer
 
@@ -178,14 +182,18 @@ def test_a_change_waits_for_every_lease_and_then_nobody_admits_by_the_old_table(
     async def run() -> None:
         rng = random.Random(0)
         wires = [Wire(control, rng) for control in [Control(AdmissionConfig(), {"aft": "/first"})] * 2]
-        seen: list[tuple[float, str | None]] = []
+        paths: list[str | None] = []
+        """The adapter of each request, in the order of admission, by the control or from a lease."""
+        for wire in wires:
+            wire.on_admitted = lambda ticket: paths.append(ticket.adapters[0])
 
-        async def keep_asking(one: Gate, name: str, until: asyncio.Event) -> None:
+        async def keep_asking(one: Gate, wire: Wire, name: str, until: asyncio.Event) -> None:
             number = 0
             while not until.is_set():
                 number += 1
-                admitted = await one.enter(ticket(f"{name} {number}"), NONE, ["aft"])
-                seen.append((asyncio.get_running_loop().time(), admitted.ticket.adapters[0]))
+                admitted = await one.enter(asked := ticket(f"{name} {number}"), NONE, ["aft"])
+                if asked.id not in wire.asked:
+                    paths.append(admitted.ticket.adapters[0])
                 await asyncio.sleep(0.005)
                 one.leave(admitted.ticket, 1)
 
@@ -193,7 +201,10 @@ def test_a_change_waits_for_every_lease_and_then_nobody_admits_by_the_old_table(
             for one, wire in zip(both, wires, strict=True):
                 await leased(one, wire)
             until = asyncio.Event()
-            asking = [asyncio.create_task(keep_asking(one, str(n), until)) for n, one in enumerate(both)]
+            asking = [
+                asyncio.create_task(keep_asking(one, wire, str(number), until))
+                for number, (one, wire) in enumerate(zip(both, wires, strict=True))
+            ]
             await asyncio.sleep(0.1)
             await both[0].change(move={"aft": Adapter(path="/second", version="2")})
             await asyncio.sleep(0.1)
@@ -203,7 +214,6 @@ def test_a_change_waits_for_every_lease_and_then_nobody_admits_by_the_old_table(
             for one in both:
                 with pytest.raises(HttpError, match="shutting down"):
                     await one.enter(ticket("late"), NONE, ["aft"])
-        paths = [path for _, path in seen]
         moved = paths.index("/second")
         assert set(paths[:moved]) == {"/first"} and set(paths[moved:]) == {"/second"}
 

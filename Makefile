@@ -34,7 +34,7 @@ $(STAMP): requirements/$(DEVICE).txt pyproject.toml
 	@$(INSTALL) -r requirements/$(DEVICE).txt 2>.venv/install.log \
 		|| $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) -r requirements/$(DEVICE).txt \
 		|| { cat .venv/install.log; exit 1; }
-	@$(INSTALL) --no-build-isolation --editable .
+	@$(INSTALL) --no-build-isolation --editable . 2>.venv/install.log || { cat .venv/install.log; exit 1; }
 	@$(COMPILE) .venv/lib >/dev/null 2>&1 || true  # some packages carry templates that are no Python
 	@touch $@
 

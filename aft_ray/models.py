@@ -139,6 +139,23 @@ def resolve_tokenizer(reference: str) -> str:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder or a hub id. Raises OSError or ValueError where there is none.
+
+    `AutoTokenizer` imports torch with the configurations of models (transformers 5.23), which takes a process three
+    seconds. A folder that transformers has saved and that declares the plain class is loaded by that class.
+    """
+    file = Path(source) / "tokenizer_config.json"
+    settings = json.loads(file.read_bytes()) if file.is_file() else {}
+    if settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings:
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend.from_pretrained(source)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
 def tokenizer_hash(model: str) -> str:
     """Return the sha256 of a model folder's tokenizer and chat template; for a hub id, the sha256 of the id.
 

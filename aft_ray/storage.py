@@ -37,6 +37,8 @@ PARTIAL = ".partial"
 """Suffix of a file or folder that is being written. What a killed process left of one is never read."""
 
 
+Stamp = tuple[int, int, str]
+"""Size, time of the last change in nanoseconds, and entity tag of a file (empty on a file system)."""
 OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})
 """pyarrow's names of the storages in which an object appears when its upload ends, and which have no folders."""
 SCHEMES = ("s3", "gs", "file")
@@ -125,6 +127,17 @@ class Folder:
             infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         found = {info.base_name: info for info in infos if info.type == pafs.FileType.File}
         return {name: found[name] for name in sorted(found) if not name.endswith(PARTIAL)}
+
+    def stamp(self, name: str, info: pafs.FileInfo) -> Stamp:
+        """Return what changes whenever the content of a file does, without reading it.
+
+        S3 tells the time of a change in whole seconds only, so object storage is asked for the file's entity tag too.
+        """
+        if self.fs.type_name not in OBJECT_STORES:
+            return info.size, info.mtime_ns or 0, ""
+        with self.reached("looked up", name), self.fs.open_input_stream(self.file(name)) as stream:
+            tags = {key.lower(): value.decode() for key, value in (stream.metadata() or {}).items()}
+        return info.size, info.mtime_ns or 0, tags.get("etag", "")
 
     def read_bytes(self, name: str) -> bytes:
         with self.reached("read", name), self.fs.open_input_stream(self.file(name)) as stream:
@@ -362,8 +375,8 @@ def local_copy(location: str | Path) -> Path:
     files = list_files(folder)
     if not files:
         raise ConfigError(f"{location}: no such folder")
-    listing = repr([(name, info.size, info.mtime_ns) for name, info in files.items()])
-    key = hashlib.sha256(f"{folder.location}{listing}".encode()).hexdigest()[:16]
+    stamps = [(name, folder.stamp(name, info)) for name, info in files.items()]
+    key = hashlib.sha256(f"{folder.location}{stamps}".encode()).hexdigest()[:16]
     copy = cache_dir() / COPIES_FOLDER / f"{folder.name}-{key}"
     if not copy.is_dir():
         from filelock import FileLock
@@ -412,14 +425,14 @@ def content_hash(location: str | Path) -> str:
     files = list_files(folder)
     if not files:
         raise ConfigError(f"{location}: no such folder, or it is empty")
-    return _hash_files(folder.location, tuple((name, info.size, info.mtime_ns) for name, info in files.items()))
+    return _hash_files(folder.location, tuple((name, folder.stamp(name, info)) for name, info in files.items()))
 
 
 @lru_cache(maxsize=64)
-def _hash_files(location: str, files: tuple[tuple[str, int, int], ...]) -> str:
-    """Return the hash of the files (name, size, time of the last change), which is computed once while none changes."""
+def _hash_files(location: str, files: tuple[tuple[str, Stamp], ...]) -> str:
+    """Return the hash of the files (name, stamp), which is computed once while none changes."""
     folder, digest = Folder.at(location), hashlib.sha256()
-    for name, size, _ in files:
+    for name, (size, _, _) in files:
         digest.update(f"{name}:{file_hash(folder, name, size)}".encode())
     return digest.hexdigest()
 

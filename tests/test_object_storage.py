@@ -55,6 +55,8 @@ def test_a_copy_is_made_once_and_again_when_the_files_change(any_bucket: str, tm
         assert local_copy(folder.location) == copy and copy.stat().st_mtime_ns == before
         folder.child("sub").write_bytes("weights", b"22")
         assert (local_copy(folder.location) / "sub" / "weights").read_bytes() == b"22"
+        folder.child("sub").write_bytes("weights", b"33")  # of the same size, and within the same second
+        assert (local_copy(folder.location) / "sub" / "weights").read_bytes() == b"33"
         with pytest.raises(ConfigError, match=f"{any_bucket}/nothing: no such folder"):
             local_copy(f"{any_bucket}/nothing")
     assert local_copy(tmp_path) == tmp_path
@@ -64,8 +66,10 @@ def test_the_same_files_have_the_same_hash_wherever_they_lie(any_bucket: str, tm
     for place in (f"{any_bucket}/hashed", str(tmp_path / "here")):
         Folder.at(place).write_bytes("adapter_model.safetensors", b"weights")
     assert content_hash(f"{any_bucket}/hashed") == content_hash(tmp_path / "here")
-    Folder.at(tmp_path / "here").write_bytes("adapter_model.safetensors", b"Weights")
-    assert content_hash(f"{any_bucket}/hashed") != content_hash(tmp_path / "here")
+    before = content_hash(f"{any_bucket}/hashed")
+    for place in (f"{any_bucket}/hashed", str(tmp_path / "here")):  # of the same size, and within the same second
+        Folder.at(place).write_bytes("adapter_model.safetensors", b"Weights")
+    assert content_hash(f"{any_bucket}/hashed") == content_hash(tmp_path / "here") != before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

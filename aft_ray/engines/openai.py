@@ -29,7 +29,7 @@ from aft_ray.engines.base import EngineEvent, EngineInfo, GenerateRequest, Sampl
 from aft_ray.engines.endpoint_reply import Failure, Reply, refused
 from aft_ray.errors import ConfigError, EngineError
 from aft_ray.fan_in import Emit, fan_in
-from aft_ray.models import resolve_tokenizer
+from aft_ray.models import load_tokenizer, resolve_tokenizer
 from aft_ray.records import Spent, all_text
 
 logger = logging.getLogger(__name__)
@@ -237,9 +237,7 @@ class OpenAIEngine:
     def _tokenizer(self) -> Any:
         if self.config.tokenizer is None:
             return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(resolve_tokenizer(self.config.tokenizer))
+        return load_tokenizer(resolve_tokenizer(self.config.tokenizer))
 
     # ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -25,6 +25,7 @@ from aft_ray.data.proposals import data_stages
 from aft_ray.data.targets import last_stage
 from aft_ray.data.training_set import tokenizer_of
 from aft_ray.errors import AftError, InputError
+from aft_ray.models import load_tokenizer
 from aft_ray.pipeline.estimate import StepEstimate, billions_of, estimate, price_of
 from aft_ray.records import fingerprint
 from aft_ray.runs import Run, read_manifest
@@ -60,10 +61,8 @@ def _folder_of(config: Config) -> str:
 
 def show(run: Run) -> None:
     """Print every prompt of a previewed run with its proposals, its target and its examples."""
-    from transformers import AutoTokenizer
-
     console = Console(highlight=False, soft_wrap=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_of(run.config.engine))
+    tokenizer = load_tokenizer(tokenizer_of(run.config.engine))
     examples: dict[str, list[Mapping[str, Any]]] = {}
     for example in run.folder.child("training_set").rows():
         examples.setdefault(example["prompt_id"], []).append(example)
@@ -93,15 +92,13 @@ def show(run: Run) -> None:
 
 def show_first_batch(config: Config) -> None:
     """Print the rows of every variant's first optimizer step as they will be trained on, checked as training does."""
-    from transformers import AutoTokenizer
-
     from aft_ray.training.examples import MAX_CHECKED_ROWS, batch_order, check_examples, check_made_for
     from aft_ray.training.rows import first_examples, lengths_in, lengths_of, open_rows, write_rows
     from aft_ray.training.task import step_size
 
     console = Console(highlight=False, soft_wrap=True)
     model, template = tokenizer_of(config.engine), getattr(config.engine, "chat_template", None)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     training_set = Folder.at(config.run.dir).child("training_set")
     if not training_set.names(".parquet"):
         raise InputError(f"{training_set.location}: not made yet. Run: aft-ray run --until training_set")

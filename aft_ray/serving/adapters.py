@@ -26,7 +26,7 @@ import pyarrow.fs as pafs
 
 from aft_ray.errors import ConfigError
 from aft_ray.hub import is_hub_id, origin, snapshot
-from aft_ray.storage import Folder, cache_dir, local_copy
+from aft_ray.storage import Folder, Stamp, cache_dir, local_copy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CONFIG = "adapter_config.json"
@@ -34,8 +34,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 VERSIONS = ".versions"
 VERSION = re.compile(r"[0-9a-f]{12}(\.[0-9a-f]{8}\.partial)?")
 """Name of a version's folder; while it is copied it has a longer one."""
-Stamp = tuple[tuple[str, int, int], ...]
-"""Name, modification time and size of each of an adapter's files."""
+AdapterStamp = tuple[tuple[str, Stamp], ...]
+"""Name and stamp of each of an adapter's files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def is_own_adapter(folder: Folder) -> bool:
     return not links and is_adapter(folder)
 
 
-def stamp_of(folder: Folder) -> Stamp:
+def stamp_of(folder: Folder) -> AdapterStamp:
     """Return a stamp that changes whenever the adapter's files do, without reading their content."""
     files = folder.files()
-    return tuple((name, files[name].mtime_ns, files[name].size) for name in (CONFIG, *WEIGHTS) if name in files)
+    return tuple((name, folder.stamp(name, files[name])) for name in (CONFIG, *WEIGHTS) if name in files)

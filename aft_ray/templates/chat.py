@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aft_ray.errors import ConfigError, InputError
+from aft_ray.models import load_tokenizer
 from aft_ray.records import Message, ToolCall
 from aft_ray.templates.control import ControlTokens
 from aft_ray.templates.families import FAMILIES, arguments_of, template_text
@@ -101,10 +102,8 @@ class ChatFormat:
         `chat_template` replaces the tokenizer's own. Where it has none, only style `chat` uses it: `auto` prompts the
         model in context, as one that has not been taught the template.
         """
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(tokenizer_source, trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(f"tokenizer {tokenizer_source}: cannot be loaded ({error})") from error
         if chat_template is not None and (style == "chat" or tokenizer.chat_template):

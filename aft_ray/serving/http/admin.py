@@ -26,7 +26,7 @@ from aft_ray.errors import ConfigError, EngineError, StorageError
 from aft_ray.serving.adapters import (
     VERSIONS,
     Adapter,
-    Stamp,
+    AdapterStamp,
     check_name,
     found_in,
     keep_version,
@@ -127,7 +127,7 @@ async def keep_watching(service: Service) -> None:
     if service.config.adapters_dir is None:
         return
     folder = Folder.at(service.config.adapters_dir)
-    seen: dict[str, Stamp] = {}
+    seen: dict[str, AdapterStamp] = {}
     while True:
         try:
             if await service.gate.may_watch():
@@ -139,7 +139,7 @@ async def keep_watching(service: Service) -> None:
         await asyncio.sleep(WATCH_S if folder.is_local else WATCH_URL_S)
 
 
-async def _take_changed(service: Service, folder: Folder, seen: Mapping[str, Stamp]) -> dict[str, Stamp]:
+async def _take_changed(service: Service, folder: Folder, seen: Mapping[str, AdapterStamp]) -> dict[str, AdapterStamp]:
     """Install adapters that are unchanged since the last look (`seen`) and not yet taken. Return what is there now."""
     places = await asyncio.to_thread(found_in, folder)
     now = {name: await asyncio.to_thread(stamp_of, place) for name, place in places.items()}
@@ -160,7 +160,7 @@ async def _take_changed(service: Service, folder: Folder, seen: Mapping[str, Sta
     return now
 
 
-async def _remove_gone(service: Service, there: Mapping[str, Stamp]) -> None:
+async def _remove_gone(service: Service, there: Mapping[str, AdapterStamp]) -> None:
     """Stop serving the adapters that were taken from the watched folder and are no longer there."""
     config, table = service.current_config, service.gate.table
     gone = [name for name, stamp in table.taken.items() if stamp and name not in there]

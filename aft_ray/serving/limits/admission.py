@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from aft_ray.config import AdmissionConfig, KeyLimits
 from aft_ray.inference.plan import Plan
-from aft_ray.serving.adapters import Adapter, Stamp
+from aft_ray.serving.adapters import Adapter, AdapterStamp
 
 LOST_S = 10.0
 """An ingress replica that has not reported for this long is lost, and its requests with it."""
@@ -97,7 +97,7 @@ class Table:
     version: int = 0
     """Grows with every change: of two tables, the one with the larger version is the newer."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    taken: Mapping[str, Stamp] = field(default_factory=dict)
+    taken: Mapping[str, AdapterStamp] = field(default_factory=dict)
     """The adapters of the watched folder that need no further look, by name: served, or found impossible to serve."""
     draining: bool = False
     """Whether new requests are refused because the server is about to stop."""

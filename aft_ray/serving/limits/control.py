@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from aft_ray.config import AdmissionConfig, KeyLimits
-from aft_ray.serving.adapters import Adapter, Stamp
+from aft_ray.serving.adapters import Adapter, AdapterStamp
 from aft_ray.serving.limits.admission import (
     LEASE_S,
     Admission,
@@ -104,7 +104,7 @@ class Control:
         self,
         *,
         move: Mapping[str, Adapter | None] | None = None,
-        taken: Mapping[str, Stamp] | None = None,
+        taken: Mapping[str, AdapterStamp] | None = None,
         drain: bool | None = None,
     ) -> Table | Wait:
         """Move names to adapters (None removes a name), note which adapters of the watched folder are taken, or start

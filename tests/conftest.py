@@ -74,7 +74,7 @@ GROUPS = {
     "load": ["serving/test_load.py"],
     "kills": ["end_to_end/test_data_kills.py", "end_to_end/test_engine_death.py"],
     "engines": ["engines/test_real_models.py", "engines/test_transformers.py", "training/test_export.py"],
-    "jobs": ["end_to_end/test_submit.py", "end_to_end/test_jobs.py"],
+    "jobs": ["end_to_end/test_submit.py", "end_to_end/test_jobs.py", "end_to_end/test_prometheus.py"],
     "README": ["test_readme.py", "test_cluster.py"],
     "miniature": ["miniature/test_base.py"],
     "deploy": [

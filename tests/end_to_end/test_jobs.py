@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
@@ -16,13 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
 
 from aft_ray.pipeline.following import follow
 from aft_ray.pipeline.job_server import JobServer
 from tests.command_line import ROOT, aft_ray
-from tests.ray_head import RESET, Head, broken_proxy, free_port, submit
+from tests.ray_head import RESET, Head, broken_proxy, submit
 
 pytestmark = pytest.mark.soak
 
@@ -271,35 +269,3 @@ def test_logs_as_json_say_which_run_stage_and_prompt_they_speak_of(head: Head, p
     assert {(line["run"], line["stage"]) for line in said} == {("run", "proposals")}
     assert len({line["prompt_id"] for line in said}) == 4
     assert all(line["levelname"] == "WARNING" and line["worker_id"] and line["node_id"] for line in said)
-
-
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Prometheus (Debian: prometheus)")
-def test_prometheus_finds_the_head_and_has_its_metrics(
-    head: Head, server: JobServer, project: Path, tmp_path: Path
-) -> None:
-    settings = yaml.safe_load((ROOT / "deploy" / "observability" / "prometheus.yml").read_text())
-    [files] = settings["scrape_configs"][0]["file_sd_configs"]
-    files["files"] = [str(head.folder / "ray" / Path(files["files"][0]).name)]  # where this head writes its list
-    settings["global"]["scrape_interval"] = "1s"
-    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(settings))
-    port = free_port()
-    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
-    prometheus = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
-    slow = ["--set", "engine={type: scripted, seconds_per_token: 3}", "--set", "prompts.rows_per_shard=1"]
-    try:
-        sent = submit(head, project, "pipeline", "--no-wait", *slow, "--set", "run.dir=" + str(tmp_path / "counted"))
-        assert sent.returncode == 0, sent.stdout + sent.stderr
-        [job] = re.findall(r"^submitted (\w+)", sent.stdout, re.MULTILINE)
-        query = {"query": 'sum(ray_aft_rows_total{run="counted",stage="proposals",outcome="ok"})'}
-        end = time.monotonic() + 240
-        while True:
-            with contextlib.suppress(requests.ConnectionError):
-                answer = requests.get(f"http://127.0.0.1:{port}/api/v1/query", params=query, timeout=30).json()
-                if [one["value"][1] for one in answer["data"]["result"]] == ["4"]:
-                    break
-            assert time.monotonic() < end, "the rows of the run never reached Prometheus"
-            time.sleep(1)
-        server.stop(job)
-    finally:
-        prometheus.kill()
-        prometheus.wait()

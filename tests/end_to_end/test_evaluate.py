@@ -314,6 +314,48 @@ def test_an_evaluation_leaves_the_application_of_somebody_else_alone(ray_cluster
 
 
 @pytest.mark.soak
+def test_replicas_grow_with_what_an_evaluation_asks_at_once(
+    ray_cluster: None, config: Make, chatml_tokenizer: str, tmp_path: Path
+) -> None:
+    """Eight prompts with two drafts each are more than one replica is meant to write."""
+    from ray import serve
+
+    write_jsonl(tmp_path / "many.jsonl", *({"prompt": f"What is {n} and {n}?"} for n in range(48)))
+    growing = {**SMALL, "max_replicas": 2, "target_samples": 8, "upscale_delay_s": 1}
+    settings = config(
+        serving={
+            "engine": {"type": "scripted", "tokenizer": chatml_tokenizer, "seconds_per_token": 0.5},
+            "ingress": SMALL,
+            "aggregator": growing,
+        },
+        evaluation={
+            "prompts": {"source": str(tmp_path / "many.jsonl")},
+            "systems": [{"name": "base", "model": "base"}],
+            "max_concurrency": 8,
+        },
+    )
+    before = set(serve.status().applications)
+    seen: set[int] = set()
+    ended = threading.Event()
+
+    def keep_looking() -> None:
+        while not ended.wait(0.2):
+            for name, application in serve.status().applications.items():
+                if name not in before and "Aggregator" in application.deployments:
+                    seen.add(application.deployments["Aggregator"].replica_states.get("RUNNING", 0))
+
+    looking = threading.Thread(target=keep_looking)
+    looking.start()
+    try:
+        run_steps(settings, ("evaluate",))
+    finally:
+        ended.set()
+        looking.join()
+    assert {1, 2} <= seen
+    assert len(answers_of(settings)) == 48
+
+
+@pytest.mark.soak
 def test_an_evaluation_that_is_stopped_while_it_asks_keeps_its_answers(
     ray_cluster: None, chatml_tokenizer: str, tmp_path: Path
 ) -> None:

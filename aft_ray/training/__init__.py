@@ -9,6 +9,7 @@
     target_head  computes the language-model head on target positions only
     loading      loads the model with the dtype, attention, quantization and LoRA of the settings
     trainer      the `SFTTrainer` subclass and its callbacks: step log, checkpoints, checksums of weights
+    resharding   ZeRO's checkpoints of another number of workers
     held_out     loss and answers on held-out examples during training
     best         keeps the state with the lowest held-out loss, where that is what is exported
     metrics      metrics.jsonl and held_out.jsonl, written during training

@@ -181,12 +181,18 @@ def task_settings(job: TrainingJob, hashes: Mapping[str, str], model: str, varia
     }
 
 
+DIVIDED_ANEW = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose state DeepSpeed divides among another number of workers (`resharding`)."""
+
+
 def _optimizer_state(config: TrainingConfig) -> str:
     """Return in which form checkpoints hold the state of the optimizer. Only a training of the same form reads it."""
     stage = config.deepspeed.removesuffix("_offload")
     if stage == "none":
         return "in one piece"  # every worker has all of it, however many there are
     stages = "zero1 or zero2" if stage in ("zero1", "zero2") else stage  # they differ in what they do with gradients
+    if stage != "zero0" and config.optimizer in DIVIDED_ANEW:
+        return f"as deepspeed {stages} divides it"
     return f"as deepspeed {stages} divides it among num_workers {config.num_workers}"
 
 

@@ -31,6 +31,7 @@ from aft_ray.training.best import fetch_best, forget_best, kept_best
 from aft_ray.training.examples import check_batch
 from aft_ray.training.identity import adapter_identity, base_name, model_identity
 from aft_ray.training.metrics import HELD_OUT, METRICS, has_stopped_early
+from aft_ray.training.resharding import forget_converted, is_universal, readable
 from aft_ray.training.rows import node_file, rows_on_this_node, shortest
 from aft_ray.training.task import TrainingJob, TrainSummary, TrainTask
 
@@ -126,6 +127,7 @@ def train_one(plan: WorkerPlan, task: TrainTask, model: str, since: float) -> Tr
         forget_the_trained_model()
         agree_on_proof(plan, task, model, folder, ending, summary)
     node_file(task.shard_hashes, task.variant, plan.job.config.pack_length).unlink(missing_ok=True)
+    forget_converted(task)
     return summary
 
 
@@ -139,15 +141,11 @@ def train_and_save(
     from aft_ray.training.trainer import StepLog, WeightSums, last_checkpoint
 
     sums, steps = WeightSums(), StepLog(task)
-    checkpoint = last_checkpoint(task)
-    trainer = build_trainer(plan, task, model, scratch, [sums, steps])
-    check_first_batch(trainer, model, plan.job.chat_template)
-    with tracked(plan.job.config):
-        if checkpoint is None:
-            trainer.train()
-        else:
-            with checkpoint.as_directory() as checkpointed:
-                trainer.train(resume_from_checkpoint=checkpointed)
+    with readable(last_checkpoint(task), task, plan.job.config.num_workers) as checkpoint:
+        trainer = build_trainer(plan, task, model, scratch, [sums, steps], universal=is_universal(checkpoint))
+        check_first_batch(trainer, model, plan.job.chat_template)
+        with tracked(plan.job.config):
+            trainer.train(resume_from_checkpoint=checkpoint)
     summary = summarize(task, trainer.args.world_size, since, steps)
     folder, ending = save(plan, task, trainer, sums, steps.first_step, scratch)
     trainer.accelerator.free_memory()
@@ -209,8 +207,13 @@ def check_first_batch(trainer: Any, model: str, chat_template: str | None) -> No
         raise Agreed(errors[0])
 
 
-def build_trainer(plan: WorkerPlan, task: TrainTask, model: str, scratch: Path, callbacks: list[Any]) -> Any:
-    """Build the trainer of a task. Its arguments come first: ZeRO-3 must be set up before the model is loaded."""
+def build_trainer(
+    plan: WorkerPlan, task: TrainTask, model: str, scratch: Path, callbacks: list[Any], *, universal: bool
+) -> Any:
+    """Build the trainer of a task. Its arguments come first: ZeRO-3 must be set up before the model is loaded.
+
+    `universal`: whether it will continue from a checkpoint in DeepSpeed's universal form.
+    """
     from transformers import AutoTokenizer, PrinterCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -220,7 +223,7 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, model: str, scratch: Path, 
     from aft_ray.training.trainer import EpochOrder, RayCheckpoints, TargetTrainer
 
     config = plan.job.config
-    args = sft_arguments(plan, task, scratch)
+    args = sft_arguments(plan, task, scratch, universal)
     tokenizer = AutoTokenizer.from_pretrained(model)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     padded = DataCollatorForLanguageModeling(pad_token_id=pad_id)
@@ -245,7 +248,7 @@ def build_trainer(plan: WorkerPlan, task: TrainTask, model: str, scratch: Path, 
     return trainer
 
 
-def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: Path) -> Any:
+def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: Path, universal: bool) -> Any:
     """Return the settings as TRL's `SFTConfig`."""
     from trl import SFTConfig
 
@@ -270,7 +273,7 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: Path) -> Any:
         save_steps=config.save_steps,
         bf16=is_bf16(config),
         gradient_checkpointing=config.gradient_checkpointing,
-        deepspeed=preset(config.deepspeed),
+        deepspeed=preset(config.deepspeed, universal),
         use_cpu=on_cpu,
         ddp_backend=backend_of(config),
         seed=plan.job.seed % 2**32,
@@ -288,11 +291,12 @@ def sft_arguments(plan: WorkerPlan, task: TrainTask, scratch: Path) -> Any:
     )
 
 
-def preset(name: str) -> dict[str, Any] | None:
+def preset(name: str, universal: bool = False) -> dict[str, Any] | None:
     """Read a packaged DeepSpeed configuration. None stands for plain data parallelism."""
     if name == "none":
         return None
-    return json.loads(importlib.resources.files("aft_ray.training").joinpath(f"deepspeed/{name}.json").read_text())
+    settings = json.loads(importlib.resources.files("aft_ray.training").joinpath(f"deepspeed/{name}.json").read_text())
+    return settings | {"checkpoint": {"load_universal": True}} if universal else settings
 
 
 def backend_of(config: TrainingConfig) -> str:

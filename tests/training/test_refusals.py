@@ -222,6 +222,7 @@ def test_the_same_weights_elsewhere_are_the_same_model(tiny_model: Path, tmp_pat
     assert model_identity(str(tmp_path / "copy")) == model_identity(str(tiny_model))
 
 
+ALONE = {"num_workers": 1, "batch_size_per_worker": 8}
 SAME_STEP = {"batch_size_per_worker": 2, "gradient_accumulation_steps": 2}
 LESS = {"gradient_checkpointing": True, "attention": "eager", "save_steps": 3, "deepspeed": "zero2_offload"}
 
@@ -230,15 +231,18 @@ LESS = {"gradient_checkpointing": True, "attention": "eager", "save_steps": 3, "
     ("before", "after", "difference"),
     [
         ({}, SAME_STEP | LESS, None),
-        ({"deepspeed": "none"}, {"deepspeed": "none", "num_workers": 1, "batch_size_per_worker": 8}, None),
+        ({"deepspeed": "none"}, {"deepspeed": "none"} | ALONE, None),
         ({}, {"batch_size_per_worker": 2}, "training.rows_per_step: was 8, is 4"),
+        ({}, ALONE, None),
+        ({"deepspeed": "zero3"}, {"deepspeed": "zero3"} | ALONE, None),
         (
-            {},
-            {"num_workers": 1, "batch_size_per_worker": 8},
-            "Go on with the deepspeed and num_workers that it began with",
+            {"optimizer": "adafactor"},
+            {"optimizer": "adafactor"} | ALONE,
+            "divides it among num_workers 2, .* among num_workers 1. Go on with the deepspeed and num_workers that it",
         ),
-        ({}, {"deepspeed": "none"}, "as deepspeed zero1 or zero2 divides it among num_workers 2, and .* in one piece"),
-        ({}, {"deepspeed": "zero3"}, "and this training would read it as deepspeed zero3 divides it among"),
+        ({"deepspeed": "zero0"}, {"deepspeed": "zero0"} | ALONE, "zero0 divides it among num_workers 2"),
+        ({}, {"deepspeed": "none"}, "as deepspeed zero1 or zero2 divides it, and .* in one piece"),
+        ({}, {"deepspeed": "zero3"}, "and this training would read it as deepspeed zero3 divides it"),
         ({"deepspeed": "zero1"}, {"deepspeed": "zero2"}, None),
         ({}, {"learning_rate": 1e-3}, "training.learning_rate"),
     ],
@@ -247,6 +251,9 @@ LESS = {"gradient_checkpointing": True, "attention": "eager", "save_steps": 3, "
         "workers",
         "rows-per-step",
         "workers-under-zero",
+        "workers-under-zero3",
+        "workers-under-zero-with-another-optimizer",
+        "workers-under-zero0",
         "zero",
         "zero3",
         "zero1-to-zero2",

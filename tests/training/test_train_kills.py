@@ -161,22 +161,29 @@ def test_the_driver_and_its_ray_killed_the_same_call_goes_on(whole: Path) -> Non
     assert check_equal_to_whole(whole, "killed") % SAVE_STEPS == 0
 
 
-def test_a_training_by_two_workers_is_finished_by_one(folder: Path, tiny_model: Path, training_set: Path) -> None:
-    """Without dropout, whose random state each worker has for itself, one worker repeats the steps of two."""
-    plain = {"deepspeed": "none", "lora": {"rank": 4}}
+@pytest.mark.parametrize("deepspeed", ["none", "zero2", "zero3"])
+def test_a_training_by_two_workers_is_finished_by_one(
+    deepspeed: str, folder: Path, tiny_model: Path, training_set: Path
+) -> None:
+    """Without dropout, whose random state each worker has for itself, one worker repeats the steps of two.
+
+    Under ZeRO each of the two has half of the optimizer's state.
+    """
+    name = f"shrunk-{deepspeed}"
+    plain = {"deepspeed": deepspeed, "lora": {"rank": 4}, "eval_steps": None}
     alone = {**plain, "num_workers": 1, "batch_size_per_worker": 8}
-    two = start(folder, tiny_model, training_set, "shrunk", SETTINGS=json.dumps(plain))
-    kill_in_the_middle(two, folder, "shrunk")
-    by_two = curve_of(folder, "shrunk")
-    finish(start(folder, tiny_model, training_set, "shrunk", SETTINGS=json.dumps(alone)), folder)
-    resumed_from, by_both = int((folder / "shrunk" / "resumed_from").read_text()), curve_of(folder, "shrunk")
+    two = start(folder, tiny_model, training_set, name, SETTINGS=json.dumps(plain))
+    kill_in_the_middle(two, folder, name)
+    by_two = curve_of(folder, name)
+    finish(start(folder, tiny_model, training_set, name, SETTINGS=json.dumps(alone)), folder)
+    resumed_from, by_both = int((folder / name / "resumed_from").read_text()), curve_of(folder, name)
     assert 0 < resumed_from < len(by_two)
     assert [row["step"] for row in by_both] == list(range(1, NUM_STEPS + 1))
     repeated = slice(resumed_from, len(by_two))
     found = [row["loss"] for row in by_both[repeated]]
     assert found == pytest.approx([row["loss"] for row in by_two[repeated]], rel=1e-4)
     assert [row["tokens"] for row in by_both[repeated]] == [row["tokens"] for row in by_two[repeated]]
-    assert json.loads((folder / "shrunk" / "model" / "summary.json").read_text())["summary"]["world_size"] == 1
+    assert json.loads((folder / name / "model" / "summary.json").read_text())["summary"]["world_size"] == 1
 
 
 def test_a_preempted_node_and_a_lost_one_cost_one_failure_and_the_training_goes_on_elsewhere(

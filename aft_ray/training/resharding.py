@@ -1,7 +1,7 @@
 """Checkpoints of DeepSpeed's ZeRO that another number of workers has written, as this number of workers can read them.
 
     checkpoint/global_step10/zero_pp_rank_{0..7}_mp_rank_00_optim_states.pt     of eight workers
-    cache/resharded/<fingerprint>-10/global_step10_universal/zero/<weight>/exp_avg.pt, ...
+    cache/resharded/<task>/10/global_step10_universal/zero/<weight>/exp_avg.pt, ...
 
 ZeRO divides the optimizer's state among the workers. DeepSpeed's universal format (Lian et al., arXiv 2406.18820) keeps
 it weight by weight, and any number of workers reads it. The first worker of a node converts a checkpoint, and the
@@ -38,9 +38,12 @@ def readable(checkpoint: Any | None, task: TrainTask, num_workers: int) -> Itera
         yield None
         return
     with checkpoint.as_directory() as folder:
-        [state, *_] = [*Path(folder).glob("global_step*"), None]
+        state = next(Path(folder).glob("global_step*"), None)
         num_parts = 0 if state is None else len(list(state.glob(PARTS)))
-        yield folder if num_parts in (0, num_workers) else str(_converted(Path(folder), state, task))
+        if state is None or num_parts in (0, num_workers):
+            yield folder
+        else:
+            yield str(_converted(Path(folder), state, task))
 
 
 def is_universal(folder: str | None) -> bool:
@@ -50,12 +53,11 @@ def is_universal(folder: str | None) -> bool:
 
 def forget_converted(task: TrainTask) -> None:
     """Remove what this node has converted for a task."""
-    for folder in _place(task, "*").parent.glob(_place(task, "*").name):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(_converted_of(task), ignore_errors=True)
 
 
-def _place(task: TrainTask, step: str) -> Path:
-    return cache_dir() / "resharded" / f"{task.fingerprint[:24]}-{step}"
+def _converted_of(task: TrainTask) -> Path:
+    return cache_dir() / "resharded" / task.fingerprint[:24]
 
 
 def _converted(checkpoint: Path, state: Path, task: TrainTask) -> Path:
@@ -63,7 +65,7 @@ def _converted(checkpoint: Path, state: Path, task: TrainTask) -> Path:
     from deepspeed.checkpoint import ds_to_universal
     from filelock import FileLock
 
-    place = _place(task, state.name.removeprefix("global_step"))
+    place = _converted_of(task) / state.name.removeprefix("global_step")
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.is_dir():

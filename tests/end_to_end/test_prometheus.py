@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -113,10 +112,10 @@ def test_prometheus_understands_every_question_of_the_dashboard_for_serving(prom
         asked(prometheus, query)
 
 
-def test_ray_and_its_node_are_seen_beside_our_metrics(head: Head, prometheus: httpx.Client) -> None:
+def test_ray_and_its_node_are_seen_beside_our_metrics(prometheus: httpx.Client) -> None:
     targets = prometheus.get("/targets").json()["data"]["activeTargets"]
-    jobs = {job: list(found) for job, found in itertools.groupby(targets, key=lambda target: target["labels"]["job"])}
-    assert set(jobs) == {"ray"} and {target["health"] for target in jobs["ray"]} == {"up"}
+    assert {target["labels"]["job"] for target in targets} == {"ray"}
+    assert "up" in {target["health"] for target in targets}  # nodes that are gone stay on Ray's list for a while
     assert asked(prometheus, "ray_node_mem_total")
 
 
